@@ -1,0 +1,1 @@
+"""Low-bit matmul kernels on plain arrays."""

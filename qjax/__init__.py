@@ -1,0 +1,1 @@
+"""qjax: functional quantization for JAX."""
