@@ -1,0 +1,1 @@
+"""Files: containers (gguf, safetensors) and the codecs that turn their bytes into QTensors."""
