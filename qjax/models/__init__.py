@@ -1,0 +1,1 @@
+"""Real models: one Flax decoder, its tokenizers, generation, and loading of checkpoints."""

@@ -1,0 +1,390 @@
+"""One Flax decoder for llama, qwen2, qwen3 and gemma3.
+
+A block is ``x += post(attention(norm(x)))`` and ``x += post(mlp(norm(x)))``, with `post` a norm in
+gemma3 and nothing elsewhere. `Config` holds what differs between the families. The model uses
+plain arrays and plain operations; it knows nothing of quantization.
+
+Parameters, projections as 2-D ``[in, out]``::
+
+    embed/embedding                                  [vocab, hidden]
+    layers_0/attention_norm/scale                    [hidden]
+    layers_0/attention/{q,k,v,o}/kernel              (bias of q, k, v in qwen2)
+    layers_0/attention/{q_norm,k_norm}/scale         [head_dim], qwen3 and gemma3
+    layers_0/attention_post_norm/scale               gemma3
+    layers_0/mlp_norm/scale
+    layers_0/mlp/{gate,up,down}/kernel
+    layers_0/mlp_post_norm/scale                     gemma3
+    norm/scale
+    head/kernel                                      [hidden, vocab], absent where tied
+
+With ``scan=True`` the layers are one ``layers/...`` whose arrays carry a leading layer axis.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Rope(NamedTuple):
+    """Rotary position embedding: frequency ``i`` of a head is
+    ``theta ** (-2 i / head_dim) / (factor * factors[i])``.
+
+    `factor` is linear position scaling; `factors` are the per-frequency divisors of Llama 3.
+    """
+
+    theta: float = 10_000.0
+    factor: float = 1.0
+    factors: tuple[float, ...] | None = None
+
+    def frequencies(self, head_dim: int) -> np.ndarray:
+        """Returns the angle per position of each frequency, float64 [head_dim / 2]."""
+        frequencies = self.theta ** (-np.arange(0, head_dim, 2, np.float64) / head_dim)
+        divisors = 1.0 if self.factors is None else np.asarray(self.factors, np.float64)
+        return frequencies / (self.factor * divisors)
+
+
+def llama3_factors(
+    theta: float,
+    head_dim: int,
+    factor: float,
+    low_freq_factor: float,
+    high_freq_factor: float,
+    original_length: int,
+) -> tuple[float, ...]:
+    """The divisors of Llama 3.1's frequencies, for `Rope.factors`.
+
+    A frequency that turns fewer than `low_freq_factor` times over the original context is divided
+    by `factor`, one that turns more than `high_freq_factor` times is kept, and in between the
+    reciprocals are interpolated linearly in the number of turns.
+    """
+    turns = original_length * Rope(theta).frequencies(head_dim) / (2 * np.pi)
+    smooth = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor)
+    smooth = np.clip(smooth, 0.0, 1.0)
+    return tuple((1.0 / ((1.0 - smooth) / factor + smooth)).tolist())
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes and switches of a decoder. The defaults are llama's.
+
+    Attributes:
+      num_heads, num_kv_heads: query heads share key and value heads in groups of their ratio.
+      rope, local_rope: of the global and of the sliding-window layers (None: the same).
+      sliding_window: a local layer sees this many positions, its own included.
+      local_layers: for each layer, whether it is local; empty where none is.
+      query_scale: factor on the attention scores; None is ``head_dim ** -0.5``.
+      embedding_scale: factor on the embeddings (gemma: ``hidden_size ** 0.5``).
+      post_norms: a norm also after attention and MLP (gemma3).
+      tied: the head is the transposed embedding.
+      dtype: what activations are computed in; logits are float32.
+      scan: one scanned stack of layers in place of unrolled ones.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_length: int = 2048
+    norm_epsilon: float = 1e-5
+    rope: Rope = Rope()
+    local_rope: Rope | None = None
+    sliding_window: int | None = None
+    local_layers: tuple[bool, ...] = ()
+    query_scale: float | None = None
+    embedding_scale: float = 1.0
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    post_norms: bool = False
+    tied: bool = False
+    dtype: Any = jnp.float32
+    scan: bool = False
+
+    def __post_init__(self):
+        def need(condition: bool, message: str) -> None:
+            if not condition:
+                raise ValueError(f"Config: {message}")
+
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads"):
+            need(getattr(self, name) > 0, f"{name} must be positive, is {getattr(self, name)}")
+        need(
+            self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads == 0,
+            f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}",
+        )
+        need(
+            self.head_dim > 0 and self.head_dim % 2 == 0,
+            f"head_dim must be even, is {self.head_dim}",
+        )
+        need(
+            len(self.local_layers) in (0, self.num_layers),
+            f"local_layers has {len(self.local_layers)} entries for {self.num_layers} layers",
+        )
+        need(
+            not any(self.local_layers) or (self.sliding_window or 0) > 0,
+            f"local layers need a sliding_window, it is {self.sliding_window}",
+        )
+        need(
+            self.activation in ACTIVATIONS,
+            f"activation {self.activation!r} is unknown, known are {', '.join(ACTIVATIONS)}",
+        )
+        for name, rope in (("rope", self.rope), ("local_rope", self.local_rope)):
+            need(
+                rope is None or rope.factors is None or len(rope.factors) == self.head_dim // 2,
+                f"{name}.factors must have head_dim / 2 = {self.head_dim // 2} entries",
+            )
+
+    def is_local(self, layer: int) -> bool:
+        return bool(self.local_layers) and self.local_layers[layer]
+
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+class Cache(NamedTuple):
+    """Keys and values of the positions seen so far, and how many they are.
+
+    Attributes:
+      keys, values: a tuple of [batch, length, num_kv_heads, head_dim], one per layer; or, for a
+        scanned model, one array with a leading layer axis.
+      length: int32 [], the number of positions that are filled.
+    """
+
+    keys: Any
+    values: Any
+    length: jax.Array
+
+
+def init_cache(config: Config, batch: int, length: int) -> Cache:
+    """Returns an empty cache for `length` positions, in the compute dtype."""
+    shape = (batch, length, config.num_kv_heads, config.head_dim)
+    if config.scan:
+        stacked = (config.num_layers, *shape)
+        keys, values = jnp.zeros(stacked, config.dtype), jnp.zeros(stacked, config.dtype)
+    else:
+        keys = tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers))
+        values = tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers))
+    return Cache(keys, values, jnp.zeros((), jnp.int32))
+
+
+class _Positions(NamedTuple):
+    """What a layer needs to know of the positions: rotation of the queries, and the mask."""
+
+    cos: jax.Array  # [s, 1, head_dim / 2]
+    sin: jax.Array
+    mask: jax.Array  # bool [s, t]: query position s sees key position t
+
+
+def _positions(config: Config, start: jax.Array | int, s: int, t: int, local: bool) -> _Positions:
+    rope = config.local_rope if local and config.local_rope is not None else config.rope
+    queries = start + jnp.arange(s, dtype=jnp.int32)
+    frequencies = jnp.asarray(rope.frequencies(config.head_dim), jnp.float32)
+    angles = queries.astype(jnp.float32)[:, None, None] * frequencies[None, None, :]
+    distance = queries[:, None] - jnp.arange(t, dtype=jnp.int32)[None, :]
+    mask = distance >= 0
+    if local:
+        mask &= distance < config.sliding_window
+    return _Positions(jnp.cos(angles), jnp.sin(angles), mask)
+
+
+def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates the pairs (i, i + head_dim / 2) of x [b, s, heads, head_dim], in float32."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[None], sin[None]
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """``x / sqrt(mean(x ** 2) + epsilon) * scale`` over the last axis, in float32."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],))
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
+        shape = (1,) * (x.ndim - 1) + scale.shape
+        return (y * scale.astype(jnp.float32).reshape(shape)).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal attention with grouped key and value heads and rotary positions."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x, positions: _Positions, keys, values, start):
+        c = self.config
+        b, s, _ = x.shape
+        groups = c.num_heads // c.num_kv_heads
+
+        def project(name: str, heads: int) -> jax.Array:
+            dense = nn.Dense(heads * c.head_dim, use_bias=c.qkv_bias, dtype=c.dtype, name=name)
+            return dense(x).reshape(b, s, heads, c.head_dim)
+
+        q = project("q", c.num_heads)
+        k = project("k", c.num_kv_heads)
+        v = project("v", c.num_kv_heads)
+        if c.qk_norm:
+            q = RMSNorm(c.norm_epsilon, name="q_norm")(q)
+            k = RMSNorm(c.norm_epsilon, name="k_norm")(k)
+        q = _rotate(q, positions.cos, positions.sin)
+        k = _rotate(k, positions.cos, positions.sin)
+        if keys is not None:
+            keys = jax.lax.dynamic_update_slice_in_dim(keys, k.astype(keys.dtype), start, axis=1)
+            values = jax.lax.dynamic_update_slice_in_dim(
+                values, v.astype(values.dtype), start, axis=1
+            )
+            k, v = keys, values
+
+        scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
+        q = q.reshape(b, s, c.num_kv_heads, groups, c.head_dim)
+        scores = jnp.einsum("bskgd,btkd->bkgst", q, k, preferred_element_type=jnp.float32) * scale
+        scores = jnp.where(positions.mask[None, None, None], scores, -jnp.inf)
+        weights = jax.nn.softmax(scores, axis=-1).astype(c.dtype)
+        y = jnp.einsum("bkgst,btkd->bskgd", weights, v).reshape(b, s, c.num_heads * c.head_dim)
+        y = nn.Dense(c.hidden_size, use_bias=False, dtype=c.dtype, name="o")(y)
+        return y, keys, values
+
+
+class MLP(nn.Module):
+    """``down(activation(gate(x)) * up(x))``."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+
+        def dense(name: str, features: int) -> nn.Dense:
+            return nn.Dense(features, use_bias=False, dtype=c.dtype, name=name)
+
+        gate = ACTIVATIONS[c.activation](dense("gate", c.intermediate_size)(x))
+        up = dense("up", c.intermediate_size)(x)
+        return dense("down", c.hidden_size)(gate * up)
+
+
+class Block(nn.Module):
+    """Attention and MLP around a residual stream."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x, positions: _Positions, keys, values, start):
+        c = self.config
+
+        def norm(name: str, x: jax.Array) -> jax.Array:
+            return RMSNorm(c.norm_epsilon, name=name)(x)
+
+        y, keys, values = Attention(c, name="attention")(
+            norm("attention_norm", x), positions, keys, values, start
+        )
+        x = x + (norm("attention_post_norm", y) if c.post_norms else y)
+        y = MLP(c, name="mlp")(norm("mlp_norm", x))
+        x = x + (norm("mlp_post_norm", y) if c.post_norms else y)
+        return x, keys, values
+
+
+class _ScannedBlock(nn.Module):
+    """A Block as a scan body: it picks its positions by a flag, as all iterations are one trace."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x, layer, both, start):
+        local, keys, values = layer
+        positions = both[0]
+        if len(both) == 2:
+            positions = jax.tree.map(lambda a, b: jnp.where(local, a, b), both[1], both[0])
+        x, keys, values = Block(self.config, name="block")(x, positions, keys, values, start)
+        return x, (keys, values)
+
+
+class Decoder(nn.Module):
+    """A causal language model: token ids to logits.
+
+    Example::
+
+      model = Decoder(config)
+      params = model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
+      logits = model.apply(params, tokens)
+      logits, cache = model.apply(params, tokens, cache=init_cache(config, batch, 256))
+    """
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, *, cache: Cache | None = None, last=None):
+        """Computes logits.
+
+        Args:
+          tokens: int [b, s]. With a cache they continue the positions it holds.
+          cache: from `init_cache`, or returned by the previous call. The caller sees to it that
+            ``cache.length + s`` fits: a longer one overwrites the last positions.
+          last: int [] or None: compute the logits of this one of the s positions only.
+
+        Returns:
+          float32 logits [b, s, vocab] ([b, 1, vocab] with `last`); with a cache a pair of them and
+          the new cache.
+        """
+        c = self.config
+        s = tokens.shape[1]
+        embed = nn.Embed(c.vocab_size, c.hidden_size, dtype=c.dtype, name="embed")
+        x = embed(tokens)
+        if c.embedding_scale != 1.0:
+            x = x * jnp.asarray(c.embedding_scale, c.dtype)
+        start = jnp.zeros((), jnp.int32) if cache is None else cache.length
+        t = s if cache is None else jax.tree.leaves(cache.keys)[0].shape[-3]
+        kinds = sorted({c.is_local(i) for i in range(c.num_layers)})
+        positions = {local: _positions(c, start, s, t, local) for local in kinds}
+        run = self._scanned if c.scan else self._unrolled
+        x, keys, values = run(x, positions, cache, start)
+
+        x = RMSNorm(c.norm_epsilon, name="norm")(x)
+        if last is not None:
+            x = jax.lax.dynamic_slice_in_dim(x, last, 1, axis=1)
+        if c.tied:
+            logits = embed.attend(x)
+        else:
+            logits = nn.Dense(c.vocab_size, use_bias=False, dtype=c.dtype, name="head")(x)
+        logits = logits.astype(jnp.float32)
+        return logits if cache is None else (logits, Cache(keys, values, start + s))
+
+    def _unrolled(self, x, positions, cache, start):
+        c = self.config
+        keys, values = [], []
+        for i in range(c.num_layers):
+            k, v = (None, None) if cache is None else (cache.keys[i], cache.values[i])
+            block = Block(c, name=f"layers_{i}")
+            x, k, v = block(x, positions[c.is_local(i)], k, v, start)
+            keys.append(k)
+            values.append(v)
+        return x, tuple(keys), tuple(values)
+
+    def _scanned(self, x, positions, cache, start):
+        c = self.config
+        body = nn.scan(
+            _ScannedBlock,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast),
+            length=c.num_layers,
+        )
+        local = jnp.asarray([c.is_local(i) for i in range(c.num_layers)])
+        layers = (local, None, None) if cache is None else (local, cache.keys, cache.values)
+        both = tuple(positions[kind] for kind in sorted(positions))
+        x, (keys, values) = body(c, name="layers")(x, layers, both, start)
+        return x, keys, values
