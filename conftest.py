@@ -32,3 +32,13 @@ def no_tracer_leaks() -> Iterator[None]:
     """
     with jax.checking_leaks():
         yield
+
+
+@pytest.fixture
+def standard_promotion() -> Iterator[None]:
+    """JAX's default promotion, for a test that runs other people's code.
+
+    optax's Adam and many models mix int32 and float32 or broadcast over ranks.
+    """
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
