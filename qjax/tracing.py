@@ -29,7 +29,7 @@ def param_path(path: Sequence[Any]) -> str:
 def trace(
     fn: Callable[..., Any], leaves: Sequence[Any], tree: Any, dense: Callable[[Any], Any]
 ) -> Traced:
-    """Traces `fn` on `dense(leaf)` of its arrays and QTensors; `tree` of `leaves` is its arguments."""
+    """Traces `fn(*args, **kwargs)`, flattened to `tree` and `leaves`, on each traced `dense(leaf)`."""
     dynamic = [i for i, leaf in enumerate(leaves) if is_array(leaf) or is_qtensor(leaf)]
     result: list[Any] = []
 

@@ -137,7 +137,8 @@ def _axes(
     if len(choices) > 1:
         raise ValueError(
             f"{path}: shape {tuple(value.shape)} is contracted over axes "
-            f"{' and '.join(map(str, choices))} in different places; give its rule the axis along which scales are to be shared"
+            f"{' and '.join(map(str, choices))} in different places; "
+            "give its rule the axis along which scales are to be shared"
         )
     return choices[0], batch
 

@@ -18,11 +18,11 @@ ROOT = Path(__file__).resolve().parent.parent
 # A new module gets its place here.
 FLOORS = (
     {"_compat", "formats"},
-    {"blocks", "interpret", "qtensor", "quantizing", "rounding", "spec", "trees"}
+    {"blocks", "interpret", "qtensor", "quantizing", "rounding", "sizes", "spec", "trees"}
     | {"structural", "tracing"},
     {"algorithms", "ops", "prepared", "sites"},
     {"recipe", "recipes", "run"},
-    {"calibration", "training", "transform"},
+    {"calibration", "reporting", "training", "transform"},
     {"evaluate", "io", "models"},
     {"__main__"},
 )
