@@ -1,0 +1,66 @@
+"""Block-wise views of arrays: how one scale stands for many elements.
+
+A block is one length per axis, right-aligned: `(128, 1)` on `[..., in, out]` means that 128 neighbors along `in` share a
+scale. The last block of an axis may be ragged.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+Block = tuple[int, ...]
+
+
+def align(block: Sequence[int], ndim: int) -> Block:
+    """`block` with leading ones, one entry for each of `ndim` axes."""
+    return (1,) * (ndim - len(block)) + tuple(block)
+
+
+def scale_shape(shape: Sequence[int], block: Sequence[int]) -> tuple[int, ...]:
+    """The shape of what holds one value per block: ceil(shape / block)."""
+    return tuple(-(-s // b) for s, b in zip(shape, align(block, len(shape)), strict=True))
+
+
+def split(x: jax.Array, block: Sequence[int], pad: str = "edge") -> tuple[jax.Array, tuple[int, ...], tuple[int, ...]]:
+    """Views `x` with every blocked axis cut in two, (number of blocks, block).
+
+    Returns the view, the axes that run within blocks, and the shape that a per-block array needs to broadcast against it.
+    Ragged axes are padded first; `pad` is a mode of `jnp.pad` ("edge" repeats a member of the last block, which leaves
+    its minimum and maximum as they are).
+    """
+    block = align(block, x.ndim)
+    widths = [(0, -s % b if b < s else 0) for s, b in zip(x.shape, block, strict=True)]
+    if any(after for _, after in widths):
+        x = jnp.pad(x, widths, mode=pad)
+    view, within, keep = [], [], []
+    for size, b in zip(x.shape, block, strict=True):
+        if b == 1:
+            view.append(size)
+            keep.append(size)
+        elif b >= size:
+            within.append(len(view))
+            view.append(size)
+            keep.append(1)
+        else:
+            within.append(len(view) + 1)
+            view += [size // b, b]
+            keep += [size // b, 1]
+    return x.reshape(view), tuple(within), tuple(keep)
+
+
+def apply(function: Callable[..., jax.Array], x: jax.Array, block: Sequence[int], *per_block: jax.Array) -> jax.Array:
+    """`function(x, *per_block)` elementwise, each per-block array standing for all elements of its blocks."""
+    shape, block = x.shape, align(block, x.ndim)
+    if all(b == 1 or b >= s or s % b == 0 for s, b in zip(shape, block, strict=True)):
+        view, _, keep = split(x, block)
+        return function(view, *(p.reshape(keep) for p in per_block)).reshape(shape)
+    return function(x, *(expand(p, shape, block) for p in per_block))
+
+
+def expand(per_block: jax.Array, shape: Sequence[int], block: Sequence[int]) -> jax.Array:
+    """Repeats each per-block value over its block and crops to `shape`; axes of one block stay of length 1."""
+    for axis, (size, b) in enumerate(zip(shape, align(block, len(shape)), strict=True)):
+        if 1 < b < size:
+            per_block = jax.lax.slice_in_dim(jnp.repeat(per_block, b, axis), 0, size, axis=axis)
+    return per_block

@@ -1,0 +1,75 @@
+"""Format: one frozen row per low-precision element encoding.
+
+A format says how codes are held (`storage`), what they mean (`decode`) and how a normalized value becomes a code
+(`encode`). It knows nothing of scales or blocks.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+Codes: TypeAlias = jax.Array | tuple[jax.Array, ...]
+
+# The planes a code may be cut into, low bits first. "uint1" is the one packed plane: eight codes to a byte along the
+# last axis, least significant bit first, because no device dtype holds a single bit.
+PLANE_BITS = {"uint1": 1, "uint2": 2, "uint4": 4}
+
+
+class Format(NamedTuple):
+    """How one element is encoded.
+
+    Attributes:
+      name: the row's key in `FORMATS`.
+      storage: dtype name of the codes, or the names of their planes, low bits first.
+      decode: (codes, float dtype) -> values, elementwise. Codes of several planes arrive joined, as uint8.
+      encode: normalized float32 values -> codes before they are cut into planes; saturates.
+      min, max: smallest and largest value that a code can stand for.
+      bits: bits held on the device per element.
+    """
+
+    name: str
+    storage: str | tuple[str, ...]
+    decode: Callable[[jax.Array, jnp.dtype], jax.Array]
+    encode: Callable[[jax.Array], jax.Array]
+    min: float
+    max: float
+    bits: int
+
+
+def join_planes(fmt: Format, qvalue: Codes) -> jax.Array:
+    """Codes of `fmt` as one array: planes are joined into uint8, a single array passes through."""
+    if isinstance(fmt.storage, str):
+        assert not isinstance(qvalue, tuple)
+        return qvalue
+    length = qvalue[0].shape[-1]
+    codes, shift = jnp.uint8(0), 0
+    for name, plane in zip(fmt.storage, qvalue, strict=True):
+        bits = unpack_bits(plane, length) if name == "uint1" else plane.astype(jnp.uint8)
+        codes = codes | (bits << jnp.uint8(shift))
+        shift += PLANE_BITS[name]
+    return codes
+
+
+def split_planes(fmt: Format, codes: jax.Array) -> Codes:
+    """Cuts joined codes into the planes that `fmt` stores; the inverse of `join_planes`."""
+    if isinstance(fmt.storage, str):
+        return codes.astype(fmt.storage)
+    planes, shift = [], 0
+    for name in fmt.storage:
+        width = PLANE_BITS[name]
+        bits = (codes >> jnp.uint8(shift)) & jnp.uint8((1 << width) - 1)
+        planes.append(pack_bits(bits) if name == "uint1" else bits.astype(name))
+        shift += width
+    return tuple(planes)
+
+
+def pack_bits(bits: jax.Array) -> jax.Array:
+    """Packs 0/1 codes eight to a byte along the last axis, least significant bit first."""
+    return jnp.packbits(bits.astype(jnp.uint8), axis=-1, bitorder="little")
+
+
+def unpack_bits(packed: jax.Array, length: int) -> jax.Array:
+    """The first `length` bits of each row of `packed`, as uint8 zeros and ones."""
+    return jnp.unpackbits(packed, axis=-1, count=length, bitorder="little")

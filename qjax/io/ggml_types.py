@@ -1,0 +1,359 @@
+"""ggml's block types: bytes of a GGUF tensor <-> a QTensor that keeps their codes.
+
+A row of a ggml tensor is a run of blocks; a block is a packed struct of scales and codes (llama.cpp,
+`ggml/src/ggml-common.h`). `CODECS` describes each struct as data: a numpy structured dtype, and for every plane
+of codes which bytes hold it in which order. One pair of functions reads and writes them all.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from qjax.formats import FORMATS, Codes
+from qjax.qtensor import QTensor, check
+
+
+class GGMLType(NamedTuple):
+    """A type id of a GGUF file: `bytes` hold `elements` neighbors of a row."""
+
+    name: str
+    elements: int
+    bytes: int
+
+    def row_bytes(self, columns: int) -> int:
+        """Bytes of a row of `columns` elements; ValueError if they are no whole number of blocks."""
+        if columns % self.elements:
+            raise ValueError(
+                f"a row of {columns} elements is no whole number of {self.name} blocks of "
+                f"{self.elements}"
+            )
+        return columns // self.elements * self.bytes
+
+
+# Every id in use. 4, 5, 31-33 and 36-38 are retired.
+GGML_TYPES: dict[int, GGMLType] = {
+    0: GGMLType("F32", 1, 4),
+    1: GGMLType("F16", 1, 2),
+    2: GGMLType("Q4_0", 32, 18),
+    3: GGMLType("Q4_1", 32, 20),
+    6: GGMLType("Q5_0", 32, 22),
+    7: GGMLType("Q5_1", 32, 24),
+    8: GGMLType("Q8_0", 32, 34),
+    9: GGMLType("Q8_1", 32, 36),
+    10: GGMLType("Q2_K", 256, 84),
+    11: GGMLType("Q3_K", 256, 110),
+    12: GGMLType("Q4_K", 256, 144),
+    13: GGMLType("Q5_K", 256, 176),
+    14: GGMLType("Q6_K", 256, 210),
+    15: GGMLType("Q8_K", 256, 292),
+    16: GGMLType("IQ2_XXS", 256, 66),
+    17: GGMLType("IQ2_XS", 256, 74),
+    18: GGMLType("IQ3_XXS", 256, 98),
+    19: GGMLType("IQ1_S", 256, 50),
+    20: GGMLType("IQ4_NL", 32, 18),
+    21: GGMLType("IQ3_S", 256, 110),
+    22: GGMLType("IQ2_S", 256, 82),
+    23: GGMLType("IQ4_XS", 256, 136),
+    24: GGMLType("I8", 1, 1),
+    25: GGMLType("I16", 1, 2),
+    26: GGMLType("I32", 1, 4),
+    27: GGMLType("I64", 1, 8),
+    28: GGMLType("F64", 1, 8),
+    29: GGMLType("IQ1_M", 256, 56),
+    30: GGMLType("BF16", 1, 2),
+    34: GGMLType("TQ1_0", 256, 54),
+    35: GGMLType("TQ2_0", 256, 66),
+    39: GGMLType("MXFP4", 32, 17),
+    40: GGMLType("NVFP4", 64, 36),
+    41: GGMLType("Q1_0", 128, 18),
+    42: GGMLType("Q2_0", 64, 18),
+}
+
+
+class Field(NamedTuple):
+    """Where a plane of codes lies: byte j of each run of `width` bytes of the struct's field `name`
+    holds the elements j, j + width, j + 2 width, ... of the run, `bits` wide, lowest bits first."""
+
+    name: str
+    width: int
+    bits: int
+
+
+class Codec(NamedTuple):
+    """A block struct and what its members are in the equation `x = code * scale + offset`.
+
+    Attributes:
+      format: the row of `FORMATS` that holds the codes.
+      struct: the block as a numpy dtype.
+      planes: the fields of the codes, low bits first.
+      elements: elements of a block.
+      group: elements that share a scale.
+      sub_scales: how the scales of groups shorter than the block are held: "int8" (one signed byte
+        each, times `d`) or "uint6" (six bits each for a scale and a minimum, times `d` and
+        `dmin`); "" where `d` is the scale.
+    """
+
+    format: str
+    struct: np.dtype
+    planes: tuple[Field, ...]
+    elements: int
+    group: int
+    sub_scales: str = ""
+
+
+_D, _M, _DMIN = ("d", "<f2"), ("m", "<f2"), ("dmin", "<f2")
+_QH, _SIX_BITS = ("qh", "u1", 4), ("scales", "u1", 12)
+_HALVES, _HIGH_BITS, _BYTES = Field("qs", 16, 4), Field("qh", 1, 1), Field("scales", 1, 8)
+
+CODECS: dict[str, Codec] = {
+    "Q4_0": Codec("q4_0", np.dtype([_D, ("qs", "u1", 16)]), (_HALVES,), 32, 32),
+    "Q4_1": Codec("q4_1", np.dtype([_D, _M, ("qs", "u1", 16)]), (_HALVES,), 32, 32),
+    "Q5_0": Codec("q5_0", np.dtype([_D, _QH, ("qs", "u1", 16)]), (_HALVES, _HIGH_BITS), 32, 32),
+    "Q5_1": Codec("q5_1", np.dtype([_D, _M, _QH, ("qs", "u1", 16)]), (_HALVES, _HIGH_BITS), 32, 32),
+    "Q8_0": Codec("q8_0", np.dtype([_D, ("qs", "u1", 32)]), (Field("qs", 32, 8),), 32, 32),
+    "Q4_K": Codec(
+        "q4_k",
+        np.dtype([_D, _DMIN, _SIX_BITS, ("qs", "u1", 128)]),
+        (Field("qs", 32, 4),),
+        256,
+        32,
+        "uint6",
+    ),
+    "Q5_K": Codec(
+        "q5_k",
+        np.dtype([_D, _DMIN, _SIX_BITS, ("qh", "u1", 32), ("qs", "u1", 128)]),
+        (Field("qs", 32, 4), Field("qh", 32, 1)),
+        256,
+        32,
+        "uint6",
+    ),
+    "Q6_K": Codec(
+        "q6_k",
+        np.dtype([("ql", "u1", 128), ("qh", "u1", 64), ("scales", "u1", 16), _D]),
+        (Field("ql", 64, 4), Field("qh", 32, 2)),
+        256,
+        16,
+        "int8",
+    ),
+}
+
+
+def to_qtensor(raw: np.ndarray, type_name: str, dtype: DTypeLike, transpose: bool) -> QTensor:
+    """The QTensor that holds the codes and scales of ggml blocks, unchanged.
+
+    Args:
+      raw: uint8 `[..., rows, row_bytes]`, the bytes of the tensor's rows.
+      type_name: a key of `CODECS`, such as "Q4_K".
+      dtype: of the dequantized array.
+      transpose: False keeps the file's `[..., rows, columns]` (an embedding), blocks along the last
+        axis; True gives `[..., columns, rows]` (a matmul's `[in, out]`), blocks along the axis
+        before the last.
+
+    Returns:
+      A QTensor of format `type_name.lower()`. For Q4_K, Q5_K and Q6_K its `scale` (and `offset`)
+      are QTensors too: the file's sub-scale codes under its float16 `d` (and -`dmin`).
+
+    Raises:
+      ValueError: if the type has no codec or the bytes are not whole rows of its blocks.
+
+    Example:
+      >>> raw = np.zeros((4, 2 * 34), np.uint8)  # 4 rows of 2 blocks
+      >>> to_qtensor(raw, "Q8_0", np.float32, transpose=True)
+      QTensor(q8_0, shape=(64, 4), block=(32, 1), dtype=float32)
+    """
+    codec = _codec(type_name)
+    size = codec.struct.itemsize
+    if raw.dtype != np.uint8 or raw.ndim < 2 or raw.shape[-1] % size:
+        raise ValueError(
+            f"{type_name} bytes must be uint8 [..., rows, row_bytes] with row_bytes a multiple of "
+            f"{size}, got {raw.dtype} of shape {raw.shape}"
+        )
+    blocks = np.ascontiguousarray(raw).view(codec.struct)  # [..., rows, blocks per row]
+    d = blocks["d"].astype(np.float16)
+    scale, offset = _leaf(d, transpose), None
+    if codec.sub_scales == "int8":
+        scale = _sub_scales(codec, [_read(blocks["scales"], _BYTES)], d, transpose)
+    elif codec.sub_scales == "uint6":
+        scales, mins = _read_six_bits(blocks["scales"])
+        scale = _sub_scales(codec, scales, d, transpose)
+        offset = _sub_scales(codec, mins, -blocks["dmin"].astype(np.float16), transpose)
+    elif "m" in blocks.dtype.fields:
+        offset = _leaf(blocks["m"].astype(np.float16), transpose)
+    codes = _codes(codec.format, [_read(blocks[f.name], f) for f in codec.planes], transpose)
+    block = _along(codec.group, transpose)
+    return QTensor(codes, scale, None, offset, None, codec.format, block, np.dtype(dtype))
+
+
+def from_qtensor(q: QTensor, transpose: bool) -> np.ndarray:
+    """The ggml blocks of a QTensor: the inverse of `to_qtensor`, byte for byte.
+
+    Args:
+      q: a QTensor of one of the formats of `CODECS`, with concrete leaves.
+      transpose: whether `q` is `[..., columns, rows]`, as `to_qtensor(..., transpose=True)` gives.
+
+    Returns:
+      uint8 `[..., rows, row_bytes]`.
+
+    Raises:
+      ValueError: if the format, the blocks or the scales of `q` are not those of a ggml type.
+    """
+    codec = _codec(q.format.upper())
+    _check_ggml(q, codec, transpose)
+    planes = _planes(codec.format, q, transpose)
+    *rows, columns = planes[0].shape
+    blocks = np.zeros((*rows, columns // codec.elements), codec.struct)
+    for plane, field in zip(planes, codec.planes, strict=True):
+        blocks[field.name] |= _write(plane, field, blocks[field.name].shape)
+    if isinstance(q.scale, QTensor):
+        scales = _planes(codec.sub_scales, q.scale, transpose)
+        blocks["d"] = _host(q.scale.scale, transpose)
+        if isinstance(q.offset, QTensor):
+            mins = _planes(codec.sub_scales, q.offset, transpose)
+            blocks["scales"] = _write_six_bits(scales, mins)
+            blocks["dmin"] = -_host(q.offset.scale, transpose)
+        else:
+            blocks["scales"] = _write(scales[0], _BYTES, blocks["scales"].shape)
+    else:
+        blocks["d"] = _host(q.scale, transpose)
+        if q.offset is not None:
+            blocks["m"] = _host(q.offset, transpose)
+    return blocks.view(np.uint8)
+
+
+def _codec(type_name: str) -> Codec:
+    if type_name not in CODECS:
+        raise ValueError(f"ggml type {type_name!r} has no codec; those that do: {', '.join(CODECS)}")
+    return CODECS[type_name]
+
+
+def _along(length: int, transpose: bool) -> tuple[int, int]:
+    return (length, 1) if transpose else (1, length)
+
+
+# Planes of codes in the bytes of a block.
+
+
+def _read(data: np.ndarray, field: Field) -> np.ndarray:
+    """Codes `[..., blocks * elements]` of the bytes `[..., blocks, bytes]` of a field."""
+    mask = np.uint8((1 << field.bits) - 1)
+    *rows, blocks, size = data.shape
+    runs = data.reshape(*rows, blocks, size // field.width, field.width)
+    parts = [(runs >> np.uint8(s)) & mask for s in range(0, 8, field.bits)]
+    return np.stack(parts, axis=-2).reshape(*rows, blocks * size * len(parts))
+
+
+def _write(codes: np.ndarray, field: Field, shape: tuple[int, ...]) -> np.ndarray:
+    """The inverse of `_read`, as bytes of `shape`."""
+    runs = shape[-1] // field.width
+    parts = codes.reshape(*shape[:-1], runs, 8 // field.bits, field.width)
+    shifts = np.arange(0, 8, field.bits, dtype=np.uint8)[:, None]
+    return np.bitwise_or.reduce(parts << shifts, axis=-2).reshape(shape)
+
+
+def _read_six_bits(packed: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The planes (4 and 2 bits) of the eight scales and eight minima in 12 bytes `[..., blocks, 12]`.
+
+    The first four of each are the low six bits of bytes 0-3 and 4-7. The last four have their low
+    nibbles in bytes 8-11 (minima in the upper halves) and their high two bits atop bytes 0-7.
+    """
+    *rows, blocks, _ = packed.shape
+    first, last = packed[..., :8].reshape(*rows, blocks, 2, 4), packed[..., 8:]
+    low = np.concatenate([first & 15, np.stack([last & 15, last >> 4], axis=-2)], axis=-1)
+    high = np.concatenate([(first >> 4) & 3, first >> 6], axis=-1)
+    scales, mins = (
+        [plane[..., i, :].reshape(*rows, blocks * 8) for plane in (low, high)] for i in (0, 1)
+    )
+    return scales, mins
+
+
+def _write_six_bits(scales: list[np.ndarray], mins: list[np.ndarray]) -> np.ndarray:
+    """The inverse of `_read_six_bits`."""
+    *rows, groups = scales[0].shape
+    low, high = (
+        np.stack([x.reshape(*rows, groups // 8, 8) for x in pair], axis=-2)
+        for pair in zip(scales, mins, strict=True)
+    )
+    first = low[..., :4] | (high[..., :4] << 4) | (high[..., 4:] << 6)
+    last = low[..., 0, 4:] | (low[..., 1, 4:] << 4)
+    return np.concatenate([first.reshape(*rows, groups // 8, 8), last], axis=-1)
+
+
+# Leaves of a QTensor and their planes on the host, as uint8 [..., rows, columns].
+
+
+def _leaf(x: np.ndarray, transpose: bool) -> jax.Array:
+    return jnp.asarray(np.swapaxes(x, -1, -2) if transpose else x)
+
+
+def _host(leaf: jax.Array, transpose: bool) -> np.ndarray:
+    x = np.asarray(leaf)
+    return np.swapaxes(x, -1, -2) if transpose else x
+
+
+def _codes(format: str, planes: list[np.ndarray], transpose: bool) -> Codes:
+    """The leaf or leaves that hold file codes: signed formats of one plane store code + min."""
+    storage = FORMATS[format].storage
+    if isinstance(storage, str):
+        codes = planes[0]
+        if storage == "int4":  # ggml stores q + 8; a byte of q, sign extended, is what int4 holds
+            codes = codes - np.uint8(8)
+        return _leaf(codes.view(storage), transpose)
+    leaves = []
+    for name, plane in zip(storage, planes, strict=True):
+        if name == "uint1":  # packed along what will be the last axis
+            packed = np.packbits(plane, axis=-2 if transpose else -1, bitorder="little")
+            leaves.append(_leaf(packed, transpose))
+        else:
+            leaves.append(_leaf(plane.view(name), transpose))
+    return tuple(leaves)
+
+
+def _planes(format: str, q: QTensor, transpose: bool) -> list[np.ndarray]:
+    """The inverse of `_codes`."""
+    storage = FORMATS[format].storage
+    if isinstance(storage, str):
+        codes = _host(q.qvalue, transpose).view(np.uint8)
+        return [(codes + np.uint8(8)) & np.uint8(15) if storage == "int4" else codes]
+    planes = []
+    for name, plane in zip(storage, q.qvalue, strict=True):
+        x = _host(plane, transpose).view(np.uint8)
+        if name == "uint1":
+            axis = -2 if transpose else -1
+            count = q.storage_shape[-1]
+            x = np.unpackbits(x, axis=axis, count=count, bitorder="little")
+        planes.append(x)
+    return planes
+
+
+def _sub_scales(codec: Codec, planes: list[np.ndarray], d: np.ndarray, transpose: bool) -> QTensor:
+    codes = _codes(codec.sub_scales, planes, transpose)
+    block = _along(codec.elements // codec.group, transpose)
+    dtype = np.dtype(np.float32)
+    return QTensor(codes, _leaf(d, transpose), None, None, None, codec.sub_scales, block, dtype)
+
+
+def _check_ggml(q: QTensor, codec: Codec, transpose: bool) -> None:
+    check(q)
+    shape, name = q.storage_shape, q.format.upper()
+    block = _along(codec.group, transpose)
+    axis = -2 if transpose else -1
+    if len(shape) < 2 or q.block != block or shape[axis] % codec.elements:
+        raise ValueError(
+            f"{name} blocks need a tensor of at least two axes in blocks of {block}, axis {axis} a "
+            f"multiple of {codec.elements}; got {q!r}"
+        )
+    held = {"scale": q.scale, "offset": q.offset, "zero_point": q.zero_point}
+    given = {
+        n: (x.format, x.block, str(x.scale.dtype)) if isinstance(x, QTensor) else str(x.dtype)
+        for n, x in held.items()
+        if x is not None
+    }
+    sub = (codec.sub_scales, _along(codec.elements // codec.group, transpose), "float16")
+    needed = {"scale": sub if codec.sub_scales else "float16"}
+    if codec.sub_scales == "uint6" or "m" in codec.struct.fields:
+        needed["offset"] = needed["scale"]
+    if given != needed:
+        raise ValueError(f"{name} blocks hold {needed}, got {given}")

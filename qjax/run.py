@@ -1,0 +1,249 @@
+"""quantized(fn): runs an unmodified function on quantized parameters. explain: what ran where."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import numpy as np
+from jax import lax
+
+from qjax import _compat, ops, structural, tracing
+from qjax.interpret import Decline, Table, interpret
+from qjax.qtensor import QTensor, check, dequantize, is_qtensor
+
+
+class Use(NamedTuple):
+    """One use of one quantized parameter: what the model did with it, and how that ran."""
+
+    path: str
+    primitive: str
+    shape: tuple[int, ...]
+    spec: str
+    how: str
+
+
+class Explanation(NamedTuple):
+    """What `explain` returns: the uses in program order; `str` prints them as a table."""
+
+    uses: tuple[Use, ...]
+
+    def __str__(self) -> str:
+        rows = [("path", "primitive", "weight", "format", "how")]
+        rows += [(u.path, u.primitive, "x".join(map(str, u.shape)), u.spec, u.how) for u in self.uses]
+        widths = [max(len(r[i]) for r in rows) for i in range(4)]
+        return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(r, widths)), r[4]]).rstrip() for r in rows)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Box:
+    """A QTensor on its way through a jaxpr; `path` is set only while explaining."""
+
+    tensor: QTensor
+    path: str | None = dataclasses.field(metadata={"static": True})
+
+
+Record: TypeAlias = Callable[[Box, _compat.JaxprEqn, str], None]
+
+
+def quantized(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn`, with QTensors accepted wherever it takes arrays.
+
+    `fn` is traced on arrays of the shapes and dtypes that the QTensors stand for, and the trace is run with each matmul and
+    lookup on the quantized weight. The result composes with `jit`, `grad`, `jvp`, `vmap`, `pmap`, `scan` and `remat`; QTensors get
+    no gradient. Called without QTensors it is `fn`.
+
+    The bare callable traces `fn` on every call: wrap it in `jax.jit` to trace once.
+
+    Args:
+      fn: any function of pytrees, such as `model.apply`. Only arrays and QTensors are traced; other leaves keep their Python
+        values.
+
+    Returns:
+      A function of the same signature.
+
+    Raises:
+      ValueError: if the leaves of a QTensor disagree with its format.
+
+    Example:
+      >>> w = jnp.eye(4)
+      >>> apply = jax.jit(qjax.quantized(lambda params, x: x @ params["w"]))
+      >>> apply({"w": qjax.quantize(w, "int8", axis=0)}, jnp.ones((1, 4))).tolist()
+      [[1.0, 1.0, 1.0, 1.0]]
+    """
+
+    @functools.wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return _evaluate(fn, args, kwargs, _table(None), with_paths=False)
+
+    return call
+
+
+def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """What `quantized(fn)(*args, **kwargs)` does with every QTensor, without computing anything.
+
+    Args:
+      fn: the function, not wrapped.
+      *args, **kwargs: its arguments; arrays may be ShapeDtypeStructs.
+
+    Returns:
+      The uses in program order. `how` is the path a matmul or lookup took, or why the weight was dequantized.
+
+    Example:
+      >>> q = {"w": qjax.quantize(jnp.ones((128, 8)), "int8", axis=0)}
+      >>> print(qjax.explain(lambda p, x: x @ p["w"], q, jnp.ones((1, 128))))
+      path  primitive    weight  format  how
+      w     dot_general  128x8   int8    dot on codes, scale after
+    """
+    seen: dict[tuple[Any, ...], Use] = {}
+
+    def record(box: Box, eqn: _compat.JaxprEqn, how: str) -> None:
+        use = Use(box.path or "", eqn.primitive.name, box.tensor.shape, box.tensor.format, how)
+        seen.setdefault((id(eqn), use), use)
+
+    jaxprs = []  # equations are told apart by identity: keep them alive
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    dynamic = [i for i, leaf in enumerate(leaves) if tracing.is_array(leaf)]
+
+    def run(values: list[Any]) -> Any:
+        full = list(leaves)
+        for i, v in zip(dynamic, values, strict=True):
+            full[i] = v
+        inner_args, inner_kwargs = jax.tree.unflatten(tree, full)
+        return tracing.arrays_of(_evaluate(fn, inner_args, inner_kwargs, _table(record), with_paths=True, keep=jaxprs))
+
+    jax.eval_shape(run, [leaves[i] for i in dynamic])
+    return Explanation(tuple(seen.values()))
+
+
+def _evaluate(fn: Callable[..., Any], args: tuple, kwargs: dict, table: Table, with_paths: bool, keep: list | None = None) -> Any:
+    leaves, tree = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_qtensor)
+    if not any(is_qtensor(v) for _, v in leaves):
+        return fn(*args, **kwargs)
+    for path, leaf in leaves:
+        if is_qtensor(leaf):
+            check(leaf, tracing.path_string(path))
+    traced = tracing.trace(fn, [v for _, v in leaves], tree, _dense)
+    if keep is not None:
+        keep.append(traced.jaxpr)
+    boxes = [Box(_frozen(v), tracing.path_string(p) if with_paths else None) if is_qtensor(v) else v for p, v in leaves if tracing.is_array(v) or is_qtensor(v)]
+    outputs = interpret(table, traced.jaxpr, boxes)
+    return traced.rebuild([table.open(v, None, "it is an output") if isinstance(v, Box) else v for v in outputs])
+
+
+def _dense(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_qtensor(leaf) else leaf
+
+
+def _frozen(q: QTensor) -> QTensor:
+    return jax.tree.map(lax.stop_gradient, q)
+
+
+def _table(record: Record | None) -> Table:
+    def note(box: Box, eqn: _compat.JaxprEqn | None, how: str) -> None:
+        if record is not None and eqn is not None:
+            record(box, eqn, how)
+
+    def open_box(box: Box, eqn: _compat.JaxprEqn | None, reason: str) -> jax.Array:
+        note(box, eqn, f"dequantized: {reason}")
+        return dequantize(box.tensor)
+
+    def slice_leading(box: Box) -> Box | None:
+        cut = structural.slice_leading(box.tensor)
+        return None if cut is None else dataclasses.replace(box, tensor=cut)
+
+    rules = {name: functools.partial(_carry, rule) for name, rule in STRUCTURAL.items()}
+    rules |= {name: functools.partial(rule, note) for name, rule in COMPUTING.items()}
+    return Table(lambda v: isinstance(v, Box), rules, open_box, slice_leading)
+
+
+def _carry(rule: Callable[[dict[str, Any], list[Any]], Any], eqn: _compat.JaxprEqn, inputs: list[Any]) -> list[Any] | Decline:
+    """Runs a structural rule on the tensors inside boxes and boxes what comes out."""
+    paths = [v.path for v in inputs if isinstance(v, Box)]
+    path = "+".join(dict.fromkeys(p for p in paths if p is not None)) if paths[0] is not None else None
+    try:
+        outputs = rule(eqn.params, [v.tensor if isinstance(v, Box) else v for v in inputs])
+    except structural.CannotCarry as why:
+        return Decline(str(why))
+    return [Box(v, path) if is_qtensor(v) else v for v in (outputs if eqn.primitive.multiple_results else [outputs])]
+
+
+def _slice(params: dict[str, Any], inputs: list[Any]) -> Any:
+    if params["strides"] is not None and any(s != 1 for s in params["strides"]):
+        raise structural.CannotCarry("the slice has strides")
+    return structural.static_slice(inputs[0], params["start_indices"], params["limit_indices"])
+
+
+def _dynamic_slice(params: dict[str, Any], inputs: list[Any]) -> Any:
+    if not is_qtensor(inputs[0]):
+        raise structural.CannotCarry("it is an index")
+    return structural.dynamic_slice(inputs[0], inputs[1:], params["slice_sizes"])
+
+
+def _split(params: dict[str, Any], inputs: list[Any]) -> list[Any]:
+    (x,), axis, outputs, at = inputs, params["axis"], [], 0
+    for size in params["sizes"]:
+        start, limit = [0] * x.ndim, list(x.shape)
+        start[axis], limit[axis] = at, at + size
+        outputs.append(structural.static_slice(x, start, limit))
+        at += size
+    return outputs
+
+
+def _reshape(params: dict[str, Any], inputs: list[Any]) -> Any:
+    if params.get("dimensions") is not None:
+        raise structural.CannotCarry("the reshape permutes axes")
+    return structural.reshape(inputs[0], params["new_sizes"])
+
+
+# Primitives that move a weight without computing: primitive -> (equation parameters, inputs) -> outputs.
+STRUCTURAL: Mapping[str, Callable[[dict[str, Any], list[Any]], Any]] = {
+    "convert_element_type": lambda p, v: structural.convert(v[0], p["new_dtype"]),
+    "transpose": lambda p, v: structural.transpose(v[0], p["permutation"]),
+    "reshape": _reshape,
+    "squeeze": lambda p, v: structural.squeeze(v[0], p["dimensions"]),
+    "broadcast_in_dim": lambda p, v: structural.broadcast_in_dim(v[0], p["shape"], p["broadcast_dimensions"]),
+    "slice": _slice,
+    "dynamic_slice": _dynamic_slice,
+    "split": _split,
+    "concatenate": lambda p, v: structural.concatenate(v, p["dimension"]),
+    "stop_gradient": lambda p, v: v[0],
+    "copy": lambda p, v: v[0],
+    "copy_p": lambda p, v: v[0],
+    "optimization_barrier": lambda p, v: list(lax.optimization_barrier(tuple(v))),
+}
+
+
+def _dot_general(note: Record, eqn: _compat.JaxprEqn, inputs: list[Any]) -> list[Any] | Decline:
+    lhs, rhs = inputs
+    if isinstance(lhs, Box) and isinstance(rhs, Box):
+        return Decline("both operands of the matmul are quantized weights")
+    side = 0 if isinstance(lhs, Box) else 1
+    box, x = (lhs, rhs) if side == 0 else (rhs, lhs)
+    params = eqn.params
+    dot = ops.Dot(params["dimension_numbers"], side, params["precision"], np.dtype(eqn.outvars[0].aval.dtype))
+    y, how = ops.dot_general(x, box.tensor, dot)
+    note(box, eqn, how)
+    return [y]
+
+
+def _gather(note: Record, eqn: _compat.JaxprEqn, inputs: list[Any]) -> list[Any] | Decline:
+    box, indices = inputs
+    params = eqn.params
+    if not isinstance(box, Box):
+        return Decline("it is an index")
+    try:
+        rows, how = ops.take(box.tensor, indices, params["dimension_numbers"], params["slice_sizes"], params["mode"])
+    except structural.CannotCarry as why:
+        return Decline(str(why))
+    note(box, eqn, how)
+    return [rows]
+
+
+# Primitives that compute on quantized operands: primitive -> (note, equation, inputs) -> outputs or Decline.
+COMPUTING: Mapping[str, Callable[[Record, _compat.JaxprEqn, list[Any]], list[Any] | Decline]] = {
+    "dot_general": _dot_general,
+    "gather": _gather,
+}

@@ -1,0 +1,262 @@
+"""Structural operations on QTensors: move the codes and their scales along, never decode.
+
+Each function takes an array or a QTensor, so that scales which are QTensors follow by recursion. `CannotCarry` says why a
+QTensor cannot follow; the caller then dequantizes it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from qjax import blocks
+from qjax.formats import FORMATS
+from qjax.qtensor import QTensor, dequantize
+
+Value: TypeAlias = jax.Array | QTensor
+
+
+class CannotCarry(ValueError):
+    """The operation cannot be expressed on codes and scales; the message says why."""
+
+
+def block_of(q: QTensor) -> blocks.Block:
+    """The block of `q` with one entry per axis, none longer than its axis."""
+    if q.param_shape is not None:
+        raise CannotCarry("its storage has another shape than the weight")
+    return tuple(min(b, max(s, 1)) for b, s in zip(blocks.align(q.block, q.ndim), q.shape, strict=True))
+
+
+def _rebuild(q: QTensor, block: blocks.Block, on_plane: Callable[[jax.Array], jax.Array], on_scale: Callable[[Value], Value], moves_last: bool) -> QTensor:
+    """`q` with `on_plane` applied to its codes and `on_scale` to whatever has one value per block."""
+    storage = FORMATS[q.format].storage
+    if moves_last and "uint1" in storage:
+        raise CannotCarry("its bits are packed along the last axis")
+
+    def follow(scale: Value | None) -> Value | None:
+        if scale is None:
+            return None
+        try:
+            return on_scale(scale)
+        except CannotCarry:
+            if not isinstance(scale, QTensor):
+                raise
+            return on_scale(dequantize(scale))  # quantized scales are small: only they are opened
+
+    qvalue = tuple(map(on_plane, q.qvalue)) if isinstance(q.qvalue, tuple) else on_plane(q.qvalue)
+    return dataclasses.replace(q, qvalue=qvalue, scale=follow(q.scale), zero_point=follow(q.zero_point), offset=follow(q.offset), block=block)
+
+
+def transpose(x: Value, permutation: Sequence[int]) -> Value:
+    if not isinstance(x, QTensor):
+        return lax.transpose(x, permutation)
+    block = block_of(x)
+    moved = tuple(block[p] for p in permutation)
+    turn = lambda v: transpose(v, permutation)
+    return _rebuild(x, moved, turn, turn, moves_last=permutation[-1] != x.ndim - 1)
+
+
+def reshape(x: Value, shape: Sequence[int]) -> Value:
+    if not isinstance(x, QTensor):
+        return lax.reshape(x, shape)
+    shape, block = tuple(shape), list([1] * len(shape))
+    old = block_of(x)
+    for before, after in regroup(x.shape, shape):
+        sizes = [shape[a] for a in after]
+        for a, b in zip(after, _reblock([x.shape[a] for a in before], [old[a] for a in before], sizes), strict=True):
+            block[a] = b
+
+    def on_plane(plane: jax.Array) -> jax.Array:
+        packed = plane.shape[-1] != x.shape[-1]
+        return lax.reshape(plane, (*shape[:-1], plane.shape[-1]) if packed else shape)
+
+    return _rebuild(x, tuple(block), on_plane, lambda s: reshape(s, blocks.scale_shape(shape, block)), moves_last=shape[-1:] != x.shape[-1:])
+
+
+def regroup(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Cuts a reshape into independent groups (old axes, new axes) of equal size; axes of length 1 belong to none."""
+    groups, i, j = [], 0, 0
+    before_axes = [a for a, s in enumerate(old) if s != 1]
+    after_axes = [a for a, s in enumerate(new) if s != 1]
+    if 0 in old:
+        raise CannotCarry("it is empty")
+    while i < len(before_axes):
+        before, after = [before_axes[i]], [after_axes[j]]
+        m, n = old[before[0]], new[after[0]]
+        while m != n:
+            if m < n:
+                i += 1
+                before.append(before_axes[i])
+                m *= old[before[-1]]
+            else:
+                j += 1
+                after.append(after_axes[j])
+                n *= new[after[-1]]
+        groups.append((before, after))
+        i, j = i + 1, j + 1
+    return groups
+
+
+def _reblock(old: Sequence[int], old_block: Sequence[int], new: Sequence[int]) -> list[int]:
+    """The blocks of axes `new` that hold the same elements as those of axes `old`, both flattening to one axis."""
+    size, block = 1, 1
+    for s, b in zip(reversed(old), reversed(old_block), strict=True):
+        if block == size:  # everything further in is one block
+            block *= b
+        elif b != 1 or size % block:
+            raise CannotCarry("the reshape merges axes across its blocks")
+        size *= s
+    result = []
+    for s in reversed(new):
+        if block >= size or block % s == 0:
+            result.append(s)
+            block = max(block // s, 1)
+        elif s % block == 0:
+            result.append(block)
+            block = 1
+        else:
+            raise CannotCarry("the reshape cuts its blocks")
+        size //= s
+    return result[::-1]
+
+
+def squeeze(x: Value, dimensions: Sequence[int]) -> Value:
+    return reshape(x, [s for a, s in enumerate(x.shape) if a not in dimensions])
+
+
+def broadcast_in_dim(x: Value, shape: Sequence[int], dimensions: Sequence[int]) -> Value:
+    if not isinstance(x, QTensor):
+        return lax.broadcast_in_dim(x, shape, dimensions)
+    if any(shape[d] != s for d, s in zip(dimensions, x.shape, strict=True)):
+        raise CannotCarry("it is broadcast along one of its own axes")
+    old, block = block_of(x), [1] * len(shape)
+    for d, b in zip(dimensions, old, strict=True):
+        block[d] = b
+
+    def spread(v: Value) -> Value:
+        wanted = list(shape)
+        for d, s in zip(dimensions, v.shape, strict=True):
+            wanted[d] = s
+        return broadcast_in_dim(v, wanted, dimensions)
+
+    last_stays = bool(dimensions) and dimensions[-1] == len(shape) - 1
+    return _rebuild(x, tuple(block), spread, spread, moves_last=not last_stays)
+
+
+def static_slice(x: Value, start: Sequence[int], limit: Sequence[int]) -> Value:
+    if not isinstance(x, QTensor):
+        return lax.slice(x, start, limit)
+    block = block_of(x)
+    scale_start, scale_limit = [], []
+    for size, b, first, end in zip(x.shape, block, start, limit, strict=True):
+        if b < size and first % b:
+            raise CannotCarry("the slice starts inside a block")
+        scale_start.append(0 if b >= size else first // b)
+        scale_limit.append(1 if b >= size else -(-end // b))
+    return _rebuild(
+        x,
+        block,
+        lambda plane: lax.slice(plane, start, (*limit[:-1], min(limit[-1], plane.shape[-1]))),
+        lambda s: static_slice(s, scale_start, scale_limit),
+        moves_last=(start[-1], limit[-1]) != (0, x.shape[-1]),
+    )
+
+
+def dynamic_slice(x: Value, starts: Sequence[Any], sizes: Sequence[int]) -> Value:
+    if not isinstance(x, QTensor):
+        return lax.dynamic_slice(x, starts, sizes)
+    block = block_of(x)
+    if any(1 < b < size != taken for size, b, taken in zip(x.shape, block, sizes, strict=True)):
+        raise CannotCarry("the dynamic slice runs along a blocked axis")
+    zero = np.zeros((), np.asarray(starts[0]).dtype if isinstance(starts[0], (int, np.ndarray)) else starts[0].dtype)
+    one_block = [b >= size or size == taken for size, b, taken in zip(x.shape, block, sizes, strict=True)]
+
+    def cut(v: Value, lengths: Sequence[int]) -> Value:
+        first = [zero if v.shape[a] == n else s for a, (s, n) in enumerate(zip(starts, lengths, strict=True))]
+        return dynamic_slice(v, first, lengths)
+
+    return _rebuild(
+        x,
+        block,
+        lambda plane: cut(plane, (*sizes[:-1], min(sizes[-1], plane.shape[-1]))),
+        lambda s: cut(s, [s.shape[a] if one_block[a] else n for a, n in enumerate(sizes)]),
+        moves_last=sizes[-1] != x.shape[-1],
+    )
+
+
+def concatenate(xs: Sequence[Value], dimension: int) -> Value:
+    first = xs[0]
+    if not isinstance(first, QTensor):
+        if not all(isinstance(x, jax.Array) for x in xs):
+            raise CannotCarry("it is concatenated with an array")
+        return _concatenate_arrays(xs, dimension)
+    block = block_of(first)
+    alike = lambda q: isinstance(q, QTensor) and (q.format, q.dtype, q.activation, q.zero_point is None, q.offset is None) == (
+        first.format, first.dtype, first.activation, first.zero_point is None, first.offset is None)
+    if not all(alike(q) and block_of(q) == block for q in xs):
+        raise CannotCarry("it is concatenated with something held differently")
+    if any(q.shape[dimension] % block[dimension] for q in xs[:-1]):
+        raise CannotCarry("it is concatenated after a ragged block")
+    if dimension == first.ndim - 1 and "uint1" in FORMATS[first.format].storage:
+        raise CannotCarry("its bits are packed along the last axis")
+    join = lambda get: None if get(first) is None else concatenate([get(q) for q in xs], dimension)
+    planes = isinstance(first.qvalue, tuple)
+    qvalue = tuple(_concatenate_arrays(p, dimension) for p in zip(*(q.qvalue for q in xs))) if planes else _concatenate_arrays([q.qvalue for q in xs], dimension)
+    return dataclasses.replace(first, qvalue=qvalue, scale=join(lambda q: q.scale), zero_point=join(lambda q: q.zero_point), offset=join(lambda q: q.offset), block=block)
+
+
+def _concatenate_arrays(xs: Sequence[jax.Array], dimension: int) -> jax.Array:
+    dtype = xs[0].dtype
+    if dtype.name in ("int2", "uint2", "int4", "uint4"):  # XLA:CPU aborts on some concatenations of 2-bit integers
+        wide = jnp.int8 if dtype.name.startswith("int") else jnp.uint8
+        return lax.concatenate([x.astype(wide) for x in xs], dimension).astype(dtype)
+    return lax.concatenate(xs, dimension)
+
+
+def take(x: Value, indices: jax.Array, dims: lax.GatherDimensionNumbers, slice_sizes: Sequence[int], mode: Any) -> Value:
+    """A `lax.gather` that looks up whole rows: every axis is either indexed, one at a time, or taken whole."""
+    if not isinstance(x, QTensor):
+        return lax.gather(x, indices, dims, slice_sizes, mode=mode)
+    block = block_of(x)
+    looked_up = set(dims.collapsed_slice_dims)
+    if set(dims.start_index_map) != looked_up or dims.operand_batching_dims:
+        raise CannotCarry("the gather does not look up whole rows")
+    for a, (size, n, b) in enumerate(zip(x.shape, slice_sizes, block, strict=True)):
+        if a in looked_up and b != 1:
+            raise CannotCarry("the looked-up axis runs through its blocks")
+        if a not in looked_up and n != size:
+            raise CannotCarry("the gather does not look up whole rows")
+    if x.ndim - 1 in looked_up and "uint1" in FORMATS[x.format].storage:
+        raise CannotCarry("its bits are packed along the last axis")
+    rows = lambda v: take(v, indices, dims, [1 if a in looked_up else s for a, s in enumerate(v.shape)], mode)
+    taken = [block[a] for a in range(x.ndim) if a not in looked_up]
+    ndim = len(dims.offset_dims) + indices.ndim - 1
+    placed = [1] * ndim
+    for d, b in zip(dims.offset_dims, taken, strict=True):
+        placed[d] = b
+    return _rebuild(x, tuple(placed), rows, rows, moves_last=bool(taken) and dims.offset_dims[-1] != ndim - 1)
+
+
+def convert(x: QTensor, dtype: Any) -> QTensor:
+    """The same codes, dequantized to another floating-point dtype."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise CannotCarry(f"it is converted to {np.dtype(dtype)}")
+    return dataclasses.replace(x, dtype=np.dtype(dtype))
+
+
+def slice_leading(q: QTensor) -> QTensor | None:
+    """`q` as one iteration over its leading axis sees it, its leaves still stacked; None if a block spans that axis."""
+    if q.param_shape is None and len(q.block) < q.ndim:
+        return q
+    if q.param_shape is not None or q.ndim < 2 or q.block[0] != 1:
+        return None
+    scales = {}
+    for name in ("scale", "offset"):
+        leaf = getattr(q, name)
+        cut = slice_leading(leaf) if isinstance(leaf, QTensor) else leaf
+        scales[name] = dequantize(leaf) if isinstance(leaf, QTensor) and cut is None else cut
+    return dataclasses.replace(q, block=q.block[1:], **scales)
