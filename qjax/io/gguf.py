@@ -327,13 +327,13 @@ def _read_info(cursor: _Cursor, i: int) -> TensorInfo:
         known = ", ".join(f"{i} {kind.name}" for i, kind in GGML_TYPES.items())
         cursor.fail(f"{field} type", f"is {type_id}, known are {known}")
     kind = GGML_TYPES[type_id]
-    if dims[0] % kind.block:
+    if dims[0] % kind.elements:
         cursor.fail(
-            f"{field} dims[0]", f"is {dims[0]}, {kind.name} needs a multiple of {kind.block}"
+            f"{field} dims[0]", f"is {dims[0]}, {kind.name} needs a multiple of {kind.elements}"
         )
     offset = cursor.number("<Q", f"{field} offset")
     return TensorInfo(
-        name, kind, tuple(reversed(dims)), offset, elements // kind.block * kind.nbytes
+        name, kind, tuple(reversed(dims)), offset, elements // kind.elements * kind.bytes
     )
 
 
