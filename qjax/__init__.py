@@ -7,10 +7,10 @@ from qjax.quantizing import quantize as quantize
 from qjax.recipe import Recipe as Recipe
 from qjax.recipe import Rule as Rule
 from qjax.recipe import is_gathered as is_gathered
+from qjax.reporting import report as report
 from qjax.run import explain as explain
 from qjax.run import quantized as quantized
 from qjax.sites import Site as Site
 from qjax.sites import find_sites as find_sites
 from qjax.spec import Spec as Spec
 from qjax.transform import quantize_params as quantize_params
-from qjax.transform import report as report

@@ -27,9 +27,14 @@ def bind(eqn: JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
 
 @contextlib.contextmanager
 def equation_context(eqn: JaxprEqn) -> Iterator[None]:
-    """The name stack, traceback and configuration under which `eqn` was traced, so that profiles keep their names."""
+    """The name stack, traceback and configuration under which `eqn` was traced, so that profiles
+    keep their names.
+    """
     names = source_info_util.current_name_stack() + eqn.source_info.name_stack
-    with source_info_util.user_context(eqn.source_info.traceback, name_stack=names), eqn.ctx.manager:
+    with (
+        source_info_util.user_context(eqn.source_info.traceback, name_stack=names),
+        eqn.ctx.manager,
+    ):
         yield
 
 

@@ -1,8 +1,8 @@
 """Evaluates a jaxpr equation by equation with some values boxed. Knows nothing of quantization.
 
-A box stands in for an array. A `Table` says what a primitive does when it meets one; without a rule, or when the rule
-declines, the box is opened into the array that it stands for and the equation runs as it was traced. An equation that
-meets no box is bound unchanged, whatever it is.
+A box stands in for an array. A `Table` says what a primitive does when it meets one; without a
+rule, or when the rule declines, the box is opened into the array that it stands for and the
+equation runs as it was traced. An equation that meets no box is bound unchanged, whatever it is.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,12 +23,13 @@ class Table(NamedTuple):
     """What one interpretation does with boxes.
 
     Attributes:
-      is_box: whether a value is a box. Boxes are pytrees: they pass through jit, scan and remat as their leaves do.
-      rules: primitive name -> rule. A rule takes the equation and its inputs and returns the outputs, boxes or arrays, or
-        `Decline`.
+      is_box: whether a value is a box. Boxes are pytrees: they pass through jit, scan and remat as
+        their leaves do.
+      rules: primitive name -> rule. A rule takes the equation and its inputs and returns the
+        outputs, boxes or arrays, or `Decline`.
       open: (box, equation, reason) -> the array that the box stands for.
-      slice_leading: box -> the box as a scan sees it when it iterates over the leading axis, or None if that axis cannot be
-        cut.
+      slice_leading: box -> the box as a scan sees it when it iterates over the leading axis, or
+        None if that axis cannot be cut.
       note: called with every equation that met no box, its inputs and outputs; `None` to skip.
     """
 
@@ -70,7 +71,8 @@ def _step(table: Table, eqn: _compat.JaxprEqn, inputs: list[Any], jits: dict) ->
     name = eqn.primitive.name
     if name in _ENTER:
         return _ENTER[name](table, eqn, inputs, jits)
-    result = table.rules[name](eqn, inputs) if name in table.rules else Decline(f"{name} has no rule for it")
+    rule = table.rules.get(name)
+    result = Decline(f"{name} has no rule for it") if rule is None else rule(eqn, inputs)
     if isinstance(result, Decline):
         return _compat.bind(eqn, [_open(table, v, eqn, result.reason) for v in inputs])
     return result
@@ -81,7 +83,7 @@ def _open(table: Table, value: Any, eqn: _compat.JaxprEqn, reason: str) -> Any:
 
 
 def _jit(table: Table, eqn: _compat.JaxprEqn, inputs: list[Any], jits: dict) -> list[Any]:
-    """One jitted function per inner jaxpr and structure of boxes, so that a layer called n times is lowered once."""
+    """One function per inner jaxpr and structure of boxes: layers called n times lower once."""
     params = eqn.params
     inner = params["jaxpr"]
     key = (id(inner), jax.tree.structure(inputs))
@@ -106,23 +108,41 @@ def _remat(table: Table, eqn: _compat.JaxprEqn, inputs: list[Any], jits: dict) -
 
 
 def _scan(table: Table, eqn: _compat.JaxprEqn, inputs: list[Any], jits: dict) -> list[Any]:
-    """Enters the body. A boxed carry stays boxed only if the body hands it on unchanged; then it is a constant."""
+    """Enters the body. A carry stays boxed, as a constant, only if the body hands it on."""
     params = eqn.params
     body, _ = _compat.open_jaxpr(params["jaxpr"])
     num_consts, num_carry = _compat.scan_counts(params)
-    consts, carry, xs = inputs[:num_consts], inputs[num_consts:][:num_carry], inputs[num_consts + num_carry :]
-    fixed = {i for i in range(num_carry) if table.is_box(carry[i]) and body.outvars[i] is body.invars[num_consts + i]}
-    start = [_open(table, v, eqn, "the scan body changes it") for i, v in enumerate(carry) if i not in fixed]
+    consts, carry, xs = (
+        inputs[:num_consts],
+        inputs[num_consts:][:num_carry],
+        inputs[num_consts + num_carry :],
+    )
+    fixed = {
+        i
+        for i in range(num_carry)
+        if table.is_box(carry[i]) and body.outvars[i] is body.invars[num_consts + i]
+    }
+    start = [
+        _open(table, v, eqn, "the scan body changes it")
+        for i, v in enumerate(carry)
+        if i not in fixed
+    ]
     sliced = []
     for x in xs:
         cut = table.slice_leading(x) if table.is_box(x) else x
-        sliced.append(_open(table, x, eqn, "scan iterates over a blocked axis") if cut is None else cut)
+        sliced.append(
+            _open(table, x, eqn, "scan iterates over a blocked axis") if cut is None else cut
+        )
 
     def step(moving: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
         rest = iter(moving)
         full = [carry[i] if i in fixed else next(rest) for i in range(num_carry)]
         outs = _run(table, params["jaxpr"], [*consts, *full, *x], jits)
-        after = [_open(table, v, eqn, "the scan body changes it") for i, v in enumerate(outs[:num_carry]) if i not in fixed]
+        after = [
+            _open(table, v, eqn, "the scan body changes it")
+            for i, v in enumerate(outs[:num_carry])
+            if i not in fixed
+        ]
         return after, [_open(table, v, eqn, "a scan stacks it") for v in outs[num_carry:]]
 
     options = {k: params[k] for k in ("length", "reverse", "unroll") if k in params}
@@ -131,4 +151,11 @@ def _scan(table: Table, eqn: _compat.JaxprEqn, inputs: list[Any], jits: dict) ->
     return [carry[i] if i in fixed else next(rest) for i in range(num_carry)] + list(ys)
 
 
-_ENTER = {"jit": _jit, "pjit": _jit, "remat": _remat, "remat2": _remat, "checkpoint": _remat, "scan": _scan}
+_ENTER = {
+    "jit": _jit,
+    "pjit": _jit,
+    "remat": _remat,
+    "remat2": _remat,
+    "checkpoint": _remat,
+    "scan": _scan,
+}

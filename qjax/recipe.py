@@ -24,7 +24,8 @@ class Rule:
       pattern: a regular expression that the whole path must match.
       spec: a Spec or its string; `None` leaves the parameter as it is.
       where: a predicate on the parameter's sites that must hold too.
-      axis: the contracted axis or axes, in place of what the sites say; needed where there are no sites.
+      axis: the contracted axis or axes, in place of what the sites say; needed where there are no
+        sites.
       optional: whether the rule may match nothing at all; otherwise that is an error.
 
     Example:
@@ -42,22 +43,27 @@ class Rule:
         try:
             re.compile(self.pattern)
         except re.error as error:
-            raise ValueError(f"rule pattern {self.pattern!r} is no regular expression: {error}") from error
+            raise ValueError(
+                f"rule pattern {self.pattern!r} is no regular expression: {error}"
+            ) from error
         if self.spec is not None:
             object.__setattr__(self, "spec", Spec.parse(self.spec))
 
     def matches(self, path: str, sites: Sequence[Site]) -> bool:
-        return re.fullmatch(self.pattern, path) is not None and (self.where is None or self.where(sites))
+        return re.fullmatch(self.pattern, path) is not None and (
+            self.where is None or self.where(sites)
+        )
 
 
 class Recipe:
     """Rules in order; the first that matches a parameter decides.
 
-    A bare Spec or spec string in place of a Recipe means: every parameter that a matmul uses gets it, except tables that
-    are looked up (embeddings, tied heads), which are kept.
+    A bare Spec or spec string in place of a Recipe means: every parameter that a matmul uses gets
+    it, except tables that are looked up (embeddings, tied heads), which are kept.
 
     Example:
-      >>> recipe = qjax.Recipe(qjax.Rule(r".*", None, where=qjax.is_gathered), qjax.Rule(r".*", "int4_g128"))
+      >>> keep_tables = qjax.Rule(r".*", None, where=qjax.is_gathered)
+      >>> recipe = qjax.Recipe(keep_tables, qjax.Rule(r".*", "int4_g128"))
       >>> len(recipe.rules)
       2
     """
@@ -65,7 +71,9 @@ class Recipe:
     def __init__(self, *rules: Rule) -> None:
         for rule in rules:
             if not isinstance(rule, Rule):
-                raise ValueError(f"a Recipe is made of Rules, got {rule!r}; write Recipe(Rule(pattern, spec), ...)")
+                raise ValueError(
+                    f"a Recipe is made of Rules, got {rule!r}; write Rule(pattern, spec)"
+                )
         self.rules = rules
 
     def __repr__(self) -> str:

@@ -31,9 +31,12 @@ class Explanation(NamedTuple):
 
     def __str__(self) -> str:
         rows = [("path", "primitive", "weight", "format", "how")]
-        rows += [(u.path, u.primitive, "x".join(map(str, u.shape)), u.spec, u.how) for u in self.uses]
+        rows += [
+            (u.path, u.primitive, "x".join(map(str, u.shape)), u.spec, u.how) for u in self.uses
+        ]
         widths = [max(len(r[i]) for r in rows) for i in range(4)]
-        return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(r, widths)), r[4]]).rstrip() for r in rows)
+        lines = [[*map(str.ljust, r[:4], widths), r[4]] for r in rows]
+        return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 @jax.tree_util.register_dataclass
@@ -51,15 +54,16 @@ Record: TypeAlias = Callable[[Box, _compat.JaxprEqn, str], None]
 def quantized(fn: Callable[..., Any]) -> Callable[..., Any]:
     """`fn`, with QTensors accepted wherever it takes arrays.
 
-    `fn` is traced on arrays of the shapes and dtypes that the QTensors stand for, and the trace is run with each matmul and
-    lookup on the quantized weight. The result composes with `jit`, `grad`, `jvp`, `vmap`, `pmap`, `scan` and `remat`; QTensors get
-    no gradient. Called without QTensors it is `fn`.
+    `fn` is traced on arrays of the shapes and dtypes that the QTensors stand for, and the trace is
+    run with each matmul and lookup on the quantized weight. The result composes with `jit`, `grad`,
+    `jvp`, `vmap`, `pmap`, `scan` and `remat`; QTensors get no gradient. Called without QTensors it
+    is `fn`.
 
     The bare callable traces `fn` on every call: wrap it in `jax.jit` to trace once.
 
     Args:
-      fn: any function of pytrees, such as `model.apply`. Only arrays and QTensors are traced; other leaves keep their Python
-        values.
+      fn: any function of pytrees, such as `model.apply`. Only arrays and QTensors are traced; other
+        leaves keep their Python values.
 
     Returns:
       A function of the same signature.
@@ -89,7 +93,8 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
       *args, **kwargs: its arguments; arrays may be ShapeDtypeStructs.
 
     Returns:
-      The uses in program order. `how` is the path a matmul or lookup took, or why the weight was dequantized.
+      The uses in program order. `how` is the path a matmul or lookup took, or why the weight was
+      dequantized.
 
     Example:
       >>> q = {"w": qjax.quantize(jnp.ones((128, 8)), "int8", axis=0)}
@@ -112,25 +117,40 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
         for i, v in zip(dynamic, values, strict=True):
             full[i] = v
         inner_args, inner_kwargs = jax.tree.unflatten(tree, full)
-        return tracing.arrays_of(_evaluate(fn, inner_args, inner_kwargs, _table(record), with_paths=True, keep=jaxprs))
+        return tracing.arrays_of(
+            _evaluate(fn, inner_args, inner_kwargs, _table(record), with_paths=True, keep=jaxprs)
+        )
 
     jax.eval_shape(run, [leaves[i] for i in dynamic])
     return Explanation(tuple(seen.values()))
 
 
-def _evaluate(fn: Callable[..., Any], args: tuple, kwargs: dict, table: Table, with_paths: bool, keep: list | None = None) -> Any:
+def _evaluate(
+    fn: Callable[..., Any],
+    args: tuple,
+    kwargs: dict,
+    table: Table,
+    with_paths: bool,
+    keep: list | None = None,
+) -> Any:
     leaves, tree = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_qtensor)
     if not any(is_qtensor(v) for _, v in leaves):
         return fn(*args, **kwargs)
     for path, leaf in leaves:
         if is_qtensor(leaf):
-            check(leaf, tracing.path_string(path))
+            check(leaf, tracing.param_path(path[2:]))
     traced = tracing.trace(fn, [v for _, v in leaves], tree, _dense)
     if keep is not None:
         keep.append(traced.jaxpr)
-    boxes = [Box(_frozen(v), tracing.path_string(p) if with_paths else None) if is_qtensor(v) else v for p, v in leaves if tracing.is_array(v) or is_qtensor(v)]
+    boxes = [
+        Box(_frozen(v), tracing.param_path(p[2:]) if with_paths else None) if is_qtensor(v) else v
+        for p, v in leaves
+        if tracing.is_array(v) or is_qtensor(v)
+    ]
     outputs = interpret(table, traced.jaxpr, boxes)
-    return traced.rebuild([table.open(v, None, "it is an output") if isinstance(v, Box) else v for v in outputs])
+    return traced.rebuild(
+        [table.open(v, None, "it is an output") if isinstance(v, Box) else v for v in outputs]
+    )
 
 
 def _dense(leaf: Any) -> Any:
@@ -159,15 +179,22 @@ def _table(record: Record | None) -> Table:
     return Table(lambda v: isinstance(v, Box), rules, open_box, slice_leading)
 
 
-def _carry(rule: Callable[[dict[str, Any], list[Any]], Any], eqn: _compat.JaxprEqn, inputs: list[Any]) -> list[Any] | Decline:
+def _carry(
+    rule: Callable[[dict[str, Any], list[Any]], Any], eqn: _compat.JaxprEqn, inputs: list[Any]
+) -> list[Any] | Decline:
     """Runs a structural rule on the tensors inside boxes and boxes what comes out."""
     paths = [v.path for v in inputs if isinstance(v, Box)]
-    path = "+".join(dict.fromkeys(p for p in paths if p is not None)) if paths[0] is not None else None
+    path = (
+        "+".join(dict.fromkeys(p for p in paths if p is not None)) if paths[0] is not None else None
+    )
     try:
         outputs = rule(eqn.params, [v.tensor if isinstance(v, Box) else v for v in inputs])
     except structural.CannotCarry as why:
         return Decline(str(why))
-    return [Box(v, path) if is_qtensor(v) else v for v in (outputs if eqn.primitive.multiple_results else [outputs])]
+    return [
+        Box(v, path) if is_qtensor(v) else v
+        for v in (outputs if eqn.primitive.multiple_results else [outputs])
+    ]
 
 
 def _slice(params: dict[str, Any], inputs: list[Any]) -> Any:
@@ -198,13 +225,16 @@ def _reshape(params: dict[str, Any], inputs: list[Any]) -> Any:
     return structural.reshape(inputs[0], params["new_sizes"])
 
 
-# Primitives that move a weight without computing: primitive -> (equation parameters, inputs) -> outputs.
+# Primitives that move a weight without computing: primitive -> (equation parameters, inputs) ->
+# outputs.
 STRUCTURAL: Mapping[str, Callable[[dict[str, Any], list[Any]], Any]] = {
     "convert_element_type": lambda p, v: structural.convert(v[0], p["new_dtype"]),
     "transpose": lambda p, v: structural.transpose(v[0], p["permutation"]),
     "reshape": _reshape,
     "squeeze": lambda p, v: structural.squeeze(v[0], p["dimensions"]),
-    "broadcast_in_dim": lambda p, v: structural.broadcast_in_dim(v[0], p["shape"], p["broadcast_dimensions"]),
+    "broadcast_in_dim": lambda p, v: structural.broadcast_in_dim(
+        v[0], p["shape"], p["broadcast_dimensions"]
+    ),
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,
     "split": _split,
@@ -223,7 +253,9 @@ def _dot_general(note: Record, eqn: _compat.JaxprEqn, inputs: list[Any]) -> list
     side = 0 if isinstance(lhs, Box) else 1
     box, x = (lhs, rhs) if side == 0 else (rhs, lhs)
     params = eqn.params
-    dot = ops.Dot(params["dimension_numbers"], side, params["precision"], np.dtype(eqn.outvars[0].aval.dtype))
+    dot = ops.Dot(
+        params["dimension_numbers"], side, params["precision"], np.dtype(eqn.outvars[0].aval.dtype)
+    )
     y, how = ops.dot_general(x, box.tensor, dot)
     note(box, eqn, how)
     return [y]
@@ -235,14 +267,17 @@ def _gather(note: Record, eqn: _compat.JaxprEqn, inputs: list[Any]) -> list[Any]
     if not isinstance(box, Box):
         return Decline("it is an index")
     try:
-        rows, how = ops.take(box.tensor, indices, params["dimension_numbers"], params["slice_sizes"], params["mode"])
+        rows, how = ops.take(
+            box.tensor, indices, params["dimension_numbers"], params["slice_sizes"], params["mode"]
+        )
     except structural.CannotCarry as why:
         return Decline(str(why))
     note(box, eqn, how)
     return [rows]
 
 
-# Primitives that compute on quantized operands: primitive -> (note, equation, inputs) -> outputs or Decline.
+# Primitives that compute on quantized operands: primitive -> (note, equation, inputs) -> outputs or
+# Decline.
 COMPUTING: Mapping[str, Callable[[Record, _compat.JaxprEqn, list[Any]], list[Any] | Decline]] = {
     "dot_general": _dot_general,
     "gather": _gather,

@@ -20,10 +20,12 @@ class Site(NamedTuple):
       primitive: "dot_general" or "gather".
       side: which operand the parameter is, 0 or 1.
       contract_axes: axes that are summed over; empty for a lookup.
-      batch_axes: axes that run in parallel with the other operand's (experts); for a lookup, the axes that are indexed.
+      batch_axes: axes that run in parallel with the other operand's (experts); for a lookup, the
+        axes that are indexed.
       free_axes: the other axes: output channels; for a lookup, the axes of a row.
       stacked_axes: axes that a scan iterates over (layers).
-      input_key: equal for sites that multiply the same value, up to casts and structural operations.
+      input_key: equal for sites that multiply the same value, up to casts and structural
+        operations.
     """
 
     path: str
@@ -39,7 +41,7 @@ class Site(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Tagged:
-    """A parameter on its way through a jaxpr; `axes` says which axes of the parameter each of its axes holds."""
+    """A parameter on its way through a jaxpr: each axis of `value` holds these of its `axes`."""
 
     value: Any
     path: str = dataclasses.field(metadata={"static": True})
@@ -47,8 +49,10 @@ class _Tagged:
     stacked: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
 
 
-def find_sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> dict[str, tuple[Site, ...]]:
-    """How `fn(params, *args, **kwargs)` uses each parameter: which axes its matmuls contract, where it is looked up.
+def find_sites(
+    fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any
+) -> dict[str, tuple[Site, ...]]:
+    """Finds how `fn(params, *args, **kwargs)` uses each parameter: contracted axes, lookups.
 
     Nothing is computed: `fn` is traced once, and the trace is walked with every parameter tagged.
 
@@ -58,11 +62,12 @@ def find_sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -
       *args, **kwargs: its other arguments; arrays may be ShapeDtypeStructs.
 
     Returns:
-      The sites of each parameter that has any, by path, in program order. Parameters that no matmul and no lookup uses
-      (biases, norms) are absent.
+      The sites of each parameter that has any, by path, in program order. Parameters that no matmul
+      and no lookup uses (biases, norms) are absent.
 
     Example:
-      >>> sites = qjax.find_sites(lambda p, x: x @ p["w"] + p["b"], {"w": jnp.ones((8, 4)), "b": jnp.ones(4)}, jnp.ones((2, 8)))
+      >>> params = {"w": jnp.ones((8, 4)), "b": jnp.ones(4)}
+      >>> sites = qjax.find_sites(lambda p, x: x @ p["w"] + p["b"], params, jnp.ones((2, 8)))
       >>> sites["w"][0].contract_axes, list(sites)
       ((0,), ['w'])
     """
@@ -71,7 +76,11 @@ def find_sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -
     jaxpr = tracing.trace(fn, values, tree, lambda v: v).jaxpr
     num_params = len(jax.tree.leaves(params))
     finder = _Finder()
-    paths = [tracing.path_string(p) if i < num_params else None for i, (p, v) in enumerate(leaves) if tracing.is_array(v)]
+    paths = [
+        tracing.param_path(p[2:]) if i < num_params else None
+        for i, (p, v) in enumerate(leaves)
+        if tracing.is_array(v)
+    ]
 
     def run(arrays: list[Any]) -> None:
         boxes = [
@@ -85,7 +94,9 @@ def find_sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -
 
 
 class _Finder:
-    """Collects sites during one walk, and numbers values so that equal inputs are known as equal."""
+    """Collects sites during one walk, and numbers values so that equal inputs are known as
+    equal.
+    """
 
     def __init__(self) -> None:
         self._found: dict[tuple[Any, ...], Site] = {}
@@ -96,7 +107,13 @@ class _Finder:
     def table(self) -> Table:
         rules = {name: functools.partial(self._move, move) for name, move in _MOVES.items()}
         rules |= {"dot_general": self._dot_general, "gather": self._gather}
-        return Table(lambda v: isinstance(v, _Tagged), rules, lambda box, eqn, why: box.value, _slice_leading, self._note)
+        return Table(
+            lambda v: isinstance(v, _Tagged),
+            rules,
+            lambda box, eqn, why: box.value,
+            _slice_leading,
+            self._note,
+        )
 
     def sites(self) -> dict[str, tuple[Site, ...]]:
         by_path: dict[str, list[Site]] = {}
@@ -122,7 +139,9 @@ class _Finder:
         self._alive.append(outputs[0])
         self._keys[id(outputs[0])] = key
 
-    def _move(self, move: Callable[..., Any], eqn: _compat.JaxprEqn, inputs: list[Any]) -> list[Any] | Decline:
+    def _move(
+        self, move: Callable[..., Any], eqn: _compat.JaxprEqn, inputs: list[Any]
+    ) -> list[Any] | Decline:
         box = inputs[0]
         if not isinstance(box, _Tagged):
             return Decline("it is an index")
@@ -150,7 +169,15 @@ class _Finder:
         self._add(eqn, box, 0, (), _axes(box, looked_up), self._key(indices))
         return Decline("recorded")
 
-    def _add(self, eqn: _compat.JaxprEqn, box: _Tagged, side: int, contract: tuple[int, ...], batch: tuple[int, ...], key: str) -> None:
+    def _add(
+        self,
+        eqn: _compat.JaxprEqn,
+        box: _Tagged,
+        side: int,
+        contract: tuple[int, ...],
+        batch: tuple[int, ...],
+        key: str,
+    ) -> None:
         seen = {a for axes in box.axes for a in axes}
         free = tuple(sorted(seen - set(contract) - set(batch)))
         site = Site(box.path, eqn.primitive.name, side, contract, batch, free, box.stacked, key)
@@ -165,7 +192,9 @@ def _slice_leading(box: _Tagged) -> _Tagged:
     return dataclasses.replace(box, axes=box.axes[1:], stacked=(*box.stacked, *box.axes[0]))
 
 
-def _reshape_axes(params: Mapping[str, Any], shape: Sequence[int], axes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+def _reshape_axes(
+    params: Mapping[str, Any], shape: Sequence[int], axes: Sequence[tuple[int, ...]]
+) -> list[tuple[int, ...]]:
     if params.get("dimensions") is not None:
         raise CannotCarry("the reshape permutes axes")
     new = params["new_sizes"]
@@ -176,7 +205,9 @@ def _reshape_axes(params: Mapping[str, Any], shape: Sequence[int], axes: Sequenc
     return result
 
 
-def _broadcast_axes(params: Mapping[str, Any], shape: Sequence[int], axes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+def _broadcast_axes(
+    params: Mapping[str, Any], shape: Sequence[int], axes: Sequence[tuple[int, ...]]
+) -> list[tuple[int, ...]]:
     result: list[tuple[int, ...]] = [()] * len(params["shape"])
     for d, a in zip(params["broadcast_dimensions"], axes, strict=True):
         result[d] = a
@@ -185,11 +216,23 @@ def _broadcast_axes(params: Mapping[str, Any], shape: Sequence[int], axes: Seque
 
 _same: Callable[..., Any] = lambda params, shape, axes: axes
 
-# How structural primitives move axes: primitive -> (parameters, shape, axes) -> axes of each output.
+# How structural primitives move axes: primitive -> (parameters, shape, axes) -> axes of each
+# output.
 _MOVES: Mapping[str, Callable[..., Any]] = {
     "transpose": lambda p, shape, axes: [axes[i] for i in p["permutation"]],
     "reshape": _reshape_axes,
     "squeeze": lambda p, shape, axes: [a for i, a in enumerate(axes) if i not in p["dimensions"]],
     "broadcast_in_dim": _broadcast_axes,
-    **dict.fromkeys(("convert_element_type", "slice", "dynamic_slice", "split", "stop_gradient", "copy", "copy_p"), _same),
+    **dict.fromkeys(
+        (
+            "convert_element_type",
+            "slice",
+            "dynamic_slice",
+            "split",
+            "stop_gradient",
+            "copy",
+            "copy_p",
+        ),
+        _same,
+    ),
 }

@@ -27,4 +27,8 @@ def bits_per_weight(q: QTensor) -> float:
 def _bits(dtype: Any) -> int:
     if jnp.issubdtype(dtype, jnp.integer):
         return jnp.iinfo(dtype).bits
-    return jnp.finfo(dtype).bits if jnp.issubdtype(dtype, jnp.floating) else 8 * jnp.dtype(dtype).itemsize
+    return (
+        jnp.finfo(dtype).bits
+        if jnp.issubdtype(dtype, jnp.floating)
+        else 8 * jnp.dtype(dtype).itemsize
+    )

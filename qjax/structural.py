@@ -1,7 +1,7 @@
 """Structural operations on QTensors: move the codes and their scales along, never decode.
 
-Each function takes an array or a QTensor, so that scales which are QTensors follow by recursion. `CannotCarry` says why a
-QTensor cannot follow; the caller then dequantizes it.
+Each function takes an array or a QTensor, so that scales which are QTensors follow by recursion.
+`CannotCarry` says why a QTensor cannot follow; the caller then dequantizes it.
 """
 
 import dataclasses
@@ -28,11 +28,21 @@ def block_of(q: QTensor) -> blocks.Block:
     """The block of `q` with one entry per axis, none longer than its axis."""
     if q.param_shape is not None:
         raise CannotCarry("its storage has another shape than the weight")
-    return tuple(min(b, max(s, 1)) for b, s in zip(blocks.align(q.block, q.ndim), q.shape, strict=True))
+    return tuple(
+        min(b, max(s, 1)) for b, s in zip(blocks.align(q.block, q.ndim), q.shape, strict=True)
+    )
 
 
-def _rebuild(q: QTensor, block: blocks.Block, on_plane: Callable[[jax.Array], jax.Array], on_scale: Callable[[Value], Value], moves_last: bool) -> QTensor:
-    """`q` with `on_plane` applied to its codes and `on_scale` to whatever has one value per block."""
+def _rebuild(
+    q: QTensor,
+    block: blocks.Block,
+    on_plane: Callable[[jax.Array], jax.Array],
+    on_scale: Callable[[Value], Value],
+    moves_last: bool,
+) -> QTensor:
+    """`q` with `on_plane` applied to its codes and `on_scale` to whatever has one value per
+    block.
+    """
     storage = FORMATS[q.format].storage
     if moves_last and "uint1" in storage:
         raise CannotCarry("its bits are packed along the last axis")
@@ -48,10 +58,18 @@ def _rebuild(q: QTensor, block: blocks.Block, on_plane: Callable[[jax.Array], ja
             return on_scale(dequantize(scale))  # quantized scales are small: only they are opened
 
     qvalue = tuple(map(on_plane, q.qvalue)) if isinstance(q.qvalue, tuple) else on_plane(q.qvalue)
-    return dataclasses.replace(q, qvalue=qvalue, scale=follow(q.scale), zero_point=follow(q.zero_point), offset=follow(q.offset), block=block)
+    return dataclasses.replace(
+        q,
+        qvalue=qvalue,
+        scale=follow(q.scale),
+        zero_point=follow(q.zero_point),
+        offset=follow(q.offset),
+        block=block,
+    )
 
 
 def transpose(x: Value, permutation: Sequence[int]) -> Value:
+    """`lax.transpose`; the block is permuted with the axes."""
     if not isinstance(x, QTensor):
         return lax.transpose(x, permutation)
     block = block_of(x)
@@ -61,24 +79,37 @@ def transpose(x: Value, permutation: Sequence[int]) -> Value:
 
 
 def reshape(x: Value, shape: Sequence[int]) -> Value:
+    """`lax.reshape`, where every block stays a block of the new shape."""
     if not isinstance(x, QTensor):
         return lax.reshape(x, shape)
     shape, block = tuple(shape), list([1] * len(shape))
     old = block_of(x)
     for before, after in regroup(x.shape, shape):
         sizes = [shape[a] for a in after]
-        for a, b in zip(after, _reblock([x.shape[a] for a in before], [old[a] for a in before], sizes), strict=True):
+        for a, b in zip(
+            after,
+            _reblock([x.shape[a] for a in before], [old[a] for a in before], sizes),
+            strict=True,
+        ):
             block[a] = b
 
     def on_plane(plane: jax.Array) -> jax.Array:
         packed = plane.shape[-1] != x.shape[-1]
         return lax.reshape(plane, (*shape[:-1], plane.shape[-1]) if packed else shape)
 
-    return _rebuild(x, tuple(block), on_plane, lambda s: reshape(s, blocks.scale_shape(shape, block)), moves_last=shape[-1:] != x.shape[-1:])
+    return _rebuild(
+        x,
+        tuple(block),
+        on_plane,
+        lambda s: reshape(s, blocks.scale_shape(shape, block)),
+        moves_last=shape[-1:] != x.shape[-1:],
+    )
 
 
 def regroup(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Cuts a reshape into independent groups (old axes, new axes) of equal size; axes of length 1 belong to none."""
+    """Cuts a reshape into independent groups (old axes, new axes) of equal size; axes of length 1
+    belong to none.
+    """
     groups, i, j = [], 0, 0
     before_axes = [a for a, s in enumerate(old) if s != 1]
     after_axes = [a for a, s in enumerate(new) if s != 1]
@@ -102,7 +133,9 @@ def regroup(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], lis
 
 
 def _reblock(old: Sequence[int], old_block: Sequence[int], new: Sequence[int]) -> list[int]:
-    """The blocks of axes `new` that hold the same elements as those of axes `old`, both flattening to one axis."""
+    """The blocks of axes `new` that hold the same elements as those of axes `old`, both flattening
+    to one axis.
+    """
     size, block = 1, 1
     for s, b in zip(reversed(old), reversed(old_block), strict=True):
         if block == size:  # everything further in is one block
@@ -125,10 +158,12 @@ def _reblock(old: Sequence[int], old_block: Sequence[int], new: Sequence[int]) -
 
 
 def squeeze(x: Value, dimensions: Sequence[int]) -> Value:
+    """Drops axes of length 1."""
     return reshape(x, [s for a, s in enumerate(x.shape) if a not in dimensions])
 
 
 def broadcast_in_dim(x: Value, shape: Sequence[int], dimensions: Sequence[int]) -> Value:
+    """`lax.broadcast_in_dim` that adds axes and leaves those of `x` as they are."""
     if not isinstance(x, QTensor):
         return lax.broadcast_in_dim(x, shape, dimensions)
     if any(shape[d] != s for d, s in zip(dimensions, x.shape, strict=True)):
@@ -148,6 +183,7 @@ def broadcast_in_dim(x: Value, shape: Sequence[int], dimensions: Sequence[int]) 
 
 
 def static_slice(x: Value, start: Sequence[int], limit: Sequence[int]) -> Value:
+    """`lax.slice` without strides, starting where a block starts."""
     if not isinstance(x, QTensor):
         return lax.slice(x, start, limit)
     block = block_of(x)
@@ -167,16 +203,27 @@ def static_slice(x: Value, start: Sequence[int], limit: Sequence[int]) -> Value:
 
 
 def dynamic_slice(x: Value, starts: Sequence[Any], sizes: Sequence[int]) -> Value:
+    """`lax.dynamic_slice` along axes that no block runs along."""
     if not isinstance(x, QTensor):
         return lax.dynamic_slice(x, starts, sizes)
     block = block_of(x)
     if any(1 < b < size != taken for size, b, taken in zip(x.shape, block, sizes, strict=True)):
         raise CannotCarry("the dynamic slice runs along a blocked axis")
-    zero = np.zeros((), np.asarray(starts[0]).dtype if isinstance(starts[0], (int, np.ndarray)) else starts[0].dtype)
-    one_block = [b >= size or size == taken for size, b, taken in zip(x.shape, block, sizes, strict=True)]
+    zero = np.zeros(
+        (),
+        np.asarray(starts[0]).dtype
+        if isinstance(starts[0], (int, np.ndarray))
+        else starts[0].dtype,
+    )
+    one_block = [
+        b >= size or size == taken for size, b, taken in zip(x.shape, block, sizes, strict=True)
+    ]
 
     def cut(v: Value, lengths: Sequence[int]) -> Value:
-        first = [zero if v.shape[a] == n else s for a, (s, n) in enumerate(zip(starts, lengths, strict=True))]
+        first = [
+            zero if v.shape[a] == n else s
+            for a, (s, n) in enumerate(zip(starts, lengths, strict=True))
+        ]
         return dynamic_slice(v, first, lengths)
 
     return _rebuild(
@@ -189,14 +236,24 @@ def dynamic_slice(x: Value, starts: Sequence[Any], sizes: Sequence[int]) -> Valu
 
 
 def concatenate(xs: Sequence[Value], dimension: int) -> Value:
+    """`lax.concatenate` of tensors that are held alike."""
     first = xs[0]
     if not isinstance(first, QTensor):
         if not all(isinstance(x, jax.Array) for x in xs):
             raise CannotCarry("it is concatenated with an array")
         return _concatenate_arrays(xs, dimension)
     block = block_of(first)
-    alike = lambda q: isinstance(q, QTensor) and (q.format, q.dtype, q.activation, q.zero_point is None, q.offset is None) == (
-        first.format, first.dtype, first.activation, first.zero_point is None, first.offset is None)
+    alike = lambda q: (
+        isinstance(q, QTensor)
+        and (q.format, q.dtype, q.activation, q.zero_point is None, q.offset is None)
+        == (
+            first.format,
+            first.dtype,
+            first.activation,
+            first.zero_point is None,
+            first.offset is None,
+        )
+    )
     if not all(alike(q) and block_of(q) == block for q in xs):
         raise CannotCarry("it is concatenated with something held differently")
     if any(q.shape[dimension] % block[dimension] for q in xs[:-1]):
@@ -205,20 +262,44 @@ def concatenate(xs: Sequence[Value], dimension: int) -> Value:
         raise CannotCarry("its bits are packed along the last axis")
     join = lambda get: None if get(first) is None else concatenate([get(q) for q in xs], dimension)
     planes = isinstance(first.qvalue, tuple)
-    qvalue = tuple(_concatenate_arrays(p, dimension) for p in zip(*(q.qvalue for q in xs))) if planes else _concatenate_arrays([q.qvalue for q in xs], dimension)
-    return dataclasses.replace(first, qvalue=qvalue, scale=join(lambda q: q.scale), zero_point=join(lambda q: q.zero_point), offset=join(lambda q: q.offset), block=block)
+    qvalue = (
+        tuple(_concatenate_arrays(p, dimension) for p in zip(*(q.qvalue for q in xs), strict=True))
+        if planes
+        else _concatenate_arrays([q.qvalue for q in xs], dimension)
+    )
+    return dataclasses.replace(
+        first,
+        qvalue=qvalue,
+        scale=join(lambda q: q.scale),
+        zero_point=join(lambda q: q.zero_point),
+        offset=join(lambda q: q.offset),
+        block=block,
+    )
 
 
 def _concatenate_arrays(xs: Sequence[jax.Array], dimension: int) -> jax.Array:
     dtype = xs[0].dtype
-    if dtype.name in ("int2", "uint2", "int4", "uint4"):  # XLA:CPU aborts on some concatenations of 2-bit integers
+    if dtype.name in (
+        "int2",
+        "uint2",
+        "int4",
+        "uint4",
+    ):  # XLA:CPU aborts on some concatenations of 2-bit integers
         wide = jnp.int8 if dtype.name.startswith("int") else jnp.uint8
         return lax.concatenate([x.astype(wide) for x in xs], dimension).astype(dtype)
     return lax.concatenate(xs, dimension)
 
 
-def take(x: Value, indices: jax.Array, dims: lax.GatherDimensionNumbers, slice_sizes: Sequence[int], mode: Any) -> Value:
-    """A `lax.gather` that looks up whole rows: every axis is either indexed, one at a time, or taken whole."""
+def take(
+    x: Value,
+    indices: jax.Array,
+    dims: lax.GatherDimensionNumbers,
+    slice_sizes: Sequence[int],
+    mode: Any,
+) -> Value:
+    """A `lax.gather` that looks up whole rows: every axis is either indexed, one at a time, or
+    taken whole.
+    """
     if not isinstance(x, QTensor):
         return lax.gather(x, indices, dims, slice_sizes, mode=mode)
     block = block_of(x)
@@ -232,13 +313,17 @@ def take(x: Value, indices: jax.Array, dims: lax.GatherDimensionNumbers, slice_s
             raise CannotCarry("the gather does not look up whole rows")
     if x.ndim - 1 in looked_up and "uint1" in FORMATS[x.format].storage:
         raise CannotCarry("its bits are packed along the last axis")
-    rows = lambda v: take(v, indices, dims, [1 if a in looked_up else s for a, s in enumerate(v.shape)], mode)
+    rows = lambda v: take(
+        v, indices, dims, [1 if a in looked_up else s for a, s in enumerate(v.shape)], mode
+    )
     taken = [block[a] for a in range(x.ndim) if a not in looked_up]
     ndim = len(dims.offset_dims) + indices.ndim - 1
     placed = [1] * ndim
     for d, b in zip(dims.offset_dims, taken, strict=True):
         placed[d] = b
-    return _rebuild(x, tuple(placed), rows, rows, moves_last=bool(taken) and dims.offset_dims[-1] != ndim - 1)
+    return _rebuild(
+        x, tuple(placed), rows, rows, moves_last=bool(taken) and dims.offset_dims[-1] != ndim - 1
+    )
 
 
 def convert(x: QTensor, dtype: Any) -> QTensor:
@@ -249,7 +334,9 @@ def convert(x: QTensor, dtype: Any) -> QTensor:
 
 
 def slice_leading(q: QTensor) -> QTensor | None:
-    """`q` as one iteration over its leading axis sees it, its leaves still stacked; None if a block spans that axis."""
+    """`q` as one iteration over its leading axis sees it, its leaves still stacked; None if a block
+    spans that axis.
+    """
     if q.param_shape is None and len(q.block) < q.ndim:
         return q
     if q.param_shape is not None or q.ndim < 2 or q.block[0] != 1:

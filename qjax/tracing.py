@@ -1,4 +1,4 @@
-"""Traces a function of pytrees into a jaxpr over its arrays; what is no array keeps its Python value."""
+"""Traces a function of pytrees into a jaxpr over its arrays; other leaves stay Python values."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from qjax.qtensor import is_qtensor
 
 
 class Traced(NamedTuple):
-    """A closed jaxpr over the array leaves, and how to put its outputs back into the function's result."""
+    """A closed jaxpr over the array leaves, and how its outputs become the function's result."""
 
     jaxpr: Any
     rebuild: Callable[[Sequence[Any]], Any]
@@ -21,14 +21,15 @@ def is_array(leaf: Any) -> bool:
     return isinstance(leaf, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
 
 
-def path_string(path: Sequence[Any]) -> str:
-    """The path of a parameter below its argument: "layers_0/kernel" for args[0]["layers_0"]["kernel"].value."""
-    text = jax.tree_util.keystr(tuple(path)[2:], simple=True, separator="/")
-    return text.removesuffix("/value")
+def param_path(path: Sequence[Any]) -> str:
+    """The path of a parameter: its keys joined by "/", without a trailing "/value"."""
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/").removesuffix("/value")
 
 
-def trace(fn: Callable[..., Any], leaves: Sequence[Any], tree: Any, dense: Callable[[Any], Any]) -> Traced:
-    """Traces `fn(*args, **kwargs)`, where (args, kwargs) is `tree` with `leaves`, on `dense(leaf)` of each traced leaf."""
+def trace(
+    fn: Callable[..., Any], leaves: Sequence[Any], tree: Any, dense: Callable[[Any], Any]
+) -> Traced:
+    """Traces `fn(*args, **kwargs)`, flattened to `tree` and `leaves`, on each traced `dense(leaf)`."""
     dynamic = [i for i, leaf in enumerate(leaves) if is_array(leaf) or is_qtensor(leaf)]
     result: list[Any] = []
 
@@ -38,7 +39,11 @@ def trace(fn: Callable[..., Any], leaves: Sequence[Any], tree: Any, dense: Calla
             full[i] = v
         args, kwargs = jax.tree.unflatten(tree, full)
         outputs, out_tree = jax.tree.flatten(fn(*args, **kwargs))
-        result[:] = [out_tree, [None if _is_traced(o) else o for o in outputs], [_is_traced(o) for o in outputs]]
+        result[:] = [
+            out_tree,
+            [None if _is_traced(o) else o for o in outputs],
+            [_is_traced(o) for o in outputs],
+        ]
         return [o for o in outputs if _is_traced(o)]
 
     jaxpr = jax.make_jaxpr(flat)(*(dense(leaves[i]) for i in dynamic))
@@ -46,7 +51,9 @@ def trace(fn: Callable[..., Any], leaves: Sequence[Any], tree: Any, dense: Calla
 
     def rebuild(values: Sequence[Any]) -> Any:
         rest = iter(values)
-        return jax.tree.unflatten(out_tree, [next(rest) if t else s for s, t in zip(static, traced, strict=True)])
+        return jax.tree.unflatten(
+            out_tree, [next(rest) if t else s for s, t in zip(static, traced, strict=True)]
+        )
 
     return Traced(jaxpr, rebuild)
 

