@@ -148,7 +148,7 @@ def _reblock(old: Sequence[int], old_block: Sequence[int], new: Sequence[int]) -
         if block >= size or block % s == 0:
             result.append(s)
             block = max(block // s, 1)
-        elif s % block == 0:
+        elif s % block == 0 or s == size:  # only the outermost axis may have a ragged block
             result.append(block)
             block = 1
         else:

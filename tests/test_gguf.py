@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pathlib
 import struct
 import time
 import tracemalloc
@@ -289,7 +290,7 @@ def test_a_file_may_hold_only_metadata(tmp_path):
 
 def test_every_truncation_is_refused(tmp_path):
     """Cut after every byte up to the last one that a tensor needs."""
-    whole = open(Parts().write(tmp_path), "rb").read()
+    whole = pathlib.Path(Parts().write(tmp_path)).read_bytes()
     needed = len(whole) - 20  # the padding after the last tensor may be missing
     path = os.path.join(tmp_path, "cut.gguf")
     for size in range(needed):
@@ -304,7 +305,7 @@ def test_every_truncation_is_refused(tmp_path):
 
 def test_flipped_bits_are_refused_or_harmless(tmp_path):
     """Every single bit of the header flipped: a ValueError, or a file whose views are in bounds."""
-    whole = bytearray(open(Parts().write(tmp_path), "rb").read())
+    whole = bytearray(pathlib.Path(Parts().write(tmp_path)).read_bytes())
     header = len(whole) - len(Parts().data)
     path = os.path.join(tmp_path, "flip.gguf")
     outcomes = {"refused": 0, "read": 0}

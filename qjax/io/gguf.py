@@ -19,6 +19,8 @@ from typing import Any, NamedTuple, NoReturn
 import ml_dtypes
 import numpy as np
 
+from qjax.io.ggml_types import GGML_TYPES, GGMLType
+
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
@@ -31,52 +33,6 @@ _MAX_STRINGS = 1 << 22  # elements of one string array; the largest vocabularies
 _MAX_HEADER = 1 << 26  # bytes before the data; a vocabulary with its merges takes some 2**23
 _MAX_ELEMENTS = (1 << 63) - 1
 
-
-class GGMLType(NamedTuple):
-    """A tensor type: `block` elements of a row are held in `nbytes` bytes."""
-
-    name: str
-    block: int
-    nbytes: int
-
-
-GGML_TYPES: dict[int, GGMLType] = {
-    0: GGMLType("F32", 1, 4),
-    1: GGMLType("F16", 1, 2),
-    2: GGMLType("Q4_0", 32, 18),
-    3: GGMLType("Q4_1", 32, 20),
-    6: GGMLType("Q5_0", 32, 22),
-    7: GGMLType("Q5_1", 32, 24),
-    8: GGMLType("Q8_0", 32, 34),
-    9: GGMLType("Q8_1", 32, 36),
-    10: GGMLType("Q2_K", 256, 84),
-    11: GGMLType("Q3_K", 256, 110),
-    12: GGMLType("Q4_K", 256, 144),
-    13: GGMLType("Q5_K", 256, 176),
-    14: GGMLType("Q6_K", 256, 210),
-    15: GGMLType("Q8_K", 256, 292),
-    16: GGMLType("IQ2_XXS", 256, 66),
-    17: GGMLType("IQ2_XS", 256, 74),
-    18: GGMLType("IQ3_XXS", 256, 98),
-    19: GGMLType("IQ1_S", 256, 50),
-    20: GGMLType("IQ4_NL", 32, 18),
-    21: GGMLType("IQ3_S", 256, 110),
-    22: GGMLType("IQ2_S", 256, 82),
-    23: GGMLType("IQ4_XS", 256, 136),
-    24: GGMLType("I8", 1, 1),
-    25: GGMLType("I16", 1, 2),
-    26: GGMLType("I32", 1, 4),
-    27: GGMLType("I64", 1, 8),
-    28: GGMLType("F64", 1, 8),
-    29: GGMLType("IQ1_M", 256, 56),
-    30: GGMLType("BF16", 1, 2),
-    34: GGMLType("TQ1_0", 256, 54),
-    35: GGMLType("TQ2_0", 256, 66),
-    39: GGMLType("MXFP4", 32, 17),
-    40: GGMLType("NVFP4", 64, 36),
-    41: GGMLType("Q1_0", 128, 18),
-    42: GGMLType("Q2_0", 64, 18),
-}
 
 # The types whose bytes are plain numbers.
 DTYPES: dict[str, np.dtype] = {
@@ -154,7 +110,7 @@ class GGUF:
         The rows are those of the last axis; the leading axes are flattened.
         """
         info = self._info(name)
-        row_bytes = info.shape[-1] // info.type.block * info.type.nbytes
+        row_bytes = info.type.row_bytes(info.shape[-1])
         return self.data[info.offset : info.offset + info.nbytes].reshape(-1, row_bytes)
 
     def array(self, name: str) -> np.ndarray:
@@ -371,13 +327,13 @@ def _read_info(cursor: _Cursor, i: int) -> TensorInfo:
         known = ", ".join(f"{i} {kind.name}" for i, kind in GGML_TYPES.items())
         cursor.fail(f"{field} type", f"is {type_id}, known are {known}")
     kind = GGML_TYPES[type_id]
-    if dims[0] % kind.block:
+    if dims[0] % kind.elements:
         cursor.fail(
-            f"{field} dims[0]", f"is {dims[0]}, {kind.name} needs a multiple of {kind.block}"
+            f"{field} dims[0]", f"is {dims[0]}, {kind.name} needs a multiple of {kind.elements}"
         )
     offset = cursor.number("<Q", f"{field} offset")
     return TensorInfo(
-        name, kind, tuple(reversed(dims)), offset, elements // kind.block * kind.nbytes
+        name, kind, tuple(reversed(dims)), offset, elements // kind.elements * kind.bytes
     )
 
 

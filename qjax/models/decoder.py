@@ -17,7 +17,7 @@ Parameters, projections as 2-D ``[in, out]``::
     norm/scale
     head/kernel                                      [hidden, vocab], absent where tied
 
-With ``scan=True`` the layers are one ``layers/...`` whose arrays carry a leading layer axis.
+With ``scan=True`` the layers are one ``layers/block/...`` whose arrays carry a leading layer axis.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Rope(NamedTuple):
 
     def frequencies(self, head_dim: int) -> np.ndarray:
         """Returns the angle per position of each frequency, float64 [head_dim / 2]."""
-        frequencies = self.theta ** (-np.arange(0, head_dim, 2, np.float64) / head_dim)
+        frequencies = self.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
         divisors = 1.0 if self.factors is None else np.asarray(self.factors, np.float64)
         return frequencies / (self.factor * divisors)
 
@@ -193,7 +193,7 @@ def _positions(config: Config, start: jax.Array | int, s: int, t: int, local: bo
     angles = queries.astype(jnp.float32)[:, None, None] * frequencies[None, None, :]
     distance = queries[:, None] - jnp.arange(t, dtype=jnp.int32)[None, :]
     mask = distance >= 0
-    if local:
+    if local and config.sliding_window is not None:
         mask &= distance < config.sliding_window
     return _Positions(jnp.cos(angles), jnp.sin(angles), mask)
 
@@ -380,7 +380,7 @@ class Decoder(nn.Module):
             _ScannedBlock,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=c.num_layers,
         )
         local = jnp.asarray([c.is_local(i) for i in range(c.num_layers)])

@@ -2,7 +2,7 @@
 
 A GGUF file describes its tokenizer in its metadata; `from_gguf` builds it from there. Two kinds are
 known: ``gpt2``, byte-level BPE with merges and a named pre-tokenizer, and ``llama``, SentencePiece
-BPE with scores and byte fallback. `from_file` reads the ``tokenizer.json`` of a Hugging Face folder.
+BPE with scores and byte fallback. `from_file` reads a Hugging Face folder's ``tokenizer.json``.
 """
 
 from __future__ import annotations

@@ -1,0 +1,244 @@
+"""`load`: a checkpoint on disk to a model, its parameters and its tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.io import gguf, safetensors
+from qjax.io.ggml_types import CODECS, to_qtensor
+from qjax.models import configs, names, tokenizer
+from qjax.models.decoder import Config, Decoder
+
+_MAX_JSON = 1 << 24  # bytes of a config.json
+_FLOATS = [safetensors.DTYPES[name] for name in ("F32", "F16", "BF16")]
+
+
+def load(
+    path: str | os.PathLike[str], dtype: Any = jnp.float32
+) -> tuple[Decoder, dict[str, Any], tokenizer.Tokenizer]:
+    """Loads a language model from a GGUF file or a Hugging Face folder.
+
+    Quantized tensors of a GGUF file become QTensors that hold the file's own codes and scales; no
+    float copy of them is made. Run them with `qjax.quantized`. F32, F16 and BF16 become arrays.
+
+    Args:
+      path: a GGUF file (version 2 or 3; llama, qwen2, qwen3, gemma3), or a folder with
+        ``config.json``, safetensors (F32, F16, BF16; one file or an index with shards) and
+        ``tokenizer.json``.
+      dtype: of the arrays, of what the QTensors stand for, and of the computation.
+
+    Returns:
+      ``(model, params, tokenizer)``: ``model.apply(params, tokens)`` gives logits.
+
+    Raises:
+      ValueError: the file is broken, or the model is none that the decoder can run; the message
+        names the file and the tensor or key.
+
+    Example::
+
+      model, params, tokenizer = qjax.models.load("model.gguf")
+      tokens = jnp.asarray([tokenizer.encode("Hello")])
+      logits = jax.jit(qjax.quantized(model.apply))(params, tokens)
+    """
+    dtype = jnp.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"load: dtype must be a floating-point type, is {dtype}")
+    return _load_folder(path, dtype) if os.path.isdir(path) else _load_gguf(path, dtype)
+
+
+def _load_gguf(path: str | os.PathLike[str], dtype: np.dtype):
+    file = gguf.read(path)
+    if "token_embd.weight" not in file.tensors:
+        raise ValueError(f"{file.path}: the tensor 'token_embd.weight' is missing")
+    architecture = file.metadata.get("general.architecture")
+    factors = "rope_freqs.weight" if architecture == "llama" else ""
+    config = configs.from_gguf(
+        file.metadata,
+        file.path,
+        vocab_size=file.tensors["token_embd.weight"].shape[0],
+        tensors=file.tensors.keys(),
+        rope_factors=file.array(factors) if factors in file.tensors else None,
+    )
+    model = Decoder(dataclasses.replace(config, dtype=dtype))
+    tokens = tokenizer.from_gguf(file.metadata, file.path)
+    if tokens.vocab_size != config.vocab_size:
+        raise ValueError(
+            f"{file.path}: the tokenizer has {tokens.vocab_size} tokens, 'token_embd.weight' has "
+            f"{config.vocab_size} rows"
+        )
+
+    def convert(name: str, shape: tuple[int, ...], transpose: bool, rows: np.ndarray | None):
+        info = file.tensors[name]
+        _check_shape(file.path, name, info.shape, shape)
+        if info.type.name in gguf.DTYPES:
+            return _array(file.array(name), transpose, rows, dtype)
+        if info.type.name not in CODECS:
+            known = ", ".join([*gguf.DTYPES, *CODECS])
+            raise ValueError(
+                f"{file.path}: tensor {name!r} has type {info.type.name}; can be loaded: {known}"
+            )
+        if len(info.shape) != 2:
+            raise ValueError(f"{file.path}: tensor {name!r} is quantized, but not a matrix")
+        raw = file.raw(name)
+        return to_qtensor(raw if rows is None else raw[rows], info.type.name, dtype, transpose)
+
+    permuted = architecture == "llama"
+    params = _assemble(
+        model,
+        file.path,
+        names.gguf_name,
+        set(file.tensors) - {factors},
+        convert,
+        permuted,
+    )
+    return model, params, tokens
+
+
+def _load_folder(path: str | os.PathLike[str], dtype: np.dtype):
+    folder = pathlib.Path(path)
+    where = str(folder / "config.json")
+    config = configs.from_hf(_read_json(folder / "config.json"), where)
+    tensors, _ = safetensors.read_folder(folder)
+    model = Decoder(dataclasses.replace(config, dtype=dtype))
+    available = {name for name in tensors if not name.endswith(".rotary_emb.inv_freq")}
+    if config.tied and _is_copy(tensors, "lm_head.weight", "model.embed_tokens.weight"):
+        available.remove("lm_head.weight")
+    plus_one = config.post_norms  # gemma keeps its norms as the difference from one
+
+    def convert(name: str, shape: tuple[int, ...], transpose: bool, rows: np.ndarray | None):
+        array = tensors[name]
+        _check_shape(str(folder), name, array.shape, shape)
+        if array.dtype not in _FLOATS:
+            raise ValueError(
+                f"{folder}: tensor {name!r} has dtype {array.dtype}, must be F32, F16 or BF16"
+            )
+        if plus_one and name.endswith("norm.weight"):
+            array = array.astype(np.float32) + np.float32(1)
+        return _array(array, transpose, rows, dtype)
+
+    def name_of(path: str) -> str:
+        return names.hf_name(path, config.post_norms)
+
+    params = _assemble(model, str(folder), name_of, available, convert, permuted=False)
+    return model, params, _folder_tokenizer(folder)
+
+
+def _assemble(
+    model: Decoder,
+    where: str,
+    name_of: Callable[[str], str],
+    available: set[str],
+    convert: Callable[..., Any],
+    permuted: bool,
+) -> dict[str, Any]:
+    """Fills the model's parameter tree, each with `convert(name, shape, transpose, rows)`."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+
+    def path_of(keys: tuple[Any, ...]) -> str:
+        return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+    wanted = {name_of(path_of(keys)) for keys, _ in jax.tree_util.tree_leaves_with_path(shapes)}
+    _check_names(where, wanted, available)
+
+    def fill(keys: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Any:
+        path = path_of(keys)
+        transpose = path.endswith("/kernel")
+        shape = leaf.shape[::-1] if transpose else leaf.shape
+        rows = _permuted_rows(path, model.config) if permuted else None
+        return convert(name_of(path), shape, transpose, rows)
+
+    return {"params": jax.tree_util.tree_map_with_path(fill, shapes)}
+
+
+def _array(
+    array: np.ndarray, transpose: bool, rows: np.ndarray | None, dtype: np.dtype
+) -> jax.Array:
+    array = array if rows is None else array[rows]
+    return jnp.array(array.T if transpose else array, dtype)
+
+
+def _permuted_rows(path: str, config: Config) -> np.ndarray | None:
+    """Where the rows of q and k lie in a llama GGUF file.
+
+    Its heads interleave the two halves that rotary embeddings pair: row 2 i of a head is our row i,
+    row 2 i + 1 is our row i + head_dim / 2. Whole rows move, so quantized blocks stay intact.
+    """
+    match = re.fullmatch(r"layers_\d+/attention/([qk])/(kernel|bias)", path)
+    if match is None:
+        return None
+    heads = config.num_heads if match[1] == "q" else config.num_kv_heads
+    rows = np.arange(heads * config.head_dim).reshape(heads, config.head_dim // 2, 2)
+    return rows.swapaxes(1, 2).reshape(-1)
+
+
+def _check_names(where: str, wanted: set[str], available: set[str]) -> None:
+    if wanted - available:
+        raise ValueError(f"{where}: missing tensors: {_listed(wanted - available)}")
+    if available - wanted:
+        raise ValueError(
+            f"{where}: tensors that this architecture does not have: {_listed(available - wanted)}"
+        )
+
+
+def _listed(found: Iterable[str]) -> str:
+    found = sorted(found)
+    more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+    return ", ".join(found[:8]) + more
+
+
+def _check_shape(where: str, name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    if tuple(shape) != tuple(wanted):
+        raise ValueError(
+            f"{where}: tensor {name!r} has shape {tuple(shape)}, the configuration says "
+            f"{tuple(wanted)}"
+        )
+
+
+def _is_copy(tensors: Mapping[str, np.ndarray], name: str, other: str) -> bool:
+    if name not in tensors or other not in tensors:
+        return False
+    a, b = tensors[name], tensors[other]
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    if not path.exists():
+        raise ValueError(f"{path}: is missing; a Hugging Face folder has one")
+    if path.stat().st_size > _MAX_JSON:
+        raise ValueError(f"{path}: has more than the {_MAX_JSON} bytes that are read")
+    try:
+        value = json.loads(path.read_bytes().decode())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: is a JSON {type(value).__name__}, must be an object")
+    return value
+
+
+def _folder_tokenizer(folder: pathlib.Path) -> tokenizer.Tokenizer:
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        raise ValueError(f"{path}: is missing; save the folder with its fast tokenizer")
+    settings = folder / "tokenizer_config.json"
+    special = _read_json(settings) if settings.exists() else {}
+    text = {key: _token_text(special.get(key), key, settings) for key in ("bos_token", "eos_token")}
+    return tokenizer.from_file(path, bos=text["bos_token"], eos=text["eos_token"])
+
+
+def _token_text(value: Any, key: str, path: pathlib.Path) -> str | None:
+    """A token in ``tokenizer_config.json``: its text, or an object with its text, or null."""
+    text = value.get("content") if isinstance(value, dict) else value
+    if value is not None and not isinstance(text, str):
+        raise ValueError(f"{path}: key {key!r}: must be a token's text, is {value!r}")
+    return text
