@@ -144,7 +144,7 @@ def check(q: QTensor, path: str = "") -> None:
         if getattr(plane, "dtype", None) != wanted:
             raise ValueError(f"{where}{q.format} holds its codes as {wanted}, got {getattr(plane, 'dtype', type(plane).__name__)}; {remedy}")
     shape = q.storage_shape
-    if len(shape) < len(q.block):
+    if any(b != 1 for b in q.block[: max(len(q.block) - len(shape), 0)]):
         raise ValueError(f"{where}codes of shape {shape} have fewer axes than the block {q.block}; {remedy}")
     for plane, name in zip(planes, names, strict=True):
         wanted_shape = (*shape[:-1], -(-shape[-1] // 8)) if name == "uint1" else shape

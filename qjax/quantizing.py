@@ -72,7 +72,7 @@ def _round(w: jax.Array, spec: Spec, block: blocks.Block, contracted: tuple[int,
         scale = _round(scale.astype(jnp.float32), spec.scale_spec, inner, contracted, batch, np.dtype(scale.dtype))
     activation = None if spec.activation is None else Activation(spec.activation)
     codes = split_planes(FORMATS[spec.format], rounded.codes)
-    return QTensor(codes, scale, rounded.zero_point, rounded.offset, activation, spec.format, block, dtype)
+    return QTensor(codes, scale, rounded.zero_point, rounded.offset, activation, spec.format, blocks.trim(block), dtype)
 
 
 def block_of(spec: Spec, shape: Sequence[int], contracted: Sequence[int], batch: Sequence[int] = ()) -> blocks.Block:

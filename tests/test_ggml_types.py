@@ -117,7 +117,9 @@ def test_qtensors_that_are_no_blocks_raise():
 def test_row_bytes(columns, needed):
     q4_k = next(t for t in GGML_TYPES.values() if t.name == "NVFP4")
     if needed is None:
-        with pytest.raises(ValueError, match="96 elements is no whole number of NVFP4 blocks of 64"):
+        with pytest.raises(
+            ValueError, match="96 elements is no whole number of NVFP4 blocks of 64"
+        ):
             q4_k.row_bytes(columns)
     else:
         assert q4_k.row_bytes(columns) == needed
