@@ -30,7 +30,7 @@ def bits(x):
 def test_decodes_as_ggml_does_and_gives_the_bytes_back(name, raw, truth, transpose):
     q = to_qtensor(raw, name, np.float32, transpose)
     truth = truth.T if transpose else truth
-    assert q.format == name.lower() and q.shape == truth.shape
+    assert (q.format, q.shape) == (name.lower(), truth.shape)
     np.testing.assert_array_equal(bits(qjax.dequantize(q)), bits(truth))
     np.testing.assert_array_equal(bits(jax.jit(qjax.dequantize)(q)), bits(truth))
     np.testing.assert_array_equal(from_qtensor(q, transpose), raw)
@@ -50,7 +50,7 @@ def test_leading_axes_are_stacked_tensors(name):
 @pytest.mark.parametrize("rows", [0, 1, 3])
 @pytest.mark.parametrize("name", CODECS)
 def test_any_number_of_rows(name, rows, transpose):
-    """Rows that are no multiple of eight leave the bit planes ragged when they become the last axis."""
+    """Rows that are no multiple of eight leave bit planes ragged once they are the last axis."""
     rng = np.random.default_rng(rows)
     raw = rng.integers(0, 256, (rows, 3 * CODECS[name].struct.itemsize), np.uint8)
     q = to_qtensor(raw, name, jnp.bfloat16, transpose)
