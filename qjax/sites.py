@@ -68,7 +68,7 @@ def find_sites(
 
     Example:
       >>> params = {"w": jnp.ones((8, 4)), "b": jnp.ones(4)}
-      >>> sites = qjax.find_sites(lambda p, x: x @ p["w"] + p["b"], params, jnp.ones((2, 8)))
+      >>> sites = qjax.find_sites(lambda p, x: x @ p["w"] + p["b"][None], params, jnp.ones((2, 8)))
       >>> sites["w"][0].contract_axes, list(sites)
       ((0,), ['w'])
     """
