@@ -125,7 +125,7 @@ def _held(
         offset=per_block(rounded.offset),
         activation=None if spec.activation is None else Activation(spec.activation),
         format=spec.format,
-        block=blocks.trim(block),
+        block=blocks.trim(block),  # leading axes come and go under scan and vmap
         dtype=dtype,
     )
 
