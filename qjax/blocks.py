@@ -13,8 +13,17 @@ Block = tuple[int, ...]
 
 
 def align(block: Sequence[int], ndim: int) -> Block:
-    """`block` with leading ones, one entry for each of `ndim` axes."""
-    return (1,) * (ndim - len(block)) + tuple(block)
+    """`block` with one entry for each of `ndim` axes: leading ones come and go with the axes."""
+    extra = len(block) - ndim
+    if extra > 0 and any(b != 1 for b in block[:extra]):
+        raise ValueError(f"the block {tuple(block)} spans axes that {ndim} axes do not have")
+    return (1,) * -extra + tuple(block)[max(extra, 0) :]
+
+
+def trim(block: Sequence[int]) -> Block:
+    """`block` without its leading ones: what a QTensor stores, whatever is stacked in front."""
+    first = next((i for i, b in enumerate(block) if b != 1), len(block))
+    return tuple(block[first:])
 
 
 def scale_shape(shape: Sequence[int], block: Sequence[int]) -> tuple[int, ...]:

@@ -179,7 +179,7 @@ def _check_codes(q: QTensor, where: str) -> None:
                 f"{where}{q.format} holds its codes as {wanted}, got {_kind(plane)}; {_REMEDY}"
             )
     shape = q.storage_shape
-    if len(shape) < len(q.block) or min(q.block, default=1) < 1:
+    if len(shape) < len(blocks.trim(q.block)) or min(q.block, default=1) < 1:
         raise ValueError(
             f"{where}codes of shape {shape} cannot lie in blocks of {q.block}: a block has at most "
             f"one positive length per axis; {_REMEDY}"

@@ -118,7 +118,6 @@ def _held(
             value = _round(value, inner, run, batch)
         return _held(value, inner, run, contracted, batch, np.dtype(np.float32))
 
-    stacked = next((a for a in range(len(block)) if a not in batch), 0)
     return QTensor(
         qvalue=split_planes(FORMATS[spec.format], rounded.codes),
         scale=per_block(rounded.scale),
@@ -126,7 +125,7 @@ def _held(
         offset=per_block(rounded.offset),
         activation=None if spec.activation is None else Activation(spec.activation),
         format=spec.format,
-        block=block[stacked:],  # leading axes come and go under scan and vmap
+        block=blocks.trim(block),  # leading axes come and go under scan and vmap
         dtype=dtype,
     )
 

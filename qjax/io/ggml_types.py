@@ -235,8 +235,8 @@ def _codec(type_name: str) -> Codec:
     return CODECS[type_name]
 
 
-def _along(length: int, transpose: bool) -> tuple[int, int]:
-    return (length, 1) if transpose else (1, length)
+def _along(length: int, transpose: bool) -> tuple[int, ...]:
+    return (length, 1) if transpose else (length,)
 
 
 # Planes of codes in the bytes of a block.
