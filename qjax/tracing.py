@@ -29,7 +29,7 @@ def param_path(path: Sequence[Any]) -> str:
 def trace(
     fn: Callable[..., Any], leaves: Sequence[Any], tree: Any, dense: Callable[[Any], Any]
 ) -> Traced:
-    """Traces `fn(*args, **kwargs)`, flattened to `tree` and `leaves`, on each traced `dense(leaf)`."""
+    """Traces `fn(*args, **kwargs)`, flattened to `tree` and `leaves`, on `dense` leaves."""
     dynamic = [i for i, leaf in enumerate(leaves) if is_array(leaf) or is_qtensor(leaf)]
     result: list[Any] = []
 

@@ -1,0 +1,36 @@
+"""Helpers shared by tests: quantized trees and their dense twins."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+import qjax
+
+
+def dense(qparams: Any) -> Any:
+    """Every QTensor of a tree dequantized."""
+    return jax.tree.map(
+        lambda v: qjax.dequantize(v) if qjax.is_qtensor(v) else v, qparams, is_leaf=qjax.is_qtensor
+    )
+
+
+def relative_error(got: Any, wanted: Any) -> float:
+    """Largest difference over the largest magnitude, over all leaves."""
+    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True)
+    errors = []
+    for a, b in pairs:
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert a.shape == b.shape
+        errors.append(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30))
+    return max(errors)
+
+
+def dequantized_uses(fn: Callable[..., Any], *args: Any) -> list[str]:
+    """The uses that `explain` reports as dequantized, with their reasons."""
+    return [
+        f"{u.path}: {u.how}"
+        for u in qjax.explain(fn, *args).uses
+        if u.how.startswith("deq") and "graph" not in u.how
+    ]
