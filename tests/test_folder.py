@@ -214,7 +214,7 @@ def test_only_a_folder_of_our_own_is_overwritten(tmp_path):
     target.mkdir()
     (target / "thesis.txt").write_text("years of work")
     for overwrite in (False, True):
-        with pytest.raises(ValueError, match="saved: (exists|is no folder that qjax wrote)"):
+        with pytest.raises(ValueError, match=r"saved: (exists|is no folder that qjax wrote)"):
             folder.write_folder(target, {"w": jnp.ones(2)}, overwrite=overwrite)
     assert (target / "thesis.txt").read_text() == "years of work"
     shutil.rmtree(target)
@@ -350,7 +350,7 @@ def test_a_broken_manifest_is_refused(saved, text, message):
 
 
 def test_a_folder_without_manifest_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="qjax.json: is missing"):
+    with pytest.raises(ValueError, match=r"qjax.json: is missing"):
         folder.read_folder(tmp_path)
 
 
@@ -371,7 +371,7 @@ def test_scales_nested_without_end_are_refused(saved):
         node["scale"] = {**node, "qvalue": []}
         node = node["scale"]
     path.write_text(json.dumps(data))
-    with pytest.raises(ValueError, match="qjax.json: w"):
+    with pytest.raises(ValueError, match=r"qjax.json: w"):
         folder.read_folder(saved)
 
 
@@ -384,7 +384,7 @@ def test_a_truncated_shard_is_refused(saved):
 
 def test_64_bits_without_x64_are_refused(tmp_path):
     folder.write_folder(tmp_path / "saved", {"w": np.zeros(2, np.int64)})
-    with pytest.raises(ValueError, match="w: is int64; set .* jax_enable_x64"):
+    with pytest.raises(ValueError, match=r"w: is int64; set .* jax_enable_x64"):
         folder.read_folder(tmp_path / "saved")
 
 

@@ -51,8 +51,8 @@ def describe(tree: Any) -> Described:
     def array(value: Any, name: str) -> dict[str, Any]:
         if not isinstance(value, (jax.Array, np.ndarray, np.generic)):
             raise ValueError(
-                f"{name}: holds a {type(value).__name__}; a saved tree holds arrays and QTensors in "
-                "dictionaries (flax.nnx: save nnx.to_pure_dict(state))"
+                f"{name}: holds a {type(value).__name__}; a saved tree holds arrays and QTensors "
+                "in dictionaries (flax.nnx: save nnx.to_pure_dict(state))"
             )
         dtype = DTYPES.get(str(value.dtype))
         if dtype is None:
@@ -224,8 +224,8 @@ class _Reader:
             _fail(
                 self.where,
                 f"{name} shape",
-                f"is {dtype} {shape}, held as {wanted[0]} {wanted[1]}, but the tensor {tensor!r} is "
-                f"{found.dtype} {found.shape}",
+                f"is {dtype} {shape}, held as {wanted[0]} {wanted[1]}, but the tensor {tensor!r} "
+                f"is {found.dtype} {found.shape}",
             )
         if packed:
             try:
