@@ -58,7 +58,7 @@ test-slow: .venv-slow/.installed
 	.venv-slow/bin/python -m pytest -m slow $(ARGS)
 
 test-thirdparty: .venv-thirdparty/.installed
-	.venv-thirdparty/bin/python -m pytest tests/thirdparty $(ARGS)
+	.venv-thirdparty/bin/python -m pytest -W default tests/test_tunix.py $(ARGS)
 
 test-matrix: test-py311 test-py312 test-py313
 

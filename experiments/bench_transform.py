@@ -81,7 +81,10 @@ def measure(variant: str, form: str, spec: str) -> dict:
     if variant != "dense":
         params = qjax.quantize_params(params, spec, qjax.find_sites(model, params, x))
     if variant == "hand-written":
-        pair = lambda v: (v.qvalue, v.scale[0] if spec == "int8" and form == "unrolled" else v.scale)
+        pair = lambda v: (
+            v.qvalue,
+            v.scale[0] if spec == "int8" and form == "unrolled" else v.scale,
+        )
         params = jax.tree.map(
             lambda v: pair(v) if qjax.is_qtensor(v) else v, params, is_leaf=qjax.is_qtensor
         )
@@ -121,7 +124,9 @@ def main() -> None:
                 runs[v].append(json.loads(output))
         totals = {v: statistics.median(r["total"] for r in runs[v]) for v in variants}
         for v in variants:
-            stages = [statistics.median(r[s] for r in runs[v]) for s in ("trace", "lower", "compile")]
+            stages = [
+                statistics.median(r[s] for r in runs[v]) for s in ("trace", "lower", "compile")
+            ]
             ratio = totals["qjax"] / totals[v]
             print(
                 f"{form + ' ' + spec:22} {v:13} {stages[0]:5.2f}  {stages[1]:5.2f}  {stages[2]:6.2f} "

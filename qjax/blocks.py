@@ -1,7 +1,7 @@
 """Block-wise views of arrays: how one scale stands for many elements.
 
-A block is one length per axis, right-aligned: `(128, 1)` on `[..., in, out]` means that 128 neighbors along `in` share a
-scale. The last block of an axis may be ragged.
+A block is one length per axis, right-aligned: `(128, 1)` on `[..., in, out]` means that 128
+neighbors along `in` share a scale. The last block of an axis may be ragged.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,8 +13,17 @@ Block = tuple[int, ...]
 
 
 def align(block: Sequence[int], ndim: int) -> Block:
-    """`block` with leading ones, one entry for each of `ndim` axes."""
-    return (1,) * (ndim - len(block)) + tuple(block)
+    """`block` with one entry for each of `ndim` axes: leading ones come and go with the axes."""
+    extra = len(block) - ndim
+    if extra > 0 and any(b != 1 for b in block[:extra]):
+        raise ValueError(f"the block {tuple(block)} spans axes that {ndim} axes do not have")
+    return (1,) * -extra + tuple(block)[max(extra, 0) :]
+
+
+def trim(block: Sequence[int]) -> Block:
+    """`block` without its leading ones: what a QTensor stores, whatever is stacked in front."""
+    first = next((i for i, b in enumerate(block) if b != 1), len(block))
+    return tuple(block[first:])
 
 
 def scale_shape(shape: Sequence[int], block: Sequence[int]) -> tuple[int, ...]:
@@ -22,17 +31,17 @@ def scale_shape(shape: Sequence[int], block: Sequence[int]) -> tuple[int, ...]:
     return tuple(-(-s // b) for s, b in zip(shape, align(block, len(shape)), strict=True))
 
 
-def split(x: jax.Array, block: Sequence[int], pad: str = "edge") -> tuple[jax.Array, tuple[int, ...], tuple[int, ...]]:
+def split(x: jax.Array, block: Sequence[int]) -> tuple[jax.Array, tuple[int, ...], tuple[int, ...]]:
     """Views `x` with every blocked axis cut in two, (number of blocks, block).
 
-    Returns the view, the axes that run within blocks, and the shape that a per-block array needs to broadcast against it.
-    Ragged axes are padded first; `pad` is a mode of `jnp.pad` ("edge" repeats a member of the last block, which leaves
-    its minimum and maximum as they are).
+    Returns the view, the axes that run within blocks, and the shape that a per-block array needs to
+    broadcast against it. Ragged axes are padded with their last element, a member of the last
+    block, so that its minimum and maximum stay what they are.
     """
     block = align(block, x.ndim)
     widths = [(0, -s % b if b < s else 0) for s, b in zip(x.shape, block, strict=True)]
     if any(after for _, after in widths):
-        x = jnp.pad(x, widths, mode=pad)
+        x = jnp.pad(x, widths, mode="edge")
     view, within, keep = [], [], []
     for size, b in zip(x.shape, block, strict=True):
         if b == 1:
@@ -49,8 +58,10 @@ def split(x: jax.Array, block: Sequence[int], pad: str = "edge") -> tuple[jax.Ar
     return x.reshape(view), tuple(within), tuple(keep)
 
 
-def apply(function: Callable[..., jax.Array], x: jax.Array, block: Sequence[int], *per_block: jax.Array) -> jax.Array:
-    """`function(x, *per_block)` elementwise, each per-block array standing for all elements of its blocks."""
+def apply(
+    function: Callable[..., jax.Array], x: jax.Array, block: Sequence[int], *per_block: jax.Array
+) -> jax.Array:
+    """`function(x, *per_block)` elementwise: a per-block value stands for its block's elements."""
     shape, block = x.shape, align(block, x.ndim)
     if all(b == 1 or b >= s or s % b == 0 for s, b in zip(shape, block, strict=True)):
         view, _, keep = split(x, block)
@@ -59,8 +70,19 @@ def apply(function: Callable[..., jax.Array], x: jax.Array, block: Sequence[int]
 
 
 def expand(per_block: jax.Array, shape: Sequence[int], block: Sequence[int]) -> jax.Array:
-    """Repeats each per-block value over its block and crops to `shape`; axes of one block stay of length 1."""
+    """Repeats each per-block value over its block and crops to `shape`.
+
+    Axes of one block stay of length 1.
+    """
     for axis, (size, b) in enumerate(zip(shape, align(block, len(shape)), strict=True)):
         if 1 < b < size:
-            per_block = jax.lax.slice_in_dim(jnp.repeat(per_block, b, axis), 0, size, axis=axis)
+            repeated = jnp.repeat(per_block, b, axis)
+            per_block = jax.lax.slice_in_dim(repeated, 0, size, axis=axis)
     return per_block
+
+
+def extremes(x: jax.Array, block: Sequence[int]) -> tuple[jax.Array, jax.Array]:
+    """The smallest and the largest element of each block; NaN where a block holds NaN."""
+    view, within, _ = split(x, block)
+    shape = scale_shape(x.shape, block)
+    return jnp.min(view, axis=within).reshape(shape), jnp.max(view, axis=within).reshape(shape)

@@ -1,6 +1,7 @@
 """QTensor: an array held in low precision, and the one equation that gives it back."""
 
 import dataclasses
+import functools
 import math
 from typing import Any, NoReturn
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax import blocks
+from qjax import blocks, exact
 from qjax.formats import FORMATS, Codes, join_planes
 from qjax.spec import Spec
 
@@ -22,16 +23,19 @@ class Activation:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class QTensor:
-    """An array in low precision: `x = (decode(qvalue) - zero_point) * scale + offset`, block by block.
+    """An array in low precision: `x = (decode(qvalue) - zero_point) * scale + offset`, by blocks.
 
-    Invariants, checked on first use and never by the constructor (tree maps put anything into leaves):
-      - `qvalue` has the storage dtype of `format`; with several planes it is a tuple, low bits first, and the first plane
-        has the logical shape.
-      - `scale`, `zero_point` and `offset` have shape ceil(shape / block). `scale` and `offset` are arrays or QTensors.
-      - `block` is right-aligned and stored, never inferred: the last block of an axis may be ragged, and leading axes
-        (layers, experts) come and go under `scan` and `vmap` without touching it.
+    Invariants, checked on first use and never by the constructor (tree maps put anything into
+    leaves):
+      - `qvalue` has the storage dtype of `format`; with several planes it is a tuple, low bits
+        first, and the first plane has the logical shape.
+      - `scale`, `zero_point` and `offset` have shape ceil(shape / block). `scale` and `offset` are
+        arrays or QTensors.
+      - `block` is right-aligned and stored, never inferred: the last block of an axis may be
+        ragged, and leading axes (layers, experts) come and go under `scan` and `vmap` without
+        touching it.
       - `dtype` is that of the dequantized array; scales keep their own.
       - `param_shape` stands only where the weight differs in shape from its storage.
     """
@@ -74,8 +78,9 @@ class QTensor:
 
     def __jax_array__(self) -> NoReturn:
         raise TypeError(
-            f"{self!r} reached a function that expects an array. Wrap the function that takes the parameters: "
-            "qjax.quantized(fn)(qparams, ...); or turn this weight back into an array with qjax.dequantize"
+            f"{self!r} reached a function that expects an array. Wrap the function that takes the "
+            "parameters: qjax.quantized(fn)(qparams, ...); or turn this weight back into an array "
+            "with qjax.dequantize"
         )
 
 
@@ -87,7 +92,8 @@ def is_qtensor(leaf: Any) -> bool:
 def dequantize(q: QTensor) -> jax.Array:
     """The array that a QTensor stands for.
 
-    `x = (decode(qvalue) - zero_point) * scale + offset`, evaluated block-wise in float32 and rounded once to `q.dtype`.
+    `x = (decode(qvalue) - zero_point) * scale + offset`, evaluated block-wise in float32, each
+    operation rounded once, and the result rounded to `q.dtype`.
 
     Args:
       q: a QTensor of any format; scales and offsets that are QTensors are dequantized first.
@@ -99,64 +105,112 @@ def dequantize(q: QTensor) -> jax.Array:
       ValueError: if the leaves disagree with the format.
 
     Example:
-      >>> q = qjax.quantize(jnp.array([[1.0, -2.0], [0.5, 4.0]]), "int8", axis=0)
-      >>> qjax.dequantize(q).round(2).tolist()
-      [[1.0, -2.0], [0.5, 4.0]]
+      >>> q = qjax.quantize(jnp.array([[1.0, -2.9], [127.0, 254.0]]), "int8", axis=0)
+      >>> q.qvalue.tolist(), q.scale.tolist()
+      ([[1, -1], [127, 127]], [[1.0, 2.0]])
+      >>> qjax.dequantize(q).tolist()
+      [[1.0, -2.0], [127.0, 254.0]]
     """
     check(q)
-    values = join_planes(FORMATS[q.format], q.qvalue)
-    decode = FORMATS[q.format].decode
-    scale = _open(q.scale)
-    terms = [scale.astype(jnp.float32)]
-    if q.zero_point is not None:
-        terms.append(q.zero_point.astype(jnp.float32))
-    if q.offset is not None:
-        terms.append(_open(q.offset).astype(jnp.float32))
+    return _dequantize(q)
 
-    def equation(codes, scale, *rest):
-        x = decode(codes, jnp.dtype(jnp.float32))
+
+@functools.partial(jax.jit, inline=True)  # one pass over memory when it is called outside of jit
+def _dequantize(q: QTensor) -> jax.Array:
+    fmt = FORMATS[q.format]
+    per_block = [_open(v) for v in (q.scale, q.zero_point, q.offset) if v is not None]
+
+    def equation(codes: jax.Array, scale: jax.Array, *rest: jax.Array) -> jax.Array:
+        x = fmt.decode(codes, jnp.dtype(jnp.float32))
         if q.zero_point is not None:
-            x, rest = x - rest[0], rest[1:]
+            x = x - rest[0]
         x = x * scale
-        return (x + rest[0] if rest else x).astype(q.dtype)
+        if q.offset is not None:
+            x = exact.rounded(x) + rest[-1]
+        return x.astype(q.dtype)
 
-    x = blocks.apply(equation, values, q.block, *terms)
+    x = blocks.apply(equation, join_planes(fmt, q.qvalue), q.block, *per_block)
     return x if q.param_shape is None else x.reshape(q.shape)
 
 
-def _open(scale: jax.Array | QTensor) -> jax.Array:
-    return dequantize(scale) if isinstance(scale, QTensor) else scale
+def _open(per_block: jax.Array | QTensor) -> jax.Array:
+    x = _dequantize(per_block) if isinstance(per_block, QTensor) else per_block
+    return x.astype(jnp.float32)
 
 
 def check(q: QTensor, path: str = "") -> None:
-    """Raises ValueError, naming `path` and the remedy, if the leaves of `q` are not what its format says."""
+    """Raises ValueError, naming `path` and the remedy, if the leaves of `q` belie its format."""
     where = f"{path}: " if path else ""
     if q.format not in FORMATS:
-        raise ValueError(f"{where}unknown format {q.format!r}; the formats are {', '.join(FORMATS)}")
-    storage = FORMATS[q.format].storage
-    planes = q.qvalue if isinstance(q.qvalue, tuple) else (q.qvalue,)
-    names = (storage,) if isinstance(storage, str) else storage
-    remedy = "a tree map over quantized parameters must treat QTensors as leaves (is_leaf=qjax.is_qtensor) or leave their codes alone"
-    if isinstance(q.qvalue, tuple) != isinstance(storage, tuple) or len(planes) != len(names):
-        raise ValueError(f"{where}{q.format} holds {len(names)} plane(s) of codes, got {len(planes)}; {remedy}")
-    for plane, name in zip(planes, names, strict=True):
-        wanted = jnp.dtype("uint8" if name == "uint1" else name)
-        if getattr(plane, "dtype", None) != wanted:
-            raise ValueError(f"{where}{q.format} holds its codes as {wanted}, got {getattr(plane, 'dtype', type(plane).__name__)}; {remedy}")
-    shape = q.storage_shape
-    if len(shape) < len(q.block):
-        raise ValueError(f"{where}codes of shape {shape} have fewer axes than the block {q.block}; {remedy}")
-    for plane, name in zip(planes, names, strict=True):
-        wanted_shape = (*shape[:-1], -(-shape[-1] // 8)) if name == "uint1" else shape
-        if tuple(plane.shape) != wanted_shape:
-            raise ValueError(f"{where}the {name} plane of {q.format} codes {shape} has shape {tuple(plane.shape)}, needed {wanted_shape}; {remedy}")
-    wanted_shape = blocks.scale_shape(shape, q.block)
-    for name, leaf in (("scale", q.scale), ("zero_point", q.zero_point), ("offset", q.offset)):
+        raise ValueError(
+            f"{where}unknown format {q.format!r}; the formats are {', '.join(FORMATS)}"
+        )
+    _check_codes(q, where)
+    needed = blocks.scale_shape(q.storage_shape, q.block)
+    for name in ("scale", "zero_point", "offset"):
+        leaf: Any = getattr(q, name)
         if leaf is None and name != "scale":
             continue
-        if isinstance(leaf, QTensor):
+        if isinstance(leaf, QTensor) and name != "zero_point":
             check(leaf, f"{path}/{name}" if path else name)
-        elif not hasattr(leaf, "dtype") or (name != "zero_point" and not jnp.issubdtype(leaf.dtype, jnp.floating)):
-            raise ValueError(f"{where}{name} must be a floating-point array or a QTensor, got {getattr(leaf, 'dtype', type(leaf).__name__)}; {remedy}")
-        if tuple(leaf.shape) != wanted_shape:
-            raise ValueError(f"{where}{name} has shape {tuple(leaf.shape)}, needed {wanted_shape} for codes {shape} in blocks of {q.block}; {remedy}")
+        elif not _is_number(leaf, name):
+            kind = "an array" if name == "zero_point" else "a floating-point array or a QTensor"
+            raise ValueError(f"{where}{name} must be {kind}, got {_kind(leaf)}; {_REMEDY}")
+        if (shape := tuple(getattr(leaf, "shape", ()))) != needed:
+            raise ValueError(
+                f"{where}{name} has shape {shape}, needed {needed} for codes of shape "
+                f"{q.storage_shape} in blocks of {q.block}; {_REMEDY}"
+            )
+
+
+def _check_codes(q: QTensor, where: str) -> None:
+    storage = FORMATS[q.format].storage
+    names = (storage,) if isinstance(storage, str) else storage
+    planes = q.qvalue if isinstance(q.qvalue, tuple) else (q.qvalue,)
+    if isinstance(q.qvalue, tuple) != isinstance(storage, tuple) or len(planes) != len(names):
+        raise ValueError(
+            f"{where}{q.format} holds its codes as {' and '.join(names)}, got "
+            f"{' and '.join(map(_kind, planes))}; {_REMEDY}"
+        )
+    for plane, name in zip(planes, names, strict=True):
+        wanted = jnp.dtype("uint8" if name == "uint1" else name)
+        if getattr(plane, "dtype", None) != wanted or not hasattr(plane, "shape"):
+            raise ValueError(
+                f"{where}{q.format} holds its codes as {wanted}, got {_kind(plane)}; {_REMEDY}"
+            )
+    shape = q.storage_shape
+    if len(shape) < len(blocks.trim(q.block)) or min(q.block, default=1) < 1:
+        raise ValueError(
+            f"{where}codes of shape {shape} cannot lie in blocks of {q.block}: a block has at most "
+            f"one positive length per axis; {_REMEDY}"
+        )
+    for plane, name in zip(planes, names, strict=True):
+        needed = (*shape[:-1], -(-shape[-1] // 8)) if name == "uint1" else shape
+        if tuple(plane.shape) != needed:
+            raise ValueError(
+                f"{where}the {name} plane of {q.format} codes of shape {shape} has shape "
+                f"{tuple(plane.shape)}, needed {needed}; {_REMEDY}"
+            )
+    if q.param_shape is not None and math.prod(q.param_shape) != math.prod(
+        shape[len(shape) - len(q.block) :]
+    ):
+        raise ValueError(
+            f"{where}codes of shape {shape} in blocks of {q.block} cannot take the weight's shape "
+            f"{q.param_shape}"
+        )
+
+
+_REMEDY = (
+    "a tree map over quantized parameters must treat QTensors as leaves (is_leaf=qjax.is_qtensor) "
+    "or leave their codes and scales alone"
+)
+
+
+def _is_number(leaf: Any, name: str) -> bool:
+    kinds = (jnp.floating, jnp.integer) if name == "zero_point" else (jnp.floating,)
+    array = hasattr(leaf, "dtype") and hasattr(leaf, "shape")
+    return array and any(jnp.issubdtype(leaf.dtype, k) for k in kinds)
+
+
+def _kind(leaf: Any) -> str:
+    return str(leaf.dtype) if hasattr(leaf, "dtype") else type(leaf).__name__

@@ -1,7 +1,8 @@
 """Round to nearest: how a scale is chosen from a block, and codes from the scale.
 
-One function per value of `Spec.scale_method`, all `(w float32, spec, block, whole) -> Rounded`, elementwise or block-wise, so
-that they run under jit on arrays of any rank.
+One function per value of `Spec.scale_method`, all `(w float32, spec, block, whole) -> Rounded`,
+elementwise or block-wise, so that they run under jit on arrays of any rank. `whole` is the block of
+everything that one weight of a stack spans.
 """
 
 from typing import NamedTuple
@@ -9,53 +10,60 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qjax import blocks
-from qjax.formats import FORMATS
+from qjax import blocks, exact
+from qjax.formats import FORMATS, Format
 from qjax.spec import Spec
 
 
 class Rounded(NamedTuple):
-    """Joined codes and what undoes them; `scale`, `zero_point` and `offset` have one value per block."""
+    """Joined codes and what undoes them.
+
+    `scale`, `zero_point` and `offset` have one value per block. A scale or offset that is itself
+    `Rounded` is held as `Spec.scale_spec` says.
+    """
 
     codes: jax.Array
-    scale: jax.Array
+    scale: "jax.Array | Rounded"
     zero_point: jax.Array | None = None
-    offset: jax.Array | None = None
+    offset: "jax.Array | Rounded | None" = None
 
 
 def absmax(w: jax.Array, spec: Spec, block: blocks.Block, whole: blocks.Block) -> Rounded:
     """Symmetric: scale = max|w| / largest code; codes = encode(w / scale)."""
     fmt = FORMATS[spec.format]
-    view, within, keep = blocks.split(w, block)
-    largest = jnp.max(jnp.abs(view), axis=within, keepdims=True)
-    scale = _round_scale(largest * (1 / fmt.max), jnp.isfinite(largest), spec.scale_dtype)
-    scale = scale.reshape(blocks.scale_shape(w.shape, block))
-    codes = blocks.apply(lambda x, s: fmt.encode(x * s), w, block, _reciprocal(scale))
-    return Rounded(codes, scale)
+    low, high = blocks.extremes(w, block)
+    largest = jnp.maximum(high, -low)
+    scale = _round_scale(exact.divide(largest, fmt.max), largest, spec.scale_dtype)
+    if spec.scale_dtype == "float32":  # one rounding instead of the two of 1 / scale
+        inverse = jnp.where(scale == 0, 0, fmt.max / jnp.where(scale == 0, 1, largest))
+    else:
+        inverse = _reciprocal(scale)
+    return Rounded(blocks.apply(lambda x, s: fmt.encode(x * s), w, block, inverse), scale)
 
 
 def minmax(w: jax.Array, spec: Spec, block: blocks.Block, whole: blocks.Block) -> Rounded:
     """Asymmetric: scale = (max - min) / (number of codes - 1).
 
-    With `zero_dtype` the range is widened to hold zero and the zero point is a code; without it the block's minimum is the
-    offset.
+    With `zero_dtype` the range is widened to hold zero and the zero point is a code; without it the
+    block's minimum is the offset.
     """
     fmt = FORMATS[spec.format]
-    view, within, keep = blocks.split(w, block)
-    low, high = (f(view, axis=within, keepdims=True) for f in (jnp.min, jnp.max))
-    finite = jnp.isfinite(low) & jnp.isfinite(high)
+    low, high = blocks.extremes(w, block)
     if spec.zero_dtype is not None:
         low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
-    steps = 1 / (fmt.max - fmt.min)
-    shape = blocks.scale_shape(w.shape, block)
-    scale = _round_scale(high * steps - low * steps, finite, spec.scale_dtype).reshape(shape)
-    inverse, low = _reciprocal(scale), low.reshape(shape)
+    half_range = high * 0.5 - low * 0.5  # the range itself may overflow
+    width = exact.divide(half_range, (fmt.max - fmt.min) / 2)
+    scale = _round_scale(width, half_range, spec.scale_dtype)
+    inverse = _reciprocal(scale)
     if spec.zero_dtype is not None:
         zero = jnp.clip(fmt.min - jnp.round(low * inverse), fmt.min, fmt.max)
-        codes = blocks.apply(lambda x, s, z: fmt.encode(jnp.round(x * s) + z), w, block, inverse, zero)
-        return Rounded(codes, scale, zero_point=zero.astype(jnp.int8 if fmt.min < 0 else jnp.uint8).astype(spec.zero_dtype))
+        codes = blocks.apply(
+            lambda x, s, z: fmt.encode(jnp.round(x * s) + z), w, block, inverse, zero
+        )
+        return Rounded(codes, scale, zero_point=zero.astype(spec.zero_dtype))
     offset = _saturate(low - fmt.min * scale.astype(jnp.float32), spec.scale_dtype)
-    codes = blocks.apply(lambda x, s, o: fmt.encode((x - o) * s), w, block, inverse, offset.astype(jnp.float32))
+    start = offset.astype(jnp.float32)
+    codes = blocks.apply(lambda x, s, o: fmt.encode((x - o) * s), w, block, inverse, start)
     return Rounded(codes, scale, offset=offset)
 
 
@@ -64,26 +72,113 @@ def mean(w: jax.Array, spec: Spec, block: blocks.Block, whole: blocks.Block) -> 
 
     The mean is kept once per block, so that leaves stay alike in shape.
     """
-    view, within, keep = blocks.split(w, whole)
-    average = jnp.mean(view, axis=within, keepdims=True).reshape(blocks.scale_shape(w.shape, whole))
+    view, within, _ = blocks.split(w, whole)
+    average = jnp.mean(view, axis=within).reshape(blocks.scale_shape(w.shape, whole))
     centered = blocks.apply(jnp.subtract, w, whole, average)
     rounded = absmax(centered, spec, block, whole)
-    return rounded._replace(offset=jnp.broadcast_to(average, rounded.scale.shape))
+    return rounded._replace(offset=jnp.broadcast_to(average, blocks.scale_shape(w.shape, block)))
 
 
-SCALE_METHODS = {"absmax": absmax, "minmax": minmax, "mean": mean}
+def ggml(w: jax.Array, spec: Spec, block: blocks.Block, whole: blocks.Block) -> Rounded:
+    """llama.cpp's own rule for its block types, to the byte (`ggml-quants.c`, no importances).
+
+    q8_0: scale = max|w| / 127. q4_0, q5_0: scale = the element of largest magnitude / smallest
+    code, which it therefore hits. q4_1, q5_1: scale = (max - min) / (number of codes - 1), offset =
+    min. Codes are w times the reciprocal of the float32 scale, half away from zero; only then is
+    the scale rounded to float16.
+    """
+    return GGML_METHODS[spec.format](w, FORMATS[spec.format], block)
 
 
-def _round_scale(scale: jax.Array, finite: jax.Array, dtype: str) -> jax.Array:
-    """`scale` in `dtype`, saturated; below the smallest normal float32 it is 0 (the block decodes to its offset or 0), and
-    where the block was not finite it is NaN, so that a bad weight can never look like a number."""
+def _ggml_symmetric(w: jax.Array, fmt: Format, block: blocks.Block) -> Rounded:
+    low, high = blocks.extremes(w, block)
+    largest = jnp.maximum(high, -low)
+    scale = _float16_range(exact.divide(largest, fmt.max), largest)
+    codes = blocks.apply(
+        lambda x, s: (
+            jax.lax.round(x * s, jax.lax.RoundingMethod.AWAY_FROM_ZERO)
+            .clip(fmt.min, fmt.max)
+            .astype(jnp.int8)
+        ),
+        w,
+        block,
+        _reciprocal(scale),
+    )
+    return Rounded(codes, scale.astype(jnp.float16))
+
+
+def _ggml_signed(w: jax.Array, fmt: Format, block: blocks.Block) -> Rounded:
+    """The first element of largest magnitude, with its sign, becomes the smallest code."""
+    view, within, _ = blocks.split(w, block)
+    first = jnp.argmax(jnp.abs(view), axis=within[0], keepdims=True)
+    extreme = jnp.take_along_axis(view, first, axis=within[0])
+    extreme = jnp.where(extreme == 0, 0.0, extreme).reshape(blocks.scale_shape(w.shape, block))
+    scale = _float16_range(extreme / fmt.min, extreme)  # a power of two: exact
+    codes = blocks.apply(
+        lambda x, s: _truncate(exact.rounded(x * s) + (0.5 - fmt.min), fmt),
+        w,
+        block,
+        _reciprocal(scale),
+    )
+    signed = isinstance(fmt.storage, str)
+    if signed:
+        codes = codes.astype(jnp.int8) + jnp.int8(fmt.min)
+    return Rounded(codes, scale.astype(jnp.float16))
+
+
+def _ggml_affine(w: jax.Array, fmt: Format, block: blocks.Block) -> Rounded:
+    low, high = blocks.extremes(w, block)
+    ends = jnp.maximum(high, -low)
+    scale = _float16_range(exact.divide(high - low, fmt.max), ends)
+    offset = _float16_range(low, ends)
+    codes = blocks.apply(
+        lambda x, s, o: _truncate(exact.rounded((x - o) * s) + 0.5, fmt),
+        w,
+        block,
+        _reciprocal(scale),
+        low,
+    )
+    return Rounded(codes, scale.astype(jnp.float16), offset=offset.astype(jnp.float16))
+
+
+def _truncate(x: jax.Array, fmt: Format) -> jax.Array:
+    """Unsigned codes of a positive x: its integer part, at most the largest of the format."""
+    return jnp.minimum(x, fmt.max - fmt.min).astype(jnp.uint8)
+
+
+SCALE_METHODS = {"absmax": absmax, "minmax": minmax, "mean": mean, "ggml": ggml}
+
+GGML_METHODS = {
+    "q8_0": _ggml_symmetric,
+    "q4_0": _ggml_signed,
+    "q5_0": _ggml_signed,
+    "q4_1": _ggml_affine,
+    "q5_1": _ggml_affine,
+}
+
+
+def _round_scale(scale: jax.Array, block_value: jax.Array, dtype: str) -> jax.Array:
+    """`scale` in `dtype`, saturated.
+
+    Below the smallest normal float32 it is 0: the block decodes to zeros, or to its offset. Where
+    `block_value`, taken from all of a block, is not finite it is NaN, so that a bad weight can
+    never look like a number.
+    """
     scale = jnp.where(scale < jnp.finfo(jnp.float32).tiny, 0, scale)
-    return jnp.where(finite, _saturate(scale, dtype), jnp.asarray(jnp.nan, dtype))
+    return jnp.where(
+        jnp.isfinite(block_value), _saturate(scale, dtype), jnp.asarray(jnp.nan, dtype)
+    )
 
 
 def _saturate(x: jax.Array, dtype: str) -> jax.Array:
     top = float(jnp.finfo(dtype).max)
     return jnp.clip(x, -top, top).astype(dtype)
+
+
+def _float16_range(x: jax.Array, block_value: jax.Array) -> jax.Array:
+    """Float32 `x`, saturated where float16 ends; NaN where `block_value` is not finite."""
+    top = float(jnp.finfo(jnp.float16).max)
+    return jnp.where(jnp.isfinite(block_value), jnp.clip(x, -top, top), jnp.nan)
 
 
 def _reciprocal(scale: jax.Array) -> jax.Array:

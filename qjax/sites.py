@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -67,7 +68,7 @@ def find_sites(
 
     Example:
       >>> params = {"w": jnp.ones((8, 4)), "b": jnp.ones(4)}
-      >>> sites = qjax.find_sites(lambda p, x: x @ p["w"] + p["b"], params, jnp.ones((2, 8)))
+      >>> sites = qjax.find_sites(lambda p, x: x @ p["w"] + p["b"][None], params, jnp.ones((2, 8)))
       >>> sites["w"][0].contract_axes, list(sites)
       ((0,), ['w'])
     """
@@ -100,8 +101,8 @@ class _Finder:
 
     def __init__(self) -> None:
         self._found: dict[tuple[Any, ...], Site] = {}
-        self._keys: dict[int, str] = {}
-        self._alive: list[Any] = []
+        self._keys: dict[int, tuple[Callable[[], Any], str]] = {}
+        self._count = 0
         self._numbers: dict[Any, str] = {}
 
     def table(self) -> Table:
@@ -122,10 +123,17 @@ class _Finder:
         return {path: tuple(found) for path, found in by_path.items()}
 
     def _key(self, value: Any) -> str:
-        if id(value) not in self._keys:
-            self._alive.append(value)  # so that no other value gets its id
-            self._keys[id(value)] = f"x{len(self._alive)}"
-        return self._keys[id(value)]
+        alive, key = self._keys.get(id(value), (lambda: None, ""))
+        if alive() is value:  # otherwise the id has passed to another value
+            return key
+        self._count += 1
+        return self._set_key(value, f"x{self._count}")
+
+    def _set_key(self, value: Any, key: str) -> str:
+        """Remembers a key; weakly, so that no tracer outlives its trace."""
+        alive = weakref.ref(value) if isinstance(value, jax.core.Tracer) else lambda: value
+        self._keys[id(value)] = (alive, key)
+        return key
 
     def _note(self, eqn: _compat.JaxprEqn, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         """Gives the result of the same structural operation on the same value the same key."""
@@ -136,8 +144,7 @@ class _Finder:
             key = self._key(inputs[0])
         else:
             key = self._numbers.setdefault(number, self._key(outputs[0]))
-        self._alive.append(outputs[0])
-        self._keys[id(outputs[0])] = key
+        self._set_key(outputs[0], key)
 
     def _move(
         self, move: Callable[..., Any], eqn: _compat.JaxprEqn, inputs: list[Any]
@@ -165,7 +172,8 @@ class _Finder:
         box, indices = inputs
         if not isinstance(box, _Tagged):
             return Decline("it is an index")
-        looked_up = tuple(eqn.params["dimension_numbers"].collapsed_slice_dims)
+        sizes = zip(eqn.params["slice_sizes"], box.value.shape, strict=True)
+        looked_up = tuple(a for a, (taken, size) in enumerate(sizes) if taken != size)
         self._add(eqn, box, 0, (), _axes(box, looked_up), self._key(indices))
         return Decline("recorded")
 

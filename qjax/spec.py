@@ -11,20 +11,24 @@ class Spec(NamedTuple):
 
     Attributes:
       format: a row of `FORMATS`.
-      block: elements that share a scale. `None`: all contracted ones (one scale per output channel, or per token for an
-        activation); an int: groups along the innermost contracted axis; `(rows, columns)`: tiles of the contracted and
-        the last output axis; `()`: the whole tensor.
+      block: elements that share a scale. `None`: all contracted ones (one scale per output channel,
+        or per token for an activation); an int: groups along the innermost contracted axis;
+        `(rows, columns)`: tiles of the contracted and the last output axis; `()`: the whole tensor.
       symmetric: `False` also stores where a block starts (see `zero_dtype`).
       scale_dtype: what the scale is rounded to, before the first code is chosen.
       scale_spec: how the scales are quantized in turn; `None` keeps them in `scale_dtype`.
-      scale_method: how the scale is chosen: "absmax", "minmax" or "ggml" (llama.cpp's own rule for the format).
-      zero_dtype: an integer dtype gives asymmetric blocks a `zero_point` rounded to a code, as GPTQ and AWQ files hold it;
-        `None` gives them an `offset`, the block's smallest value in `scale_dtype`, as Q4_1 does.
-      activation: how the other operand of a matmul is quantized while it runs; `None` leaves it alone.
+      scale_method: how the scale is chosen: "absmax", "minmax" or "ggml" (llama.cpp's own rule for
+        the format).
+      zero_dtype: an integer dtype gives asymmetric blocks a `zero_point` rounded to a code, as GPTQ
+        and AWQ files hold it; `None` gives them an `offset`, the block's smallest value in
+        `scale_dtype`, as Q4_1 does.
+      activation: how the other operand of a matmul is quantized while it runs; `None` leaves it
+        alone.
 
     Example:
       >>> Spec.parse("int4_g128")
-      Spec(format='int4', block=128, symmetric=True, scale_dtype='bfloat16', scale_spec=None, scale_method='absmax', zero_dtype=None, activation=None)
+      Spec(format='int4', block=128, symmetric=True, scale_dtype='bfloat16', scale_spec=None,
+           scale_method='absmax', zero_dtype=None, activation=None)
       >>> str(Spec.parse("int8/int8_token"))
       'int8/int8_token'
     """
@@ -51,14 +55,19 @@ class Spec(NamedTuple):
             return text
         weight, slash, activation = text.partition("/")
         spec = _parse_one(weight, text, activation=False)
-        return spec._replace(activation=_parse_one(activation, text, activation=True)) if slash else spec
+        return (
+            spec._replace(activation=_parse_one(activation, text, activation=True))
+            if slash
+            else spec
+        )
 
     def __str__(self) -> str:
         if self.format in GGML_SPECS and self._replace(activation=None) == GGML_SPECS[self.format]:
             text = self.format
         else:
             text = self.format + _block_suffix(self.block)
-            text += "_asym" * (not self.symmetric and not self.format.startswith("uint")) + "_dq" * (self.scale_spec is not None)
+            text += "_asym" * (not self.symmetric and not self.format.startswith("uint"))
+            text += "_dq" * (self.scale_spec is not None)
         if self.activation is None:
             return text
         suffix = "_token" if self.activation.block is None else ""
@@ -76,61 +85,75 @@ GGML_SPECS = {
     "q5_1": Spec("q5_1", 32, False, "float16", None, "ggml"),
     "q4_k": Spec("q4_k", 32, False, "float16", _SUB_SCALE, "ggml"),
     "q5_k": Spec("q5_k", 32, False, "float16", _SUB_SCALE, "ggml"),
-    "q6_k": Spec("q6_k", 16, True, "float16", Spec("int8", 16, scale_dtype="float16", scale_method="ggml"), "ggml"),
+    "q6_k": Spec("q6_k", 16, True, "float16", _SUB_SCALE._replace(format="int8", block=16), "ggml"),
 }
 
-# Double quantization (QLoRA, arXiv:2305.14314, section 3): 256 scales, less their mean, share one float32.
+# Double quantization (QLoRA, arXiv:2305.14314, section 3): 256 scales, less their mean, share one
+# float32.
 DOUBLE_QUANTIZED = Spec("dynamic8", 256, symmetric=False, scale_method="mean")
 
-_SUFFIX = re.compile(r"(?:_(?:g(?P<group>\d+)|(?P<rows>\d+)x(?P<columns>\d+)|(?P<whole>tensor|token)))?(?P<asym>_asym)?(?P<dq>_dq)?")
+ACTIVATION_FORMATS = ("int8", "fp8_e4m3", "fp8_e5m2")
+
+_GRAMMAR = "format[_gN | _RxC | _tensor | _token][_asym][_dq][/activation]"
+_BLOCK = r"_(?:g(?P<group>\d+)|(?P<rows>\d+)x(?P<columns>\d+)|(?P<whole>tensor|token))"
+_SUFFIX = re.compile(rf"(?:{_BLOCK})?(?P<asym>_asym)?(?P<dq>_dq)?")
 
 
 def _parse_one(text: str, whole_text: str, activation: bool) -> Spec:
-    name = max((f for f in FORMATS if text == f or text.startswith(f + "_")), key=len, default=None)
+    def error(message: str) -> ValueError:
+        return ValueError(f"spec {whole_text!r}: {message}")
+
+    name = max((f for f in FORMATS if f"{text}_".startswith(f"{f}_")), key=len, default=None)
     if name is None:
-        raise ValueError(f"spec {whole_text!r}: {text!r} starts with no known format; the formats are {', '.join(FORMATS)}")
-    match = _SUFFIX.fullmatch(text[len(name) :])
+        known = ", ".join(FORMATS)
+        raise error(f"{text!r} starts with no known format; the formats are {known}")
+    suffix = text[len(name) :]
+    match = _SUFFIX.fullmatch(suffix)
     if match is None:
-        raise ValueError(
-            f"spec {whole_text!r}: {text[len(name) :]!r} after the format {name!r} is not understood; "
-            "the grammar is format[_gN | _RxC | _tensor | _token][_asym][_dq][/activation]"
-        )
+        raise error(f"{suffix!r} after {name!r} is not understood; the grammar is {_GRAMMAR}")
+    if activation:
+        if name not in ACTIVATION_FORMATS or suffix != "_token":
+            choices = " or ".join(f"{f}_token" for f in ACTIVATION_FORMATS)
+            raise error(f"an activation may be {choices} (one scale per token), got {text!r}")
+        return Spec(name)
     if name in GGML_SPECS:
-        if text != name:
-            raise ValueError(f"spec {whole_text!r}: {name!r} is a whole block type and takes no suffix; write {name!r}")
-        if activation:
-            raise ValueError(f"spec {whole_text!r}: {name!r} is a weight type; an activation may be int8_token or fp8_e4m3_token")
+        if suffix:
+            raise error(f"{name!r} is a whole block type and takes no suffix; write {name!r}")
         return GGML_SPECS[name]
-    if match["whole"] == "token" and not activation:
-        raise ValueError(f"spec {whole_text!r}: _token is for activations (after the slash); a weight without a suffix has one scale per output channel")
-    if activation and match["whole"] != "token":
-        raise ValueError(f"spec {whole_text!r}: an activation has one scale per token so far; write {name}_token")
-    if activation and (match["asym"] or match["dq"] or name not in ACTIVATION_FORMATS):
-        raise ValueError(f"spec {whole_text!r}: an activation may be {' or '.join(f + '_token' for f in ACTIVATION_FORMATS)}")
-    sizes = [int(match[k]) for k in ("group", "rows", "columns") if match[k]]
-    if 0 in sizes:
-        raise ValueError(f"spec {whole_text!r}: a block of 0 elements cannot hold a weight; give a size of at least 1")
+    if match["whole"] == "token":
+        raise error(
+            "_token is for activations, after a slash; a weight without a suffix has one scale per "
+            "output channel"
+        )
+    if 0 in (int(match[k] or 1) for k in ("group", "rows", "columns")):
+        raise error("a block of 0 elements cannot hold a weight; give a size of at least 1")
     integer = name.startswith(("int", "uint"))
     if match["asym"] and not integer:
-        raise ValueError(f"spec {whole_text!r}: _asym is for integer formats; {name!r} is symmetric by construction")
-    if match["dq"] and not match["group"]:
-        raise ValueError(f"spec {whole_text!r}: _dq quantizes the scales of groups; write {name}_g64_dq")
-    if match["dq"] and not (name == "nf4"):
-        raise ValueError(f"spec {whole_text!r}: _dq is defined for nf4 (QLoRA); give other formats a Spec with scale_spec")
+        raise error(f"_asym is for integer formats; {name!r} is symmetric by construction")
+    if match["dq"] and not (name == "nf4" and match["group"]):
+        raise error(
+            "_dq quantizes the scales of nf4 groups (QLoRA), as in nf4_g64_dq; give other formats "
+            "a Spec with scale_spec"
+        )
     symmetric = not (name.startswith("uint") or match["asym"])
-    block = int(match["group"]) if match["group"] else (int(match["rows"]), int(match["columns"])) if match["rows"] else () if match["whole"] == "tensor" else None
     grouped_integer = integer and bool(match["group"])
+    narrow = "bfloat16" if symmetric else "float16"
     return Spec(
         format=name,
-        block=block,
+        block=_block(match),
         symmetric=symmetric,
-        scale_dtype=("bfloat16" if symmetric else "float16") if grouped_integer else "float32",
+        scale_dtype=narrow if grouped_integer else "float32",
         scale_spec=DOUBLE_QUANTIZED if match["dq"] else None,
         scale_method="absmax" if symmetric else "minmax",
     )
 
 
-ACTIVATION_FORMATS = ("int8", "fp8_e4m3", "fp8_e5m2")
+def _block(match: re.Match) -> tuple[int, ...] | int | None:
+    if match["group"]:
+        return int(match["group"])
+    if match["rows"]:
+        return int(match["rows"]), int(match["columns"])
+    return () if match["whole"] else None
 
 
 def _block_suffix(block: tuple[int, ...] | int | None) -> str:

@@ -64,7 +64,7 @@ def _rebuild(
         scale=follow(q.scale),
         zero_point=follow(q.zero_point),
         offset=follow(q.offset),
-        block=block,
+        block=blocks.trim(block),
     )
 
 
@@ -163,22 +163,20 @@ def squeeze(x: Value, dimensions: Sequence[int]) -> Value:
 
 
 def broadcast_in_dim(x: Value, shape: Sequence[int], dimensions: Sequence[int]) -> Value:
-    """`lax.broadcast_in_dim` that adds axes and leaves those of `x` as they are."""
+    """`lax.broadcast_in_dim`: new axes, and axes of length 1 made longer, are not blocked."""
     if not isinstance(x, QTensor):
         return lax.broadcast_in_dim(x, shape, dimensions)
-    if any(shape[d] != s for d, s in zip(dimensions, x.shape, strict=True)):
-        raise CannotCarry("it is broadcast along one of its own axes")
     old, block = block_of(x), [1] * len(shape)
     for d, b in zip(dimensions, old, strict=True):
         block[d] = b
 
     def spread(v: Value) -> Value:
         wanted = list(shape)
-        for d, s in zip(dimensions, v.shape, strict=True):
-            wanted[d] = s
+        for d, s, whole in zip(dimensions, v.shape, x.shape, strict=True):
+            wanted[d] = shape[d] if whole == 1 else s
         return broadcast_in_dim(v, wanted, dimensions)
 
-    last_stays = bool(dimensions) and dimensions[-1] == len(shape) - 1
+    last_stays = dimensions[-1:] == (len(shape) - 1,) and shape[-1] == x.shape[-1]
     return _rebuild(x, tuple(block), spread, spread, moves_last=not last_stays)
 
 
@@ -273,7 +271,7 @@ def concatenate(xs: Sequence[Value], dimension: int) -> Value:
         scale=join(lambda q: q.scale),
         zero_point=join(lambda q: q.zero_point),
         offset=join(lambda q: q.offset),
-        block=block,
+        block=blocks.trim(block),
     )
 
 
@@ -297,33 +295,28 @@ def take(
     slice_sizes: Sequence[int],
     mode: Any,
 ) -> Value:
-    """A `lax.gather` that looks up whole rows: every axis is either indexed, one at a time, or
-    taken whole.
-    """
+    """A `lax.gather` that takes every blocked axis whole."""
     if not isinstance(x, QTensor):
         return lax.gather(x, indices, dims, slice_sizes, mode=mode)
     block = block_of(x)
-    looked_up = set(dims.collapsed_slice_dims)
-    if set(dims.start_index_map) != looked_up or dims.operand_batching_dims:
-        raise CannotCarry("the gather does not look up whole rows")
-    for a, (size, n, b) in enumerate(zip(x.shape, slice_sizes, block, strict=True)):
-        if a in looked_up and b != 1:
-            raise CannotCarry("the looked-up axis runs through its blocks")
-        if a not in looked_up and n != size:
-            raise CannotCarry("the gather does not look up whole rows")
-    if x.ndim - 1 in looked_up and "uint1" in FORMATS[x.format].storage:
-        raise CannotCarry("its bits are packed along the last axis")
-    rows = lambda v: take(
-        v, indices, dims, [1 if a in looked_up else s for a, s in enumerate(v.shape)], mode
-    )
-    taken = [block[a] for a in range(x.ndim) if a not in looked_up]
-    ndim = len(dims.offset_dims) + indices.ndim - 1
-    placed = [1] * ndim
-    for d, b in zip(dims.offset_dims, taken, strict=True):
-        placed[d] = b
-    return _rebuild(
-        x, tuple(placed), rows, rows, moves_last=bool(taken) and dims.offset_dims[-1] != ndim - 1
-    )
+    whole = [n == size for n, size in zip(slice_sizes, x.shape, strict=True)]
+    if not all(taken or b == 1 for taken, b in zip(whole, block, strict=True)):
+        raise CannotCarry("the looked-up axis runs through its blocks")
+    filled = lax.GatherScatterMode.from_any(mode) == lax.GatherScatterMode.FILL_OR_DROP
+    if filled and any(whole[a] and block[a] != 1 for a in dims.start_index_map):
+        raise CannotCarry("the lookup may run out of a blocked axis")
+
+    def rows(v: Value) -> Value:
+        sizes = [s if taken else n for s, n, taken in zip(v.shape, slice_sizes, whole, strict=True)]
+        return take(v, indices, dims, sizes, mode)
+
+    dropped = {*dims.collapsed_slice_dims, *dims.operand_batching_dims}
+    kept = [a for a in range(x.ndim) if a not in dropped]
+    placed = [1] * (len(dims.offset_dims) + indices.ndim - 1)
+    for d, a in zip(dims.offset_dims, kept, strict=True):
+        placed[d] = block[a]
+    last_stays = kept[-1:] == [x.ndim - 1] and whole[-1] and dims.offset_dims[-1] == len(placed) - 1
+    return _rebuild(x, tuple(placed), rows, rows, moves_last=not last_stays)
 
 
 def convert(x: QTensor, dtype: Any) -> QTensor:
@@ -334,16 +327,9 @@ def convert(x: QTensor, dtype: Any) -> QTensor:
 
 
 def slice_leading(q: QTensor) -> QTensor | None:
-    """`q` as one iteration over its leading axis sees it, its leaves still stacked; None if a block
-    spans that axis.
-    """
-    if q.param_shape is None and len(q.block) < q.ndim:
-        return q
-    if q.param_shape is not None or q.ndim < 2 or q.block[0] != 1:
+    """`q` as a scan over its leading axis needs it, or None if a block spans that axis."""
+    if q.param_shape is not None or q.ndim < 2 or blocks.align(q.block, q.ndim)[0] != 1:
         return None
-    scales = {}
-    for name in ("scale", "offset"):
-        leaf = getattr(q, name)
-        cut = slice_leading(leaf) if isinstance(leaf, QTensor) else leaf
-        scales[name] = dequantize(leaf) if isinstance(leaf, QTensor) and cut is None else cut
-    return dataclasses.replace(q, block=q.block[1:], **scales)
+    nested = {n: v for n in ("scale", "offset") if isinstance(v := getattr(q, n), QTensor)}
+    opened = {n: v if slice_leading(v) is not None else dequantize(v) for n, v in nested.items()}
+    return dataclasses.replace(q, block=blocks.trim(q.block), **opened)

@@ -49,7 +49,7 @@ def quantize_params(params: Any, recipe: Recipe | Spec | str, sites: Sites | Non
 
     Example:
       >>> params = {"w": jnp.ones((8, 4)), "b": jnp.zeros(4)}
-      >>> sites = qjax.find_sites(lambda p, x: x @ p["w"] + p["b"], params, jnp.ones((2, 8)))
+      >>> sites = qjax.find_sites(lambda p, x: x @ p["w"] + p["b"][None], params, jnp.ones((2, 8)))
       >>> qjax.quantize_params(params, "int8", sites)["w"]
       QTensor(int8, shape=(8, 4), block=(8, 1), dtype=float32)
     """

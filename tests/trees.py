@@ -29,4 +29,8 @@ def relative_error(got: Any, wanted: Any) -> float:
 
 def dequantized_uses(fn: Callable[..., Any], *args: Any) -> list[str]:
     """The uses that `explain` reports as dequantized, with their reasons."""
-    return [f"{u.path}: {u.how}" for u in qjax.explain(fn, *args).uses if u.how.startswith("deq") and "graph" not in u.how]
+    return [
+        f"{u.path}: {u.how}"
+        for u in qjax.explain(fn, *args).uses
+        if u.how.startswith("deq") and "graph" not in u.how
+    ]

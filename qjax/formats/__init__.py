@@ -1,4 +1,7 @@
-"""FORMATS: every element encoding, one row each. A new row is a new format; nothing else names them."""
+"""FORMATS: every element encoding, one row each.
+
+A new row is a new format; nothing else names them.
+"""
 
 from qjax.formats.base import PLANE_BITS as PLANE_BITS
 from qjax.formats.base import Codes as Codes

@@ -1,7 +1,7 @@
 """Format: one frozen row per low-precision element encoding.
 
-A format says how codes are held (`storage`), what they mean (`decode`) and how a normalized value becomes a code
-(`encode`). It knows nothing of scales or blocks.
+A format says how codes are held (`storage`), what they mean (`decode`) and how a normalized value
+becomes a code (`encode`). It knows nothing of scales or blocks.
 """
 
 from collections.abc import Callable
@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 Codes: TypeAlias = jax.Array | tuple[jax.Array, ...]
 
-# The planes a code may be cut into, low bits first. "uint1" is the one packed plane: eight codes to a byte along the
-# last axis, least significant bit first, because no device dtype holds a single bit.
+# The planes a code may be cut into, low bits first. "uint1" is the one packed plane: eight codes to
+# a byte along the last axis, least significant bit first, because no device dtype holds one bit.
 PLANE_BITS = {"uint1": 1, "uint2": 2, "uint4": 4}
 
 
@@ -23,7 +23,8 @@ class Format(NamedTuple):
     Attributes:
       name: the row's key in `FORMATS`.
       storage: dtype name of the codes, or the names of their planes, low bits first.
-      decode: (codes, float dtype) -> values, elementwise. Codes of several planes arrive joined, as uint8.
+      decode: (codes, dtype) -> values, elementwise. Codes of several planes arrive joined, as
+        uint8.
       encode: normalized float32 values -> codes before they are cut into planes; saturates.
       min, max: smallest and largest value that a code can stand for.
       bits: bits held on the device per element.
@@ -40,13 +41,12 @@ class Format(NamedTuple):
 
 def join_planes(fmt: Format, qvalue: Codes) -> jax.Array:
     """Codes of `fmt` as one array: planes are joined into uint8, a single array passes through."""
-    if isinstance(fmt.storage, str):
-        assert not isinstance(qvalue, tuple)
+    if not isinstance(qvalue, tuple):
         return qvalue
-    length = qvalue[0].shape[-1]
-    codes, shift = jnp.uint8(0), 0
+    shape = qvalue[0].shape
+    codes, shift = jnp.zeros(shape, jnp.uint8), 0
     for name, plane in zip(fmt.storage, qvalue, strict=True):
-        bits = unpack_bits(plane, length) if name == "uint1" else plane.astype(jnp.uint8)
+        bits = unpack_bits(plane, shape[-1]) if name == "uint1" else plane.astype(jnp.uint8)
         codes = codes | (bits << jnp.uint8(shift))
         shift += PLANE_BITS[name]
     return codes
@@ -66,10 +66,18 @@ def split_planes(fmt: Format, codes: jax.Array) -> Codes:
 
 
 def pack_bits(bits: jax.Array) -> jax.Array:
-    """Packs 0/1 codes eight to a byte along the last axis, least significant bit first."""
-    return jnp.packbits(bits.astype(jnp.uint8), axis=-1, bitorder="little")
+    """Packs uint8 zeros and ones eight to a byte along the last axis, lowest bit first."""
+    *rows, length = bits.shape
+    padded = jnp.pad(bits, [(0, 0)] * len(rows) + [(0, -length % 8)])
+    eights = padded.reshape(*rows, -(-length // 8), 8)
+    return jnp.sum(eights << _bit_numbers(eights.ndim), axis=-1, dtype=jnp.uint8)
 
 
 def unpack_bits(packed: jax.Array, length: int) -> jax.Array:
     """The first `length` bits of each row of `packed`, as uint8 zeros and ones."""
-    return jnp.unpackbits(packed, axis=-1, count=length, bitorder="little")
+    bits = (packed[..., None] >> _bit_numbers(packed.ndim + 1)) & jnp.uint8(1)
+    return bits.reshape(*packed.shape[:-1], 8 * packed.shape[-1])[..., :length]
+
+
+def _bit_numbers(ndim: int) -> jax.Array:
+    return jnp.arange(8, dtype=jnp.uint8).reshape((1,) * (ndim - 1) + (8,))

@@ -7,32 +7,51 @@ import numpy as np
 from qjax.formats.base import Format
 
 # NF4 (QLoRA, arXiv:2305.14314, appendix E), the float32 values that bitsandbytes stores.
-NF4_VALUES = tuple(
-    float.fromhex(v)
-    for v in (
-        "-1 -0x1.647362p-1 -0x1.0cd660p-1 -0x1.946540p-2 -0x1.23449ap-2 -0x1.7a6a7ep-3 -0x1.74f0e2p-4 0 "
-        "0x1.45f5fep-4 0x1.4995c6p-3 0x1.f809bap-3 0x1.5a0674p-2 0x1.c34970p-2 0x1.200f56p-1 0x1.722726p-1 1"
-    ).split()
+NF4_VALUES = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
 )
 
 
-def dynamic_values() -> tuple[float, ...]:
-    """The signed 8-bit dynamic map (Dettmers, arXiv:2110.02861): seven decades, more fraction bits near the top.
+def dynamic_values() -> np.ndarray:
+    """The signed 8-bit dynamic map (Dettmers, arXiv:2110.02861), to the bit as bitsandbytes has it.
 
-    Decade i = 0..6 holds the midpoints of 2^i intervals of [0.1, 1], times 10^(i - 6), with both signs; 0 and 1 complete
-    the 256 values.
+    Decade i = 0..6 holds the midpoints of 2^i intervals of [0.1, 1], times 10^(i - 6), with both
+    signs: seven decades, more fraction bits near the top. 0 and 1 complete the 256 values. The
+    edges are counted from the nearer end, each rounded once.
     """
-    values = [0.0, 1.0]
+    start, stop = np.float32(0.1), np.float32(1)
+    values = [np.array([0, 1], np.float32)]
     for i in range(7):
-        edges = np.linspace(0.1, 1, 2**i + 1, dtype=np.float32)
-        middles = (edges[:-1] + edges[1:]) / np.float32(2)
-        values += [sign * float(np.float32(10.0 ** (i - 6)) * m) for m in middles for sign in (-1, 1)]
-    return tuple(sorted(float(np.float32(v)) for v in values))
+        intervals = 2**i
+        step = np.float64((stop - start) / np.float32(intervals))
+        k = np.arange(intervals + 1)
+        up, down = start + step * k, stop - step * (intervals - k)
+        edges = np.where(k < (intervals + 1) // 2, up, down).astype(np.float32)
+        middles = np.float32(10.0 ** (i - 6)) * ((edges[:-1] + edges[1:]) / np.float32(2))
+        values += [middles, -middles]
+    return np.sort(np.concatenate(values))
 
 
-def codebook(name: str, storage: str, values: tuple[float, ...], bits: int) -> Format:
-    """Nearest entry of a sorted table; a value exactly halfway takes the lower code, as in bitsandbytes."""
-    table = np.asarray(values, np.float32)
+def codebook(name: str, storage: str, table: np.ndarray, bits: int) -> Format:
+    """The nearest entry of a sorted float32 table.
+
+    A value exactly halfway takes the lower code, as in bitsandbytes.
+    """
     middles = (table[:-1] + table[1:]) / np.float32(2)
 
     def decode(codes: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -47,6 +66,6 @@ def codebook(name: str, storage: str, values: tuple[float, ...], bits: int) -> F
 
 
 CODEBOOK = {
-    "nf4": codebook("nf4", "uint4", NF4_VALUES, 4),
+    "nf4": codebook("nf4", "uint4", np.array(NF4_VALUES, np.float32), 4),
     "dynamic8": codebook("dynamic8", "uint8", dynamic_values(), 8),
 }

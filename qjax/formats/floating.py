@@ -8,7 +8,10 @@ from qjax.formats.base import Format
 
 
 def floating(name: str, storage: str) -> Format:
-    """The values of the ml_dtypes float `storage`; encoding rounds half to even and saturates at its largest value."""
+    """The values of the ml_dtypes float `storage`.
+
+    Encoding rounds half to even and saturates at the largest finite value.
+    """
     info = ml_dtypes.finfo(storage)
     low, high = float(info.min), float(info.max)
 

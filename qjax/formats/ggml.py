@@ -1,7 +1,8 @@
 """The element encodings of llama.cpp's block types.
 
-A block type is one of these rows plus the block structure that `Spec.parse` gives it: how many elements share a scale,
-and how the scales themselves are held. The codes are those of the file, unpacked.
+A block type is one of these rows plus the block structure that `Spec.parse` gives it: how many
+elements share a scale, and how the scales themselves are held. The codes are those of the file,
+unpacked.
 """
 
 from qjax.formats.base import Format

@@ -6,7 +6,12 @@ import jax.numpy as jnp
 from qjax.formats.base import Format
 
 # Widths that no device dtype holds are cut into planes.
-PLANES = {3: ("uint2", "uint1"), 5: ("uint4", "uint1"), 6: ("uint4", "uint2"), 7: ("uint4", "uint2", "uint1")}
+PLANES = {
+    3: ("uint2", "uint1"),
+    5: ("uint4", "uint1"),
+    6: ("uint4", "uint2"),
+    7: ("uint4", "uint2", "uint1"),
+}
 
 
 def integer(name: str, bits: int, low: int) -> Format:
@@ -17,14 +22,14 @@ def integer(name: str, bits: int, low: int) -> Format:
     high = low + (1 << bits) - 1
     storage = PLANES.get(bits, f"{'int' if low < 0 else 'uint'}{bits}")
     bias = low if bits in PLANES else 0
+    joined = jnp.uint8 if bits in PLANES or low >= 0 else jnp.int8
 
     def decode(codes: jax.Array, dtype: jnp.dtype) -> jax.Array:
         values = codes.astype(dtype)
         return values + jnp.asarray(bias, dtype) if bias else values
 
     def encode(x: jax.Array) -> jax.Array:
-        codes = jnp.clip(jnp.round(x), low, high)
-        return (codes - bias).astype(jnp.uint8 if bits in PLANES or low == 0 else jnp.int8)
+        return (jnp.clip(jnp.round(x), low, high) - bias).astype(joined)
 
     return Format(name, storage, decode, encode, float(low), float(high), bits)
 

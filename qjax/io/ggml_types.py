@@ -1,11 +1,12 @@
 """ggml's block types: bytes of a GGUF tensor <-> a QTensor that keeps their codes.
 
-A row of a ggml tensor is a run of blocks; a block is a packed struct of scales and codes (llama.cpp,
-`ggml/src/ggml-common.h`). `CODECS` describes each struct as data: a numpy structured dtype, and for every plane
-of codes which bytes hold it in which order. One pair of functions reads and writes them all.
+A row of a ggml tensor is a run of blocks; a block is a packed struct of scales and codes
+(llama.cpp, `ggml/src/ggml-common.h`). `CODECS` describes each struct as data: a numpy structured
+dtype, and for every plane of codes which bytes hold it in which order. One pair of functions reads
+and writes them all.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ class GGMLType(NamedTuple):
     bytes: int
 
     def row_bytes(self, columns: int) -> int:
-        """Bytes of a row of `columns` elements; ValueError if they are no whole number of blocks."""
+        """Bytes of a row of `columns` elements; ValueError if they are no whole blocks."""
         if columns % self.elements:
             raise ValueError(
                 f"a row of {columns} elements is no whole number of {self.name} blocks of "
@@ -74,8 +75,11 @@ GGML_TYPES: dict[int, GGMLType] = {
 
 
 class Field(NamedTuple):
-    """Where a plane of codes lies: byte j of each run of `width` bytes of the struct's field `name`
-    holds the elements j, j + width, j + 2 width, ... of the run, `bits` wide, lowest bits first."""
+    """Where a plane of codes lies.
+
+    Byte j of each run of `width` bytes of the struct's field `name` holds the elements j,
+    j + width, j + 2 width, ... of the run, `bits` wide, lowest bits first.
+    """
 
     name: str
     width: int
@@ -180,7 +184,7 @@ def to_qtensor(raw: np.ndarray, type_name: str, dtype: DTypeLike, transpose: boo
         scales, mins = _read_six_bits(blocks["scales"])
         scale = _sub_scales(codec, scales, d, transpose)
         offset = _sub_scales(codec, mins, -blocks["dmin"].astype(np.float16), transpose)
-    elif "m" in blocks.dtype.fields:
+    elif "m" in (codec.struct.names or ()):
         offset = _leaf(blocks["m"].astype(np.float16), transpose)
     codes = _codes(codec.format, [_read(blocks[f.name], f) for f in codec.planes], transpose)
     block = _along(codec.group, transpose)
@@ -225,12 +229,14 @@ def from_qtensor(q: QTensor, transpose: bool) -> np.ndarray:
 
 def _codec(type_name: str) -> Codec:
     if type_name not in CODECS:
-        raise ValueError(f"ggml type {type_name!r} has no codec; those that do: {', '.join(CODECS)}")
+        raise ValueError(
+            f"ggml type {type_name!r} has no codec; those that do: {', '.join(CODECS)}"
+        )
     return CODECS[type_name]
 
 
-def _along(length: int, transpose: bool) -> tuple[int, int]:
-    return (length, 1) if transpose else (1, length)
+def _along(length: int, transpose: bool) -> tuple[int, ...]:
+    return (length, 1) if transpose else (length,)
 
 
 # Planes of codes in the bytes of a block.
@@ -254,7 +260,7 @@ def _write(codes: np.ndarray, field: Field, shape: tuple[int, ...]) -> np.ndarra
 
 
 def _read_six_bits(packed: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """The planes (4 and 2 bits) of the eight scales and eight minima in 12 bytes `[..., blocks, 12]`.
+    """The planes (4 and 2 bits) of the eight scales and minima in bytes `[..., blocks, 12]`.
 
     The first four of each are the low six bits of bytes 0-3 and 4-7. The last four have their low
     nibbles in bytes 8-11 (minima in the upper halves) and their high two bits atop bytes 0-7.
@@ -288,7 +294,7 @@ def _leaf(x: np.ndarray, transpose: bool) -> jax.Array:
     return jnp.asarray(np.swapaxes(x, -1, -2) if transpose else x)
 
 
-def _host(leaf: jax.Array, transpose: bool) -> np.ndarray:
+def _host(leaf: Any, transpose: bool) -> np.ndarray:
     x = np.asarray(leaf)
     return np.swapaxes(x, -1, -2) if transpose else x
 
@@ -353,7 +359,7 @@ def _check_ggml(q: QTensor, codec: Codec, transpose: bool) -> None:
     }
     sub = (codec.sub_scales, _along(codec.elements // codec.group, transpose), "float16")
     needed = {"scale": sub if codec.sub_scales else "float16"}
-    if codec.sub_scales == "uint6" or "m" in codec.struct.fields:
+    if codec.sub_scales == "uint6" or "m" in (codec.struct.names or ()):
         needed["offset"] = needed["scale"]
     if given != needed:
         raise ValueError(f"{name} blocks hold {needed}, got {given}")

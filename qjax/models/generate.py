@@ -98,7 +98,7 @@ def generator(
             logits, cache = fn(params, token[:, None], cache=cache)
             token = jnp.where(done, pad_id, pick(logits[:, 0], key, step))
             out = jax.lax.dynamic_update_slice(out, token[:, None], (0, step))
-            return step + 1, token, done | stops(token), out, lengths + ~done, cache
+            return step + 1, token, done | stops(token), out, lengths + (~done).astype(jnp.int32), cache
 
         start = (jnp.int32(1), token, stops(token), out, lengths, cache)
         _, _, _, out, lengths, _ = jax.lax.while_loop(unfinished, advance, start)
