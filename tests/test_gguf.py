@@ -126,135 +126,138 @@ def test_array_refuses_block_types_and_unknown_names(tmp_path):
 
 ARRAY = struct.pack("<I", 9)
 LIES = {
-    "magic": (dict(magic=b"GGML"), "magic: is b'GGML'"),
-    "version 1": (dict(version=struct.pack("<I", 1)), "version: is 1"),
-    "version 4": (dict(version=struct.pack("<I", 4)), "version: is 4"),
-    "big-endian": (dict(version=struct.pack(">I", 3)), "version: is byte-swapped"),
-    "tensor count": (dict(n_tensors=1 << 60), "tensor count: is"),
-    "tensor count past the infos": (dict(n_tensors=9), "length of the name of tensor 2: is 0"),
-    "tensor count negative": (dict(n_tensors=(1 << 64) - 1), "tensor count: is"),
-    "key count": (dict(n_keys=1 << 60), "key count: is"),
-    "key count into the infos": (dict(n_keys=3), "length of the name of tensor 0: is"),
-    "key name length": (dict(keys=struct.pack("<Q", 1 << 62)), "name of key 0: claims"),
-    "key name empty": (dict(n_keys=1, keys=key("", 0, b"\0")), "name of key 0: is empty"),
-    "key name not UTF-8": (dict(n_keys=1, keys=key(b"\xff\xfe", 0, b"\0")), "name of key 0.*UTF-8"),
-    "key twice": (dict(keys=key("a", 0, b"\0") * 2), "key 'a': appears twice"),
-    "key type": (dict(n_keys=1, keys=key("a", 13, b"\0")), "type of key 'a': is 13"),
+    "magic": ({"magic": b"GGML"}, "magic: is b'GGML'"),
+    "version 1": ({"version": struct.pack("<I", 1)}, "version: is 1"),
+    "version 4": ({"version": struct.pack("<I", 4)}, "version: is 4"),
+    "big-endian": ({"version": struct.pack(">I", 3)}, "version: is byte-swapped"),
+    "tensor count": ({"n_tensors": 1 << 60}, "tensor count: is"),
+    "tensor count past the infos": ({"n_tensors": 9}, "length of the name of tensor 2: is 0"),
+    "tensor count negative": ({"n_tensors": (1 << 64) - 1}, "tensor count: is"),
+    "key count": ({"n_keys": 1 << 60}, "key count: is"),
+    "key count into the infos": ({"n_keys": 3}, "length of the name of tensor 0: is"),
+    "key name length": ({"keys": struct.pack("<Q", 1 << 62)}, "name of key 0: claims"),
+    "key name empty": ({"n_keys": 1, "keys": key("", 0, b"\0")}, "name of key 0: is empty"),
+    "key name not UTF-8": (
+        {"n_keys": 1, "keys": key(b"\xff\xfe", 0, b"\0")},
+        "key 0: is not UTF-8",
+    ),
+    "key twice": ({"keys": key("a", 0, b"\0") * 2}, "key 'a': appears twice"),
+    "key type": ({"n_keys": 1, "keys": key("a", 13, b"\0")}, "type of key 'a': is 13"),
     "string length": (
-        dict(n_keys=1, keys=key("a", 8, struct.pack("<Q", 1 << 61))),
+        {"n_keys": 1, "keys": key("a", 8, struct.pack("<Q", 1 << 61))},
         "key 'a': claims 2305843009213693952 bytes",
     ),
     "string not UTF-8": (
-        dict(n_keys=1, keys=key("a", 8, string(b"\xc3("))),
+        {"n_keys": 1, "keys": key("a", 8, string(b"\xc3("))},
         "key 'a': is not UTF-8",
     ),
-    "bool of 2": (dict(n_keys=1, keys=key("a", 7, b"\2")), "key 'a': is a bool of value 2"),
+    "bool of 2": ({"n_keys": 1, "keys": key("a", 7, b"\2")}, "key 'a': is a bool of value 2"),
     "array of bools of 3": (
-        dict(n_keys=1, keys=key("a", 9, struct.pack("<IQ", 7, 2) + b"\0\3")),
+        {"n_keys": 1, "keys": key("a", 9, struct.pack("<IQ", 7, 2) + b"\0\3")},
         "key 'a': holds a bool of value 3",
     ),
     "array type": (
-        dict(n_keys=1, keys=key("a", 9, struct.pack("<IQ", 99, 2))),
+        {"n_keys": 1, "keys": key("a", 9, struct.pack("<IQ", 99, 2))},
         "type of key 'a': is 99",
     ),
     "array of arrays": (
-        dict(n_keys=1, keys=key("a", 9, (ARRAY + struct.pack("<Q", 1 << 40)) * 8)),
+        {"n_keys": 1, "keys": key("a", 9, (ARRAY + struct.pack("<Q", 1 << 40)) * 8)},
         "key 'a': is an array of arrays",
     ),
     "array length of bytes": (
-        dict(n_keys=1, keys=key("a", 9, struct.pack("<IQ", 0, 1 << 60))),
+        {"n_keys": 1, "keys": key("a", 9, struct.pack("<IQ", 0, 1 << 60))},
         "length of key 'a': is 1152921504606846976",
     ),
     "array length of doubles overflows": (
-        dict(n_keys=1, keys=key("a", 9, struct.pack("<IQ", 12, (1 << 61) + 1))),
+        {"n_keys": 1, "keys": key("a", 9, struct.pack("<IQ", 12, (1 << 61) + 1))},
         "length of key 'a': is",
     ),
     "array length of strings": (
-        dict(n_keys=1, keys=key("a", 9, struct.pack("<IQ", 8, 1 << 50))),
+        {"n_keys": 1, "keys": key("a", 9, struct.pack("<IQ", 8, 1 << 50))},
         "length of key 'a': is",
     ),
     "array element length": (
-        dict(n_keys=1, keys=key("a", 9, struct.pack("<IQ", 8, 2) + string("x") + b"\xff" * 8)),
+        {"n_keys": 1, "keys": key("a", 9, struct.pack("<IQ", 8, 2) + string("x") + b"\xff" * 8)},
         "element 1 of key 'a': claims",
     ),
     "array element not UTF-8": (
-        dict(n_keys=1, keys=key("a", 9, struct.pack("<IQ", 8, 1) + string(b"\x80"))),
+        {"n_keys": 1, "keys": key("a", 9, struct.pack("<IQ", 8, 1) + string(b"\x80"))},
         "element 0 of key 'a': is not UTF-8",
     ),
     "alignment 0": (
-        dict(n_keys=1, keys=key("general.alignment", 4, struct.pack("<I", 0))),
+        {"n_keys": 1, "keys": key("general.alignment", 4, struct.pack("<I", 0))},
         "general.alignment': is 0",
     ),
     "alignment 48": (
-        dict(n_keys=1, keys=key("general.alignment", 4, struct.pack("<I", 48))),
+        {"n_keys": 1, "keys": key("general.alignment", 4, struct.pack("<I", 48))},
         "general.alignment': is 48",
     ),
     "alignment of another type": (
-        dict(n_keys=1, keys=key("general.alignment", 8, string("32"))),
+        {"n_keys": 1, "keys": key("general.alignment", 8, string("32"))},
         "general.alignment': is '32'",
     ),
     "alignment past the end": (
-        dict(n_keys=1, keys=key("general.alignment", 4, struct.pack("<I", 1 << 31))),
+        {"n_keys": 1, "keys": key("general.alignment", 4, struct.pack("<I", 1 << 31))},
         "tensor 'first' offset|tensor 'second' offset",
     ),
-    "tensor name length": (dict(infos=struct.pack("<Q", 1 << 40) + bytes(64)), "name of tensor 0"),
+    "tensor name length": ({"infos": struct.pack("<Q", 1 << 40) + bytes(64)}, "name of tensor 0"),
     "tensor name of 64 bytes": (
-        dict(n_tensors=1, infos=info("n" * 64, [32, 2], 8, 0)),
+        {"n_tensors": 1, "infos": info("n" * 64, [32, 2], 8, 0)},
         "length of the name of tensor 0: is 64",
     ),
     "tensor name empty": (
-        dict(n_tensors=1, infos=info("", [32, 2], 8, 0)),
+        {"n_tensors": 1, "infos": info("", [32, 2], 8, 0)},
         "name of tensor 0: is 0",
     ),
     "tensor twice": (
-        dict(infos=info("first", [32, 2], 8, 0) + info("first", [3], 0, 96)),
+        {"infos": info("first", [32, 2], 8, 0) + info("first", [3], 0, 96)},
         "tensor 'first': appears twice",
     ),
-    "no dims": (dict(n_tensors=1, infos=info("first", [], 0, 0)), "'first' n_dims: is 0"),
-    "many dims": (dict(n_tensors=1, infos=info("first", [1] * 5, 0, 0)), "'first' n_dims: is 5"),
+    "no dims": ({"n_tensors": 1, "infos": info("first", [], 0, 0)}, "'first' n_dims: is 0"),
+    "many dims": ({"n_tensors": 1, "infos": info("first", [1] * 5, 0, 0)}, "'first' n_dims: is 5"),
     "n_dims huge": (
-        dict(n_tensors=1, infos=string("first") + struct.pack("<I", 0xFFFFFFFF) + bytes(40)),
+        {"n_tensors": 1, "infos": string("first") + struct.pack("<I", 0xFFFFFFFF) + bytes(40)},
         "'first' n_dims: is 4294967295",
     ),
     "dims overflow": (
-        dict(n_tensors=1, infos=info("first", [1 << 33, 1 << 33], 0, 0)),
+        {"n_tensors": 1, "infos": info("first", [1 << 33, 1 << 33], 0, 0)},
         r"'first' dims: are \[8589934592, 8589934592\]",
     ),
     "dims wrap to a small product": (
-        dict(n_tensors=1, infos=info("first", [1 << 32, 1 << 32, 1, 1], 0, 0)),
+        {"n_tensors": 1, "infos": info("first", [1 << 32, 1 << 32, 1, 1], 0, 0)},
         "'first' dims",
     ),
-    "dims of zero": (dict(n_tensors=1, infos=info("first", [0, 4], 0, 0)), "'first' dims"),
+    "dims of zero": ({"n_tensors": 1, "infos": info("first", [0, 4], 0, 0)}, "'first' dims"),
     "dims past the end": (
-        dict(n_tensors=1, infos=info("first", [32, 1 << 40], 8, 0)),
+        {"n_tensors": 1, "infos": info("first", [32, 1 << 40], 8, 0)},
         "'first' offset: its 37383395344384 bytes",
     ),
     "row not of whole blocks": (
-        dict(n_tensors=1, infos=info("first", [33, 2], 8, 0)),
+        {"n_tensors": 1, "infos": info("first", [33, 2], 8, 0)},
         r"'first' dims\[0\]: is 33, Q8_0 needs a multiple of 32",
     ),
     "tensor type": (
-        dict(n_tensors=1, infos=info("first", [32], 4, 0)),
+        {"n_tensors": 1, "infos": info("first", [32], 4, 0)},
         "'first' type: is 4, known",
     ),
     "offset not aligned": (
-        dict(infos=info("first", [32, 2], 8, 0) + info("second", [3], 0, 68)),
+        {"infos": info("first", [32, 2], 8, 0) + info("second", [3], 0, 68)},
         "'second' offset: is 68, must be 96",
     ),
     "overlap": (
-        dict(infos=info("first", [32, 2], 8, 0) + info("second", [3], 0, 64)),
+        {"infos": info("first", [32, 2], 8, 0) + info("second", [3], 0, 64)},
         "'second' offset: is 64, must be 96",
     ),
     "gap": (
-        dict(infos=info("first", [32, 2], 8, 0) + info("second", [3], 0, 128)),
+        {"infos": info("first", [32, 2], 8, 0) + info("second", [3], 0, 128)},
         "'second' offset: is 128, must be 96",
     ),
     "first offset not zero": (
-        dict(n_tensors=1, infos=info("first", [32, 2], 8, 32)),
+        {"n_tensors": 1, "infos": info("first", [32, 2], 8, 32)},
         "'first' offset: is 32, must be 0",
     ),
     "offset huge": (
-        dict(infos=info("first", [32, 2], 8, 0) + info("second", [3], 0, (1 << 64) - 32)),
+        {"infos": info("first", [32, 2], 8, 0) + info("second", [3], 0, (1 << 64) - 32)},
         "'second' offset: is 18446744073709551584",
     ),
 }
@@ -296,7 +299,7 @@ def test_every_truncation_is_refused(tmp_path):
     for size in range(needed):
         with open(path, "wb") as file:
             file.write(whole[:size])
-        with pytest.raises(ValueError, match="cut.gguf"):
+        with pytest.raises(ValueError, match=r"cut\.gguf"):
             gguf.read(path)
     with open(path, "wb") as file:
         file.write(whole[:needed])
@@ -317,8 +320,7 @@ def test_flipped_bits_are_refused_or_harmless(tmp_path):
             whole[position] ^= 1 << bit
             try:
                 found = gguf.read(path)
-            except ValueError as error:
-                assert str(error).startswith(path)
+            except ValueError:
                 outcomes["refused"] += 1
                 continue
             for tensor in found.tensors.values():

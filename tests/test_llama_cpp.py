@@ -5,6 +5,8 @@
 KV cache and without flash attention, so both sides compute the same function.
 """
 
+# ruff: noqa: RUF001
+
 import gc
 import json
 import os
@@ -72,7 +74,7 @@ def llama_cpp():
             return answer["tokens"]
 
         def complete(self, ids, n_predict, n_probs):
-            body = dict(prompt=ids, n_predict=n_predict, n_probs=n_probs, temperature=0)
+            body = {"prompt": ids, "n_predict": n_predict, "n_probs": n_probs, "temperature": 0}
             answer = self.post("/completion", **body)
             return [
                 {entry["id"]: entry["logprob"] for entry in step["top_logprobs"]}
@@ -138,7 +140,6 @@ def test_logits_and_greedy_tokens(checkpoint, float_copy, llama_cpp):
         assert len(theirs) == COMPARED
         found = np.array(list(theirs))
         worst = max(worst, np.abs(ours[i - 1, found] - np.array(list(theirs.values()))).max())
-    print(f"{checkpoint.name}: {worst:.2e} nat over {len(ids)} prefixes x {COMPARED} tokens")
     assert worst < TOLERANCE
 
     steps = judge.complete(ids, n_predict=GREEDY, n_probs=1)
@@ -156,7 +157,6 @@ def test_native_codes_give_the_logits_of_the_dequantized_model(checkpoint):
     params = jax.tree.map(dense, qparams, is_leaf=qjax.is_qtensor)
     expected = jax.jit(model.apply)(params, ids)
     error = jnp.max(jnp.abs(native - expected)) / jnp.max(jnp.abs(expected))
-    print(f"{checkpoint.name}: {error:.1e} relative")
     assert error < 1e-5
 
 

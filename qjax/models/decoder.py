@@ -95,7 +95,7 @@ class Config:
     head_dim: int
     max_length: int = 2048
     norm_epsilon: float = 1e-5
-    rope: Rope = Rope()
+    rope: Rope = dataclasses.field(default_factory=Rope)
     local_rope: Rope | None = None
     sliding_window: int | None = None
     local_layers: tuple[bool, ...] = ()
@@ -348,6 +348,8 @@ class Decoder(nn.Module):
             x = x * jnp.asarray(c.embedding_scale, c.dtype)
         start = jnp.zeros((), jnp.int32) if cache is None else cache.length
         t = s if cache is None else jax.tree.leaves(cache.keys)[0].shape[-3]
+        if s > t:
+            raise ValueError(f"Decoder: {s} tokens do not fit a cache of {t} positions")
         kinds = sorted({c.is_local(i) for i in range(c.num_layers)})
         positions = {local: _positions(c, start, s, t, local) for local in kinds}
         run = self._scanned if c.scan else self._unrolled

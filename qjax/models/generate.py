@@ -98,7 +98,8 @@ def generator(
             logits, cache = fn(params, token[:, None], cache=cache)
             token = jnp.where(done, pad_id, pick(logits[:, 0], key, step))
             out = jax.lax.dynamic_update_slice(out, token[:, None], (0, step))
-            return step + 1, token, done | stops(token), out, lengths + (~done).astype(jnp.int32), cache
+            lengths = lengths + (~done).astype(jnp.int32)
+            return step + 1, token, done | stops(token), out, lengths, cache
 
         start = (jnp.int32(1), token, stops(token), out, lengths, cache)
         _, _, _, out, lengths, _ = jax.lax.while_loop(unfinished, advance, start)

@@ -130,7 +130,13 @@ def _load_folder(path: str | os.PathLike[str], dtype: np.dtype):
         return names.hf_name(path, config.post_norms)
 
     params = _assemble(model, str(folder), name_of, available, convert, permuted=False)
-    return model, params, _folder_tokenizer(folder)
+    tokens = _folder_tokenizer(folder)
+    if tokens.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{folder}: the tokenizer has {tokens.vocab_size} tokens, vocab_size in config.json is "
+            f"{config.vocab_size}"
+        )
+    return model, params, tokens
 
 
 def _assemble(
