@@ -83,6 +83,9 @@ class QTensor:
             "with qjax.dequantize"
         )
 
+    def __array__(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+        self.__jax_array__()
+
 
 def is_qtensor(leaf: Any) -> bool:
     """Whether `leaf` is a QTensor: the `is_leaf` of every tree map over quantized parameters."""
