@@ -211,9 +211,10 @@ _REMEDY = (
 
 def _is_number(leaf: Any, name: str) -> bool:
     kinds = (jnp.floating, jnp.integer) if name == "zero_point" else (jnp.floating,)
-    array = hasattr(leaf, "dtype") and hasattr(leaf, "shape")
+    array = hasattr(leaf, "dtype") and hasattr(leaf, "shape") and not is_qtensor(leaf)
     return array and any(jnp.issubdtype(leaf.dtype, k) for k in kinds)
 
 
 def _kind(leaf: Any) -> str:
-    return str(leaf.dtype) if hasattr(leaf, "dtype") else type(leaf).__name__
+    array = hasattr(leaf, "dtype") and not is_qtensor(leaf)
+    return str(leaf.dtype) if array else type(leaf).__name__
