@@ -26,6 +26,7 @@ TIME_BAR, MEMORY_BAR = 1.0, 2.5
 
 
 def matrix():
+    """The float32 matrix, on the device."""
     import jax
 
     return jax.block_until_ready(jax.random.normal(jax.random.key(0), SHAPE))
@@ -83,6 +84,7 @@ def resident(field: str) -> int:
 
 
 def main() -> None:
+    """Prints one line per format."""
     import jax
 
     device = jax.devices()[0].device_kind
@@ -101,6 +103,7 @@ def main() -> None:
 
 
 def verdict(held: bool) -> str:
+    """How a bar is printed."""
     return "met" if held else "missed"
 
 
