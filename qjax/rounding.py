@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qjax import blocks, exact
+from qjax import blocks, exact, kquants
 from qjax.formats import FORMATS, Format
 from qjax.spec import Spec
 
@@ -147,12 +147,42 @@ def _truncate(x: jax.Array, fmt: Format) -> jax.Array:
 
 SCALE_METHODS = {"absmax": absmax, "minmax": minmax, "mean": mean, "ggml": ggml}
 
+
+def _ggml_k(w: jax.Array, fmt: Format, block: blocks.Block) -> Rounded:
+    """Super-blocks of 256: the groups' scales (and minima) have codes of their own."""
+    axis = next(a for a, b in enumerate(block) if b > 1)
+    group = block[axis]
+    moved = jnp.moveaxis(w, axis, 0)
+    shape = (w.shape[axis] // 256, 256 // group, group, moved.size // w.shape[axis])
+    x = moved.reshape(shape).transpose(2, 0, 1, 3)
+
+    def back(value: jax.Array) -> jax.Array:
+        """[super-block, (group, (element,)) column] as an array like w."""
+        return jnp.moveaxis(value.reshape(-1, *moved.shape[1:]), 0, axis)
+
+    if fmt.name == "q6_k":
+        found = kquants.symmetric(x)
+        return Rounded(
+            back(found.codes.transpose(1, 2, 0, 3)), Rounded(back(found.scales), back(found.d))
+        )
+    start, steps = {"q4_k": (-1.0, 20), "q5_k": (-0.5, 15)}[fmt.name]
+    found = kquants.affine(x, int(fmt.max), start, steps)
+    return Rounded(
+        back(found.codes.transpose(1, 2, 0, 3)),
+        Rounded(back(found.scales), back(found.d)),
+        offset=Rounded(back(found.mins), back(-found.dmin)),
+    )
+
+
 GGML_METHODS = {
     "q8_0": _ggml_symmetric,
     "q4_0": _ggml_signed,
     "q5_0": _ggml_signed,
     "q4_1": _ggml_affine,
     "q5_1": _ggml_affine,
+    "q4_k": _ggml_k,
+    "q5_k": _ggml_k,
+    "q6_k": _ggml_k,
 }
 
 
