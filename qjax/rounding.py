@@ -51,9 +51,8 @@ def minmax(w: jax.Array, spec: Spec, block: blocks.Block, whole: blocks.Block) -
     low, high = blocks.extremes(w, block)
     if spec.zero_dtype is not None:
         low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
-    half_range = high * 0.5 - low * 0.5  # the range itself may overflow
-    width = exact.divide(half_range, (fmt.max - fmt.min) / 2)
-    scale = _round_scale(width, half_range, spec.scale_dtype)
+    width = high - low
+    scale = _round_scale(exact.divide(width, fmt.max - fmt.min), width, spec.scale_dtype)
     inverse = _reciprocal(scale)
     if spec.zero_dtype is not None:
         zero = jnp.clip(fmt.min - jnp.round(low * inverse), fmt.min, fmt.max)
@@ -161,13 +160,13 @@ def _round_scale(scale: jax.Array, block_value: jax.Array, dtype: str) -> jax.Ar
     """`scale` in `dtype`, saturated.
 
     Below the smallest normal float32 it is 0: the block decodes to zeros, or to its offset. Where
-    `block_value`, taken from all of a block, is not finite it is NaN, so that a bad weight can
-    never look like a number.
+    `block_value`, taken from all of a block, is not finite, or the reciprocal of the scale is no
+    normal float32, it is NaN, so that a bad weight can never look like a number.
     """
-    scale = jnp.where(scale < jnp.finfo(jnp.float32).tiny, 0, scale)
-    return jnp.where(
-        jnp.isfinite(block_value), _saturate(scale, dtype), jnp.asarray(jnp.nan, dtype)
-    )
+    tiny = float(jnp.finfo(jnp.float32).tiny)
+    good = jnp.isfinite(block_value) & (scale <= 1 / tiny)
+    scale = _saturate(jnp.where(scale < tiny, 0, scale), dtype)
+    return jnp.where(good, scale, jnp.asarray(jnp.nan, dtype))
 
 
 def _saturate(x: jax.Array, dtype: str) -> jax.Array:

@@ -148,9 +148,7 @@ def _evaluate(
         if tracing.is_array(v) or is_qtensor(v)
     ]
     outputs = interpret(table, traced.jaxpr, boxes)
-    return traced.rebuild(
-        [table.open(v, None, "it is an output") if isinstance(v, Box) else v for v in outputs]
-    )
+    return traced.rebuild([dequantize(v.tensor) if isinstance(v, Box) else v for v in outputs])
 
 
 def _dense(leaf: Any) -> Any:
@@ -162,11 +160,11 @@ def _frozen(q: QTensor) -> QTensor:
 
 
 def _table(record: Record | None) -> Table:
-    def note(box: Box, eqn: _compat.JaxprEqn | None, how: str) -> None:
-        if record is not None and eqn is not None:
+    def note(box: Box, eqn: _compat.JaxprEqn, how: str) -> None:
+        if record is not None:
             record(box, eqn, how)
 
-    def open_box(box: Box, eqn: _compat.JaxprEqn | None, reason: str) -> jax.Array:
+    def open_box(box: Box, eqn: _compat.JaxprEqn, reason: str) -> jax.Array:
         note(box, eqn, f"dequantized: {reason}")
         return dequantize(box.tensor)
 
@@ -247,15 +245,13 @@ STRUCTURAL: Mapping[str, Callable[[dict[str, Any], list[Any]], Any]] = {
 
 
 def _dot_general(note: Record, eqn: _compat.JaxprEqn, inputs: list[Any]) -> list[Any] | Decline:
-    lhs, rhs = inputs
-    if isinstance(lhs, Box) and isinstance(rhs, Box):
+    if all(isinstance(v, Box) for v in inputs):
         return Decline("both operands of the matmul are quantized weights")
-    side = 0 if isinstance(lhs, Box) else 1
-    box, x = (lhs, rhs) if side == 0 else (rhs, lhs)
-    params = eqn.params
-    dot = ops.Dot(
-        params["dimension_numbers"], side, params["precision"], np.dtype(eqn.outvars[0].aval.dtype)
-    )
+    side = 0 if isinstance(inputs[0], Box) else 1
+    box, x = inputs[side], inputs[1 - side]
+    params, (output,) = eqn.params, eqn.outvars
+    out_dtype = np.dtype(output.aval.dtype)  # pyright: ignore[reportAttributeAccessIssue]
+    dot = ops.Dot(params["dimension_numbers"], side, params["precision"], out_dtype)
     y, how = ops.dot_general(x, box.tensor, dot)
     note(box, eqn, how)
     return [y]

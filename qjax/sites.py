@@ -131,7 +131,7 @@ class _Finder:
 
     def _set_key(self, value: Any, key: str) -> str:
         """Remembers a key; weakly, so that no tracer outlives its trace."""
-        alive = weakref.ref(value) if isinstance(value, jax.core.Tracer) else lambda: value
+        alive = weakref.ref(value) if isinstance(value, _compat.Tracer) else lambda: value
         self._keys[id(value)] = (alive, key)
         return key
 
