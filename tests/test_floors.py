@@ -24,7 +24,7 @@ FLOORS = (
     {"recipe", "recipes", "run"},
     {"calibration", "reporting", "training", "transform"},
     {"evaluate", "io", "models"},
-    {"__main__"},
+    {"__main__", "cli"},
 )
 KERNEL_IMPORTERS = {"ops", "prepared"}
 
