@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from qjax import _compat
+
 Block = tuple[int, ...]
 
 
@@ -63,7 +65,8 @@ def apply(
 ) -> jax.Array:
     """`function(x, *per_block)` elementwise: a per-block value stands for its block's elements."""
     shape, block = x.shape, align(block, x.ndim)
-    if all(b == 1 or b >= s or s % b == 0 for s, b in zip(shape, block, strict=True)):
+    pieces = zip(shape, block, _compat.explicit_shards(x), strict=True)
+    if all(b == 1 or b >= s or (s % n == 0 and s // n % b == 0) for s, b, n in pieces):
         view, _, keep = split(x, block)
         return function(view, *(p.reshape(keep) for p in per_block)).reshape(shape)
     return function(x, *(expand(p, shape, block) for p in per_block))
