@@ -31,7 +31,10 @@ class Dot(NamedTuple):
         contract, batch = self.dimension_numbers
         return tuple(contract[side]), tuple(batch[side])
 
-    def __call__(self, x: jax.Array, w: jax.Array, preferred: Any) -> jax.Array:
+    def contracted(self) -> Axes:
+        return self.axes(self.weight_side)[0]
+
+    def __call__(self, x: jax.Array, w: jax.Array, extra: tuple, preferred: Any) -> jax.Array:
         operands = (w, x) if self.weight_side == 0 else (x, w)
         return lax.dot_general(
             *operands,
@@ -40,41 +43,121 @@ class Dot(NamedTuple):
             preferred_element_type=preferred,
         )
 
+    def token(self, x: jax.Array) -> blocks.Block:
+        contracted, _ = self.axes(1 - self.weight_side)
+        return tuple(s if a in contracted else 1 for a, s in enumerate(x.shape))
 
-def dot_general(x: jax.Array, q: QTensor, dot: Dot) -> tuple[jax.Array, str]:
-    """`lax.dot_general` of an array and a QTensor, and the name of the path it took.
+    def place_weight_scale(self, scale: jax.Array, q: QTensor, x: jax.Array, extra: tuple) -> Any:
+        return _on_output(scale, q.shape, q.block, self, self.weight_side, x.ndim)
+
+    def place_x_scale(self, scale: jax.Array, x: jax.Array, q: QTensor) -> jax.Array:
+        return _on_output(scale, x.shape, self.token(x), self, 1 - self.weight_side, q.ndim)
+
+
+class RaggedDot(NamedTuple):
+    """`lax.ragged_dot`: rows `[m, k]` by experts `[g, k, n]`; `extra` holds the group sizes."""
+
+    precision: Any
+    out_dtype: np.dtype
+
+    def contracted(self) -> Axes:
+        return (1,)
+
+    def __call__(self, x: jax.Array, w: jax.Array, extra: tuple, preferred: Any) -> jax.Array:
+        return lax.ragged_dot(
+            x, w, extra[0], precision=self.precision, preferred_element_type=preferred
+        )
+
+    def token(self, x: jax.Array) -> blocks.Block:
+        return (1, x.shape[1])
+
+    def place_weight_scale(self, scale: jax.Array, q: QTensor, x: jax.Array, extra: tuple) -> Any:
+        groups, _, n = q.shape
+        scale = blocks.expand(scale, (groups, 1, n), q.block)[:, 0]
+        ends = jnp.cumsum(extra[0])
+        rows = jnp.arange(x.shape[0], dtype=ends.dtype)
+        expert = jnp.searchsorted(ends, rows, side="right").astype(jnp.int32)
+        return jnp.take(scale, expert, axis=0, mode="clip")
+
+    def place_x_scale(self, scale: jax.Array, x: jax.Array, q: QTensor) -> jax.Array:
+        return scale
+
+
+class Conv(NamedTuple):
+    """A `lax.conv_general_dilated` whose kernel is a QTensor; a token is one of the batch."""
+
+    dimension_numbers: lax.ConvDimensionNumbers
+    options: tuple[tuple[str, Any], ...]
+    out_dtype: np.dtype
+
+    def contracted(self) -> Axes:
+        return tuple(sorted(self.dimension_numbers.rhs_spec[1:]))
+
+    def __call__(self, x: jax.Array, w: jax.Array, extra: tuple, preferred: Any) -> jax.Array:
+        return lax.conv_general_dilated(
+            x,
+            w,
+            dimension_numbers=self.dimension_numbers,
+            preferred_element_type=preferred,
+            **dict(self.options),
+        )
+
+    def token(self, x: jax.Array) -> blocks.Block:
+        batch = self.dimension_numbers.lhs_spec[0]
+        return tuple(1 if a == batch else s for a, s in enumerate(x.shape))
+
+    def place_weight_scale(self, scale: jax.Array, q: QTensor, x: jax.Array, extra: tuple) -> Any:
+        out = self.dimension_numbers.rhs_spec[0]
+        full = [s if a == out else 1 for a, s in enumerate(q.shape)]
+        flat = blocks.expand(scale, full, q.block).reshape(-1)
+        return self._along(flat, self.dimension_numbers.out_spec[1], x.ndim)
+
+    def place_x_scale(self, scale: jax.Array, x: jax.Array, q: QTensor) -> jax.Array:
+        return self._along(scale.reshape(-1), self.dimension_numbers.out_spec[0], x.ndim)
+
+    @staticmethod
+    def _along(flat: jax.Array, axis: int, ndim: int) -> jax.Array:
+        return flat.reshape([-1 if a == axis else 1 for a in range(ndim)])
+
+
+Op = Dot | RaggedDot | Conv
+
+
+def linear(x: jax.Array, q: QTensor, op: Op, extra: tuple = ()) -> tuple[jax.Array, str]:
+    """A matmul or convolution of an array and a QTensor, and the name of the path it took.
 
     Scales that are constant along the contraction are applied to the result; all others to the
     weight before it. An `Activation` quantizes x while it runs.
     """
     check(q)
-    constant = _constant_along(q, dot)
+    name = {Dot: "dot", RaggedDot: "ragged dot", Conv: "convolution"}[type(op)]
+    constant = _constant_along(q, op)
     if q.activation is not None:
         spec = q.activation.spec
         how = "scales after" if constant else "scales per group"
-        return _dynamic_dot(x, q, dot, spec), f"{spec}_token dot, {how}"
+        if not constant and not isinstance(op, Dot):
+            how = "on dequantized weights"
+        return _dynamic(x, q, extra, op, spec), f"{spec}_token {name}, {how}"
     if constant and q.zero_point is None and q.offset is None:
         fmt = FORMATS[q.format]
-        y = dot(x, fmt.decode(join_planes(fmt, q.qvalue), jnp.dtype(q.dtype)), jnp.float32)
-        return (y * _weight_scale(q, dot, x.ndim)).astype(
-            dot.out_dtype
-        ), "dot on codes, scale after"
-    y = dot(x, dequantize(q), dot.out_dtype)
-    return y.astype(dot.out_dtype), "dequantize in the graph, dot"
+        codes = fmt.decode(join_planes(fmt, q.qvalue), jnp.dtype(q.dtype))
+        y = op(x, codes, extra, jnp.float32) * op.place_weight_scale(_scale(q), q, x, extra)
+        return y.astype(op.out_dtype), f"{name} on codes, scale after"
+    y = op(x, dequantize(q), extra, op.out_dtype)
+    return y.astype(op.out_dtype), f"dequantize in the graph, {name}"
 
 
-def _constant_along(q: QTensor, dot: Dot) -> bool:
+def _constant_along(q: QTensor, op: Op) -> bool:
     """Whether one scale holds for all contracted elements of an output."""
     if q.param_shape is not None:
         return False
     block = structural.block_of(q)
-    return all(block[a] >= q.shape[a] for a in dot.axes(dot.weight_side)[0])
+    return all(block[a] >= q.shape[a] for a in op.contracted())
 
 
-def _weight_scale(q: QTensor, dot: Dot, x_ndim: int, groups: Axes = ()) -> jax.Array:
+def _scale(q: QTensor) -> jax.Array:
     scale = dequantize(q.scale) if isinstance(q.scale, QTensor) else q.scale
-    scale = scale.astype(jnp.float32)
-    return _on_output(scale, q.shape, q.block, dot, dot.weight_side, x_ndim, groups)
+    return scale.astype(jnp.float32)
 
 
 def _on_output(
@@ -103,15 +186,13 @@ def _on_output(
     return scale.reshape((*scale.shape[:first], *after))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def _dynamic_dot(x: jax.Array, q: QTensor, dot: Dot, spec: Spec) -> jax.Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def _dynamic(x: jax.Array, q: QTensor, extra: tuple, op: Op, spec: Spec) -> jax.Array:
     """`x` rounded per token to `spec`, times the codes of q; sums in int32 for integers.
 
-    Straight-through: the tangent of x is `t @ dequantize(q)`.
+    Straight-through: the tangent of x is that of the product with `dequantize(q)`.
     """
-    side = 1 - dot.weight_side
-    contracted, _ = dot.axes(side)
-    token = tuple(s if a in contracted else 1 for a, s in enumerate(x.shape))
+    token = op.token(x)
     rounded = SCALE_METHODS[spec.scale_method](x.astype(jnp.float32), spec, token, token)
     x_scale: Any = rounded.scale
     x_codes: Any = split_planes(FORMATS[spec.format], rounded.codes)
@@ -119,21 +200,21 @@ def _dynamic_dot(x: jax.Array, q: QTensor, dot: Dot, spec: Spec) -> jax.Array:
     accumulator = jnp.float32
     if spec.format.startswith("int"):
         accumulator, codes = jnp.int32, FORMATS[q.format].decode(codes, jnp.dtype(jnp.int8))
-    if _constant_along(q, dot):
-        y = dot(x_codes, codes, accumulator).astype(jnp.float32) * _weight_scale(q, dot, x.ndim)
+    if _constant_along(q, op):
+        y = op(x_codes, codes, extra, accumulator).astype(jnp.float32)
+        y = y * op.place_weight_scale(_scale(q), q, x, extra)
+    elif isinstance(op, Dot):
+        y = _grouped_dot(x_codes, codes, q, op, accumulator)
     else:
-        y = _grouped_dot(x_codes, codes, q, dot, accumulator)
-    scale = _on_output(x_scale, x.shape, token, dot, side, q.ndim)
-    return (y * scale).astype(dot.out_dtype)
+        y = op(x_codes.astype(jnp.float32), dequantize(q).astype(jnp.float32), extra, jnp.float32)
+    return (y * op.place_x_scale(x_scale, x, q)).astype(op.out_dtype)
 
 
-@_dynamic_dot.defjvp
-def _dynamic_dot_jvp(
-    dot: Dot, spec: Spec, primals: tuple, tangents: tuple
-) -> tuple[jax.Array, jax.Array]:
-    x, q = primals
-    tangent = dot(tangents[0], dequantize(q), dot.out_dtype).astype(dot.out_dtype)
-    return _dynamic_dot(x, q, dot, spec), tangent
+@_dynamic.defjvp
+def _dynamic_jvp(op: Op, spec: Spec, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
+    x, q, extra = primals
+    tangent = op(tangents[0], dequantize(q), extra, op.out_dtype).astype(op.out_dtype)
+    return _dynamic(x, q, extra, op, spec), tangent
 
 
 def _grouped_dot(x: Any, w: jax.Array, q: QTensor, dot: Dot, accumulator: Any) -> jax.Array:
@@ -153,9 +234,9 @@ def _grouped_dot(x: Any, w: jax.Array, q: QTensor, dot: Dot, accumulator: Any) -
     batch += [(w_at[wa], x_at[xa]) for wa, xa in pairs if wa in cut]
     sides = [tuple(zip(*p, strict=True)) or ((), ()) for p in (contract, batch)]
     numbers = tuple(s if side == 0 else s[::-1] for s in sides)
-    y = dot._replace(dimension_numbers=numbers)(x, w, accumulator).astype(jnp.float32)
+    y = dot._replace(dimension_numbers=numbers)(x, w, (), accumulator).astype(jnp.float32)
     groups = tuple(wa for wa in w_contract if wa in cut)
-    y = y * _weight_scale(q, dot, x.ndim - len(groups), groups)
+    y = y * _on_output(_scale(q), q.shape, q.block, dot, side, x.ndim - len(groups), groups)
     return y.sum(range(len(w_batch), len(w_batch) + len(groups)))
 
 

@@ -249,12 +249,43 @@ def _dot_general(note: Record, eqn: _compat.JaxprEqn, inputs: list[Any]) -> list
         return Decline("both operands of the matmul are quantized weights")
     side = 0 if isinstance(inputs[0], Box) else 1
     box, x = inputs[side], inputs[1 - side]
-    params, (output,) = eqn.params, eqn.outvars
-    out_dtype = np.dtype(output.aval.dtype)  # pyright: ignore[reportAttributeAccessIssue]
-    dot = ops.Dot(params["dimension_numbers"], side, params["precision"], out_dtype)
-    y, how = ops.dot_general(x, box.tensor, dot)
+    dot = ops.Dot(eqn.params["dimension_numbers"], side, eqn.params["precision"], _dtype(eqn))
+    y, how = ops.linear(x, box.tensor, dot)
     note(box, eqn, how)
     return [y]
+
+
+def _ragged_dot(note: Record, eqn: _compat.JaxprEqn, inputs: list[Any]) -> list[Any] | Decline:
+    x, box, group_sizes = inputs
+    params = eqn.params
+    rows_by_experts = lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), (0,), (0,))
+    if params["ragged_dot_dimension_numbers"] != rows_by_experts or params["group_offset"]:
+        return Decline("the ragged dot is not rows by experts")
+    if not isinstance(box, Box) or isinstance(x, Box) or isinstance(group_sizes, Box):
+        return Decline("it is not the experts of the ragged dot")
+    op = ops.RaggedDot(params["precision"], _dtype(eqn))
+    y, how = ops.linear(x, box.tensor, op, (group_sizes,))
+    note(box, eqn, how)
+    return [y]
+
+
+def _conv(note: Record, eqn: _compat.JaxprEqn, inputs: list[Any]) -> list[Any] | Decline:
+    x, box = inputs
+    if not isinstance(box, Box) or isinstance(x, Box):
+        return Decline("it is not the kernel of the convolution")
+    names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "precision")
+    names += ("feature_group_count", "batch_group_count")
+    options = tuple((n, eqn.params[n]) for n in names)
+    y, how = ops.linear(
+        x, box.tensor, ops.Conv(eqn.params["dimension_numbers"], options, _dtype(eqn))
+    )
+    note(box, eqn, how)
+    return [y]
+
+
+def _dtype(eqn: _compat.JaxprEqn) -> np.dtype:
+    (output,) = eqn.outvars
+    return np.dtype(output.aval.dtype)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _gather(note: Record, eqn: _compat.JaxprEqn, inputs: list[Any]) -> list[Any] | Decline:
@@ -276,5 +307,7 @@ def _gather(note: Record, eqn: _compat.JaxprEqn, inputs: list[Any]) -> list[Any]
 # Decline.
 COMPUTING: Mapping[str, Callable[[Record, _compat.JaxprEqn, list[Any]], list[Any] | Decline]] = {
     "dot_general": _dot_general,
+    "ragged_dot_general": _ragged_dot,
+    "conv_general_dilated": _conv,
     "gather": _gather,
 }

@@ -35,7 +35,7 @@ FLOORS = (
     {"recipe", "recipes", "run"},
     {"calibration", "reporting", "training", "transform"},
     {"evaluate", "io", "models"},
-    {"__main__"},
+    {"__main__", "cli"},
 )
 KERNEL_IMPORTERS = {"ops", "prepared"}
 

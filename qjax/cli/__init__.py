@@ -1,0 +1,1 @@
+"""The commands of `python -m qjax`: thin glue between arguments, library and terminal."""

@@ -1,0 +1,312 @@
+"""The command line as a user meets it: a process with standard output, errors and an exit code."""
+
+import json
+import os
+import pathlib
+import pty
+import re
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import qjax
+from qjax import evaluate, models
+from qjax.__main__ import main
+from qjax.io import folder, safetensors
+from qjax.models import saved
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden"
+TINY = GOLDEN / "tiny_llama_q4_k_m.gguf"
+TEXT = ROOT / "experiments" / "data" / "README.md"
+EVAL = ("--text", TEXT, "--length", 24, "--windows", 3)
+
+
+def cli(*args, code=0, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "qjax", *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, **options)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def cli_json(*args) -> dict:
+    done = cli(*args, "--json")
+    assert not done.stderr
+    return json.loads(done.stdout, parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+
+
+@pytest.fixture
+def failure(capsys):
+    """Runs a command that must fail with one line on standard error, and returns the line.
+
+    It runs in this process, which saves the start of another one.
+    """
+
+    def run(*args, code=1) -> str:
+        try:
+            found = main(list(map(str, args)))
+        except SystemExit as stop:
+            found = stop.code
+        output, errors = capsys.readouterr()
+        assert found == code, errors
+        assert not output
+        assert errors.count("\n") == 1
+        assert errors.startswith("qjax")
+        return errors
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def quantized_folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cli") / "out"
+    rule = r"params/embed/embedding=int8"
+    args = ("quantize", TINY, "--spec", "int4_g64", "--rule", rule, "--output", path)
+    return path, cli_json(*args)
+
+
+def test_inspect_lists_a_gguf():
+    data = cli_json("inspect", TINY)
+    assert data["kind"] == "GGUF version 3"
+    assert data["metadata"]["general.architecture"] == "llama"
+    assert data["metadata"]["tokenizer.ggml.tokens"] == "264 values"
+    tensors = {t["name"]: t for t in data["tensors"]}
+    assert tensors["blk.0.attn_k.weight"] == {
+        "name": "blk.0.attn_k.weight",
+        "type": "Q4_K",
+        "shape": [128, 256],
+        "bits_per_weight": 4.5,
+        "bytes": 128 * 144,
+    }
+    assert data["bytes"] == sum(t["bytes"] for t in data["tensors"])
+    assert data["types"]["Q6_K"]["tensors"] == 3
+    text = cli("inspect", TINY).stdout
+    assert re.search(r"^blk\.0\.attn_k\.weight +Q4_K +128x256 +4\.500 +0\.02$", text, re.MULTILINE)
+    assert re.search(r"^total +12 +529,152 +5\.187", text, re.MULTILINE)
+
+
+def test_inspect_lists_a_hugging_face_folder_and_a_safetensors_file(tmp_path):
+    data = cli_json("inspect", GOLDEN / "hf" / "qwen2")
+    assert data["kind"] == "Hugging Face folder"
+    assert any(t["name"] == "model.embed_tokens.weight" for t in data["tensors"])
+    safetensors.write(tmp_path / "x.safetensors", {"w": np.zeros((2, 3), np.float16)}, {"a": "b"})
+    data = cli_json("inspect", tmp_path / "x.safetensors")
+    assert (data["kind"], data["metadata"]) == ("safetensors", {"a": "b"})
+    assert data["tensors"][0]["type"] == "F16"
+    assert data["bits_per_weight"] == 16
+
+
+def test_quantize_writes_what_it_says(quantized_folder):
+    path, data = quantized_folder
+    rows = {row["path"]: row for row in data["parameters"]}
+    assert rows["params/embed/embedding"]["format"] == "int8 [256]"
+    assert rows["params/layers_0/mlp/up/kernel"]["format"] == "int4 [64,1]"
+    assert rows["params/norm/scale"]["kept"] == "no matmul and no lookup uses it"
+    assert data["bytes"] == sum(row["bytes"] for row in data["parameters"])
+    inspected = cli_json("inspect", path)
+    assert inspected["kind"] == "qjax folder"
+    assert inspected["bytes"] == data["bytes"]
+    assert inspected["metadata"]["model.num_layers"] == 1
+    held = {t["name"]: (t["type"], t["bytes"]) for t in inspected["tensors"]}
+    assert held == {name: (row["format"], row["bytes"]) for name, row in rows.items()}
+
+
+def test_what_a_recipe_keeps_stays_in_the_codes_of_the_file(tmp_path):
+    args = ("quantize", TINY, "--spec", "int8", "--rule", ".*/down/kernel=none")
+    data = cli_json(*args, "--output", tmp_path / "out")
+    rows = {row["path"]: row for row in data["parameters"]}
+    assert rows["params/embed/embedding"]["format"].startswith("q4_k")
+    assert "is_gathered" in rows["params/embed/embedding"]["kept"]
+    assert rows["params/layers_0/mlp/down/kernel"]["format"].startswith("q6_k")
+    assert rows["params/layers_0/mlp/up/kernel"]["format"].startswith("int8")
+
+
+def test_quantize_overwrites_only_what_qjax_wrote_and_only_when_forced(tmp_path, failure):
+    args = ("quantize", TINY, "--spec", "int8", "--output", tmp_path / "out")
+    folder.write_folder(tmp_path / "out", {"w": np.zeros(3)})
+    assert "exists; choose another --output, or give --force" in failure(*args)
+    text = cli(*args, "--force").stdout
+    assert re.search(r"^int8 \[256,1\] +8 ", text, re.MULTILINE)
+    assert f"{tmp_path / 'out'}: " in text
+    assert saved.load_folder(tmp_path / "out")[0].config.num_layers == 1
+    (tmp_path / "mine").mkdir()
+    args = ("quantize", TINY, "--spec", "int8", "--output", tmp_path / "mine", "--force")
+    assert "is no folder that qjax wrote" in failure(*args)
+
+
+def test_eval_is_the_library_on_the_same_windows(quantized_folder):
+    path, _ = quantized_folder
+    data = cli_json("eval", path, *EVAL, "--reference", TINY)
+    model, params, tokenizer = models.load(TINY)
+    cut = evaluate.text_windows(tokenizer, TEXT.read_text(), 24, 3)
+    assert (cut[:, 0] == tokenizer.bos_id).all()
+    expected = evaluate.perplexity(qjax.quantized(model.apply), params, [cut])
+    assert data["reference"]["perplexity"] == pytest.approx(expected.value, rel=1e-5)
+    assert data["reference"]["standard_error"] == pytest.approx(expected.standard_error, rel=1e-4)
+    assert data["ratio"] == pytest.approx(
+        data["perplexity"] / data["reference"]["perplexity"], rel=1e-9
+    )
+    assert 0 < data["kl"] < 0.5
+    assert 0 < data["top1"] <= 1
+    assert (data["windows"], data["length"], data["tokens"]) == (3, 24, 3 * 23)
+    alone = cli_json("eval", path, *EVAL)
+    assert alone["perplexity"] == pytest.approx(data["perplexity"], rel=1e-6)
+    assert "reference" not in alone
+
+
+def test_eval_prints_a_table_and_reads_standard_input():
+    args = ("eval", TINY, "--text", "-", "--length", 24, "--windows", 1)
+    text = cli(*args, input=TEXT.read_text()).stdout
+    assert re.search(r"^perplexity +\d+\.\d{4} +unknown \(one window\)$", text, re.MULTILINE)
+    assert "1 windows of 24 tokens, 23 scored" in text
+
+
+def test_generate_is_the_library(quantized_folder):
+    data = cli_json("generate", TINY, "--prompt", "Call me", "--max-tokens", 5)
+    model, params, tokenizer = models.load(TINY)
+    fn = qjax.quantized(model.apply)
+    generate = models.generator(fn, model.config, max_new_tokens=5, stop_ids=tokenizer.stop_ids)
+    found = generate(params, [tokenizer.encode("Call me")])
+    assert data["tokens"] == found.tokens[0, : int(found.lengths[0])].tolist()
+    text = cli("generate", quantized_folder[0], "--prompt", "Call me", "--max-tokens", 5).stdout
+    assert text.startswith("Call me")
+
+
+def test_sampling_depends_on_the_seed():
+    args = ("generate", TINY, "--prompt", "Call me", "--max-tokens", 8, "--temperature", 2)
+    args = (*args, "--top-k", 200, "--top-p", 0.99)
+    first, other = (cli_json(*args, "--seed", seed)["tokens"] for seed in (1, 2))
+    assert first != other
+    model, params, tokenizer = models.load(TINY)
+    generate = models.generator(
+        qjax.quantized(model.apply),
+        model.config,
+        max_new_tokens=8,
+        temperature=2,
+        top_k=200,
+        top_p=0.99,
+        stop_ids=tokenizer.stop_ids,
+    )
+    found = generate(params, [tokenizer.encode("Call me")], jax.random.key(1))
+    assert first == found.tokens[0, : int(found.lengths[0])].tolist()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("inspect", "nothing.gguf"), "nothing.gguf: no such file or folder"),
+        (("inspect", ROOT / "Makefile"), "is no GGUF file"),
+        (("eval", "nothing.gguf", *EVAL), "nothing.gguf: no such file or folder"),
+        (("eval", TINY, "--text", "nothing.txt"), "nothing.txt"),
+        (("eval", TINY, "--text", TINY), "is not UTF-8 text"),
+        (("eval", TINY, "--text", TEXT, "--length", 512), "--length 512 exceeds the 256 positions"),
+        (("eval", TINY, "--text", TEXT, "--length", 200, "--windows", 99), "needed 99"),
+        (("generate", TINY, "--prompt", "x", "--max-tokens", 999), "exceed the model's 256"),
+        (("generate", TINY, "--prompt", "x", "--temperature", "nan"), "temperature must be"),
+        (
+            ("quantize", TINY, "--spec", "int8", "--rule", "embed=int4", "--output", "never"),
+            "rule 'embed' matches no parameter (close: ",
+        ),
+    ],
+)
+def test_a_failure_is_one_line_and_code_1(args, message, failure):
+    assert message in failure(*args)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((), "COMMAND"),
+        (("paint",), "invalid choice: 'paint'"),
+        (("quantize", TINY), "required: --spec, --output"),
+        (
+            ("quantize", TINY, "--spec", "int5", "--output", "x"),
+            "'int5' starts with no known format",
+        ),
+        (("quantize", TINY, "--spec", "int8", "--rule", "x", "--output", "x"), "PATTERN=SPEC"),
+        (("quantize", TINY, "--spec", "int8", "--rule", "(=int8", "--output", "x"), "no regular"),
+        (("eval", TINY, "--text", TEXT, "--length", "1"), "an integer of at least 2, got '1'"),
+        (("generate", TINY, "--prompt", "x", "--top-k", "zero"), "an integer of at least 1"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_code_2(args, message, failure):
+    line = failure(*args, code=2)
+    assert message in line
+    assert "--help" in line
+
+
+@pytest.mark.parametrize("command", ["inspect", "quantize", "eval", "generate"])
+def test_help_explains_every_option(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert "--json" in text
+    for option in re.findall(r"^  (--[a-z-]+)(?: \S+)?$", text, re.MULTILINE):
+        assert re.search(rf"^  {option}(?: \S+)?\n {{20,}}\S", text, re.MULTILINE), option
+
+
+def test_exit_codes_leave_the_process():
+    done = cli("inspect", "nothing.gguf", code=1)
+    assert done.stderr == "qjax inspect: error: nothing.gguf: no such file or folder\n"
+    assert cli("paint", code=2).stderr.startswith("qjax: error: ")
+
+
+def test_a_broken_file_is_named(tmp_path, failure):
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(TINY.read_bytes()[:2000])
+    assert str(broken) in failure("inspect", broken)
+    assert str(broken) in failure("generate", broken, "--prompt", "x")
+
+
+def test_no_file_writes_to_the_terminal(tmp_path):
+    path = tmp_path / "x.safetensors"
+    safetensors.write(path, {"\x1b[2Jw": np.zeros(2, np.float32)}, {"\x1b]0;": "\x9b31m [red]"})
+    text = cli("inspect", path).stdout
+    assert "\x1b" not in text
+    assert "\x9b" not in text
+    assert "[red]" in text
+    assert r"\x1b[2Jw" in text
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    command = f"{sys.executable} -m qjax inspect {TINY} --json | head -n 1"
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout == "{\n"
+    assert not done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
+def test_progress_is_shown_to_a_person_and_keeps_out_of_the_output(tmp_path):
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "qjax", "eval", TINY, *EVAL, "--json"]
+    with subprocess.Popen(
+        list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=theirs, text=True
+    ) as process:
+        os.close(theirs)
+        seen = b""
+        while True:
+            try:
+                chunk = os.read(ours, 4096)
+            except OSError:  # Linux says so when the other end is closed
+                break
+            if not chunk:
+                break
+            seen += chunk
+        assert process.stdout is not None
+        assert json.loads(process.stdout.read())["windows"] == 3
+    os.close(ours)
+    assert b"Evaluating" in seen
+    assert b"Loading" in seen
+
+
+def test_the_tokenizer_of_a_folder_travels_with_it(quantized_folder, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(quantized_folder[0], moved)
+    data = cli_json("generate", moved, "--prompt", "Call me", "--max-tokens", 2)
+    assert data["prompt_tokens"] == len(models.load(TINY)[2].encode("Call me"))
