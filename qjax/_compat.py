@@ -5,11 +5,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.core
 from jax._src import source_info_util
 from jax.extend import core
 
 JaxprEqn = core.JaxprEqn
 Literal = core.Literal
+Tracer = jax.core.Tracer
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:

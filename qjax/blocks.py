@@ -83,6 +83,21 @@ def expand(per_block: jax.Array, shape: Sequence[int], block: Sequence[int]) -> 
 
 def extremes(x: jax.Array, block: Sequence[int]) -> tuple[jax.Array, jax.Array]:
     """The smallest and the largest element of each block; NaN where a block holds NaN."""
+    block = align(block, x.ndim)
+    run = (*map(_run, block[:-1]), *block[-1:])
+    if run != block:
+        rest = tuple(b // r for b, r in zip(block, run, strict=True))
+        low, high = jax.lax.optimization_barrier(extremes(x, run))
+        return extremes(low, rest)[0], extremes(high, rest)[1]
     view, within, _ = split(x, block)
     shape = scale_shape(x.shape, block)
     return jnp.min(view, axis=within).reshape(shape), jnp.max(view, axis=within).reshape(shape)
+
+
+def _run(length: int) -> int:
+    """How many of `length` elements of a strided axis to reduce at once.
+
+    XLA:CPU reduces a few hundred strided elements ten times as fast as thousands (measured on jax
+    0.10.2), if it is kept from merging the steps.
+    """
+    return next((r for r in range(min(length, 256), 1, -1) if length % r == 0), length)

@@ -108,47 +108,95 @@ def _remat(table: Table, eqn: _compat.JaxprEqn, inputs: list[Any], jits: dict) -
 
 
 def _scan(table: Table, eqn: _compat.JaxprEqn, inputs: list[Any], jits: dict) -> list[Any]:
-    """Enters the body. A carry stays boxed, as a constant, only if the body hands it on."""
     params = eqn.params
     body, _ = _compat.open_jaxpr(params["jaxpr"])
     num_consts, num_carry = _compat.scan_counts(params)
-    consts, carry, xs = (
-        inputs[:num_consts],
-        inputs[num_consts:][:num_carry],
-        inputs[num_consts + num_carry :],
-    )
-    fixed = {
-        i
-        for i in range(num_carry)
-        if table.is_box(carry[i]) and body.outvars[i] is body.invars[num_consts + i]
-    }
-    start = [
-        _open(table, v, eqn, "the scan body changes it")
-        for i, v in enumerate(carry)
-        if i not in fixed
-    ]
+    consts, rest = inputs[:num_consts], inputs[num_consts:]
+    carry, xs = rest[:num_carry], rest[num_carry:]
+    moving = _Moving(table, eqn, carry, body.outvars, body.invars[num_consts:])
     sliced = []
     for x in xs:
         cut = table.slice_leading(x) if table.is_box(x) else x
-        sliced.append(
-            _open(table, x, eqn, "scan iterates over a blocked axis") if cut is None else cut
-        )
+        reason = "scan iterates over a blocked axis"
+        sliced.append(_open(table, x, eqn, reason) if cut is None else cut)
 
-    def step(moving: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
-        rest = iter(moving)
-        full = [carry[i] if i in fixed else next(rest) for i in range(num_carry)]
-        outs = _run(table, params["jaxpr"], [*consts, *full, *x], jits)
-        after = [
-            _open(table, v, eqn, "the scan body changes it")
-            for i, v in enumerate(outs[:num_carry])
-            if i not in fixed
-        ]
-        return after, [_open(table, v, eqn, "a scan stacks it") for v in outs[num_carry:]]
+    def step(state: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
+        outs = _run(table, params["jaxpr"], [*consts, *moving.join(state), *x], jits)
+        ys = [_open(table, v, eqn, "a scan stacks it") for v in outs[num_carry:]]
+        return moving.part(outs[:num_carry]), ys
 
     options = {k: params[k] for k in ("length", "reverse", "unroll") if k in params}
-    end, ys = jax.lax.scan(step, start, sliced, **options)
-    rest = iter(end)
-    return [carry[i] if i in fixed else next(rest) for i in range(num_carry)] + list(ys)
+    end, ys = jax.lax.scan(step, moving.part(carry), sliced, **options)
+    return moving.join(end) + list(ys)
+
+
+def _while(table: Table, eqn: _compat.JaxprEqn, inputs: list[Any], jits: dict) -> list[Any]:
+    params = eqn.params
+    num_cond, num_body = params["cond_nconsts"], params["body_nconsts"]
+    cond_consts, rest = inputs[:num_cond], inputs[num_cond:]
+    body_consts, carry = rest[:num_body], rest[num_body:]
+    body, _ = _compat.open_jaxpr(params["body_jaxpr"])
+    moving = _Moving(table, eqn, carry, body.outvars, body.invars[num_body:])
+
+    def cond(state: list[Any]) -> Any:
+        return _run(table, params["cond_jaxpr"], [*cond_consts, *moving.join(state)], jits)[0]
+
+    def step(state: list[Any]) -> list[Any]:
+        args = [*body_consts, *moving.join(state)]
+        return moving.part(_run(table, params["body_jaxpr"], args, jits))
+
+    return moving.join(jax.lax.while_loop(cond, step, moving.part(carry)))
+
+
+class _Moving:
+    """The carries of a loop that change: a boxed one that the body hands on is a constant."""
+
+    def __init__(
+        self,
+        table: Table,
+        eqn: _compat.JaxprEqn,
+        carry: Sequence[Any],
+        outvars: Sequence[Any],
+        invars: Sequence[Any],
+    ) -> None:
+        handed_on = [out is var for out, var in zip(outvars[: len(carry)], invars, strict=False)]
+        self._fixed = [table.is_box(v) and kept for v, kept in zip(carry, handed_on, strict=True)]
+        self._carry, self._table, self._eqn = carry, table, eqn
+
+    def part(self, values: Sequence[Any]) -> list[Any]:
+        """The values that change, opened."""
+        pairs = zip(values, self._fixed, strict=True)
+        reason = "the loop changes it"
+        return [_open(self._table, v, self._eqn, reason) for v, fixed in pairs if not fixed]
+
+    def join(self, state: Sequence[Any]) -> list[Any]:
+        """All carries, those that change from `state`."""
+        rest = iter(state)
+        pairs = zip(self._carry, self._fixed, strict=True)
+        return [v if fixed else next(rest) for v, fixed in pairs]
+
+
+def _cond(table: Table, eqn: _compat.JaxprEqn, inputs: list[Any], jits: dict) -> list[Any]:
+    """Enters all branches. An output stays boxed only if all of them return it held alike."""
+    index, *operands = inputs
+    branches = eqn.params["branches"]
+    index = _open(table, index, eqn, "it chooses a branch")
+
+    def plain(branch: Any) -> list[Any]:
+        outs = jax.eval_shape(lambda *args: _run(table, branch, args, jits), *operands)
+        return [jax.tree.structure(v) for v in outs]
+
+    alike = [len(set(trees)) == 1 for trees in zip(*map(plain, branches), strict=True)]
+
+    def enter(branch: Any) -> Callable[..., list[Any]]:
+        def call(*args: Any) -> list[Any]:
+            outs = zip(_run(table, branch, args, jits), alike, strict=True)
+            reason = "the branches hold it differently"
+            return [v if same else _open(table, v, eqn, reason) for v, same in outs]
+
+        return call
+
+    return list(jax.lax.switch(index, [enter(b) for b in branches], *operands))
 
 
 _ENTER = {
@@ -158,4 +206,6 @@ _ENTER = {
     "remat2": _remat,
     "checkpoint": _remat,
     "scan": _scan,
+    "while": _while,
+    "cond": _cond,
 }

@@ -1,6 +1,7 @@
 """Matmuls and lookups on QTensors."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,33 +10,31 @@ import numpy as np
 from jax import lax
 
 from qjax import blocks, structural
-from qjax.formats import FORMATS, join_planes
+from qjax.formats import FORMATS, join_planes, split_planes
 from qjax.qtensor import QTensor, check, dequantize
 from qjax.rounding import SCALE_METHODS
 from qjax.spec import Spec
 
+Axes = tuple[int, ...]
+
 
 class Dot(NamedTuple):
-    """A `lax.dot_general` with a QTensor on one side; hashable."""
+    """A `lax.dot_general` with a QTensor on side 0 or 1; hashable."""
 
     dimension_numbers: Any
     weight_side: int
     precision: Any
     out_dtype: np.dtype
 
-    @property
-    def weight_axes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """(contracted, batch) axes of the weight."""
+    def axes(self, side: int) -> tuple[Axes, Axes]:
+        """(contracted, batch) axes of the operand on `side`."""
         contract, batch = self.dimension_numbers
-        return tuple(contract[self.weight_side]), tuple(batch[self.weight_side])
+        return tuple(contract[side]), tuple(batch[side])
 
-    @property
-    def other_axes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """(contracted, batch) axes of the other operand."""
-        contract, batch = self.dimension_numbers
-        return tuple(contract[1 - self.weight_side]), tuple(batch[1 - self.weight_side])
+    def contracted(self) -> Axes:
+        return self.axes(self.weight_side)[0]
 
-    def __call__(self, x: jax.Array, w: jax.Array, preferred: Any) -> jax.Array:
+    def __call__(self, x: jax.Array, w: jax.Array, extra: tuple, preferred: Any) -> jax.Array:
         operands = (w, x) if self.weight_side == 0 else (x, w)
         return lax.dot_general(
             *operands,
@@ -44,27 +43,116 @@ class Dot(NamedTuple):
             preferred_element_type=preferred,
         )
 
+    def token(self, x: jax.Array) -> blocks.Block:
+        contracted, _ = self.axes(1 - self.weight_side)
+        return tuple(s if a in contracted else 1 for a, s in enumerate(x.shape))
 
-def dot_general(x: jax.Array, q: QTensor, dot: Dot) -> tuple[jax.Array, str]:
-    """`lax.dot_general` of an array and a QTensor, and the name of the path it took.
+    def place_weight_scale(self, scale: jax.Array, q: QTensor, x: jax.Array, extra: tuple) -> Any:
+        return _on_output(scale, q.shape, q.block, self, self.weight_side, x.ndim)
+
+    def place_x_scale(self, scale: jax.Array, x: jax.Array, q: QTensor) -> jax.Array:
+        return _on_output(scale, x.shape, self.token(x), self, 1 - self.weight_side, q.ndim)
+
+
+class RaggedDot(NamedTuple):
+    """`lax.ragged_dot`: rows `[m, k]` by experts `[g, k, n]`; `extra` holds the group sizes."""
+
+    precision: Any
+    out_dtype: np.dtype
+
+    def contracted(self) -> Axes:
+        return (1,)
+
+    def __call__(self, x: jax.Array, w: jax.Array, extra: tuple, preferred: Any) -> jax.Array:
+        return lax.ragged_dot(
+            x, w, extra[0], precision=self.precision, preferred_element_type=preferred
+        )
+
+    def token(self, x: jax.Array) -> blocks.Block:
+        return (1, x.shape[1])
+
+    def place_weight_scale(self, scale: jax.Array, q: QTensor, x: jax.Array, extra: tuple) -> Any:
+        groups, _, n = q.shape
+        scale = blocks.expand(scale, (groups, 1, n), q.block)[:, 0]
+        ends = jnp.cumsum(extra[0])
+        rows = jnp.arange(x.shape[0], dtype=ends.dtype)
+        expert = jnp.searchsorted(ends, rows, side="right").astype(jnp.int32)
+        return jnp.take(scale, expert, axis=0, mode="clip")
+
+    def place_x_scale(self, scale: jax.Array, x: jax.Array, q: QTensor) -> jax.Array:
+        return scale
+
+
+class Conv(NamedTuple):
+    """A `lax.conv_general_dilated` whose kernel is a QTensor; a token is one of the batch."""
+
+    dimension_numbers: lax.ConvDimensionNumbers
+    options: tuple[tuple[str, Any], ...]
+    out_dtype: np.dtype
+
+    def contracted(self) -> Axes:
+        return tuple(sorted(self.dimension_numbers.rhs_spec[1:]))
+
+    def __call__(self, x: jax.Array, w: jax.Array, extra: tuple, preferred: Any) -> jax.Array:
+        return lax.conv_general_dilated(
+            x,
+            w,
+            dimension_numbers=self.dimension_numbers,
+            preferred_element_type=preferred,
+            **dict(self.options),
+        )
+
+    def token(self, x: jax.Array) -> blocks.Block:
+        batch = self.dimension_numbers.lhs_spec[0]
+        return tuple(1 if a == batch else s for a, s in enumerate(x.shape))
+
+    def place_weight_scale(self, scale: jax.Array, q: QTensor, x: jax.Array, extra: tuple) -> Any:
+        out = self.dimension_numbers.rhs_spec[0]
+        full = [s if a == out else 1 for a, s in enumerate(q.shape)]
+        flat = blocks.expand(scale, full, q.block).reshape(-1)
+        return self._along(flat, self.dimension_numbers.out_spec[1], x.ndim)
+
+    def place_x_scale(self, scale: jax.Array, x: jax.Array, q: QTensor) -> jax.Array:
+        return self._along(scale.reshape(-1), self.dimension_numbers.out_spec[0], x.ndim)
+
+    @staticmethod
+    def _along(flat: jax.Array, axis: int, ndim: int) -> jax.Array:
+        return flat.reshape([-1 if a == axis else 1 for a in range(ndim)])
+
+
+Op = Dot | RaggedDot | Conv
+
+
+def linear(x: jax.Array, q: QTensor, op: Op, extra: tuple = ()) -> tuple[jax.Array, str]:
+    """A matmul or convolution of an array and a QTensor, and the name of the path it took.
 
     Scales that are constant along the contraction are applied to the result; all others to the
     weight before it. An `Activation` quantizes x while it runs.
     """
     check(q)
+    name = {Dot: "dot", RaggedDot: "ragged dot", Conv: "convolution"}[type(op)]
+    constant = _constant_along(q, op)
     if q.activation is not None:
         spec = q.activation.spec
-        return _dynamic_dot(x, q, dot, spec), f"{spec}_token dot" + (
-            ", scales after" if _constant_along(q, dot) else " per group"
-        )
-    if _constant_along(q, dot) and q.zero_point is None and q.offset is None:
+        how = "scales after" if constant else "scales per group"
+        if not constant and not isinstance(op, Dot):
+            how = "on dequantized weights"
+        return _dynamic(x, q, extra, op, spec), f"{spec}_token {name}, {how}"
+    if constant and q.zero_point is None and q.offset is None:
         fmt = FORMATS[q.format]
         codes = fmt.decode(join_planes(fmt, q.qvalue), jnp.dtype(q.dtype))
-        y = dot(x, codes, jnp.float32) * _on_output(_scale(q), q, dot, x.ndim)
-        return y.astype(dot.out_dtype), "dot on codes, scale after"
-    return dot(x, dequantize(q), dot.out_dtype).astype(
-        dot.out_dtype
-    ), "dequantize in the graph, dot"
+        y = op(x, codes, extra, jnp.float32) * op.place_weight_scale(_scale(q), q, x, extra)
+        return y.astype(op.out_dtype), f"{name} on codes, scale after"
+    y = op(x, dequantize(q), extra, op.out_dtype)
+    return y.astype(op.out_dtype), f"dequantize in the graph, {name}"
+
+
+def _constant_along(q: QTensor, op: Op) -> bool:
+    """Whether one scale holds for all contracted elements of an output."""
+    if q.param_shape is not None:
+        return False
+    block = structural.block_of(q)
+    return all(block[a] >= q.shape[a] for a in op.contracted())
 
 
 def _scale(q: QTensor) -> jax.Array:
@@ -72,123 +160,88 @@ def _scale(q: QTensor) -> jax.Array:
     return scale.astype(jnp.float32)
 
 
-def _constant_along(q: QTensor, dot: Dot) -> bool:
-    """Whether one scale holds for all contracted elements of an output."""
-    block = structural.block_of(q) if q.param_shape is None else ()
-    return bool(block) and all(block[a] >= q.shape[a] for a in dot.weight_axes[0])
-
-
 def _on_output(
-    per_block: jax.Array, q: QTensor, dot: Dot, x_ndim: int, groups: tuple[int, ...] = ()
+    scale: jax.Array,
+    shape: Sequence[int],
+    block: blocks.Block,
+    dot: Dot,
+    side: int,
+    other_ndim: int,
+    groups: Axes = (),
 ) -> jax.Array:
-    """Scales shaped to broadcast against the result of `dot`, whose batch axes are followed by the
-    axes `groups` of q.
+    """Per-block scales of the operand on `side`, shaped to broadcast against the result of `dot`.
 
-    Along its other contracted axes q must have one block.
+    The batch axes of the result are followed by the axes `groups` of the operand; along its other
+    contracted axes it must have one block.
     """
-    contracted, batch = dot.weight_axes
+    contracted, batch = dot.axes(side)
     rest = [a for a in contracted if a not in groups]
-    free = [a for a in range(q.ndim) if a not in contracted and a not in batch]
-    full = blocks.expand(
-        per_block, [1 if a in contracted else s for a, s in enumerate(q.shape)], q.block
-    )
-    moved = lax.transpose(full, (*batch, *groups, *free, *rest))
+    free = [a for a in range(len(shape)) if a not in contracted and a not in batch]
+    scale = blocks.expand(scale, [1 if a in contracted else s for a, s in enumerate(shape)], block)
+    scale = lax.transpose(scale, (*batch, *groups, *free, *rest))
     first = len(batch) + len(groups)
-    return _place(
-        moved.shape[:first],
-        moved.shape[first : first + len(free)],
-        moved,
-        dot.weight_side,
-        x_ndim - len(contracted) - len(batch),
-    )
+    ones = (1,) * (other_ndim - len(contracted) - len(batch))
+    own = scale.shape[first : first + len(free)]
+    after = (*own, *ones) if side == 0 else (*ones, *own)
+    return scale.reshape((*scale.shape[:first], *after))
 
 
-def _place(
-    batch: tuple[int, ...], free: tuple[int, ...], scale: jax.Array, side: int, other_free: int
-) -> jax.Array:
-    ones = (1,) * other_free
-    return scale.reshape((*batch, *free, *ones) if side == 0 else (*batch, *ones, *free))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def _dynamic(x: jax.Array, q: QTensor, extra: tuple, op: Op, spec: Spec) -> jax.Array:
+    """`x` rounded per token to `spec`, times the codes of q; sums in int32 for integers.
 
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def _dynamic_dot(x: jax.Array, q: QTensor, dot: Dot, spec: Spec) -> jax.Array:
-    """`x` rounded per token to `spec`, times the codes; accumulated in int32 for integers and
-    float32 for FP8.
-
-    Straight-through: the tangent of x is `t @ dequantize(q)`.
+    Straight-through: the tangent of x is that of the product with `dequantize(q)`.
     """
-    contracted, batch = dot.other_axes
-    block = tuple(s if a in contracted else 1 for a, s in enumerate(x.shape))
-    rounded = SCALE_METHODS[spec.scale_method](x.astype(jnp.float32), spec, block, block)
-    fmt = FORMATS[q.format]
-    codes = join_planes(fmt, q.qvalue)
-    x_free = [a for a in range(x.ndim) if a not in contracted and a not in batch]
-    x_scale = lax.transpose(rounded.scale.astype(jnp.float32), (*batch, *x_free, *contracted))
-    x_scale = _place(
-        tuple(x.shape[a] for a in batch),
-        tuple(x.shape[a] for a in x_free),
-        x_scale,
-        1 - dot.weight_side,
-        q.ndim - len(contracted) - len(batch),
-    )
+    token = op.token(x)
+    rounded = SCALE_METHODS[spec.scale_method](x.astype(jnp.float32), spec, token, token)
+    x_scale: Any = rounded.scale
+    x_codes: Any = split_planes(FORMATS[spec.format], rounded.codes)
+    codes = join_planes(FORMATS[q.format], q.qvalue)
+    accumulator = jnp.float32
     if spec.format.startswith("int"):
-        accumulator, weight = jnp.int32, fmt.decode(codes, jnp.dtype(jnp.int8))
+        accumulator, codes = jnp.int32, FORMATS[q.format].decode(codes, jnp.dtype(jnp.int8))
+    if _constant_along(q, op):
+        y = op(x_codes, codes, extra, accumulator).astype(jnp.float32)
+        y = y * op.place_weight_scale(_scale(q), q, x, extra)
+    elif isinstance(op, Dot):
+        y = _grouped_dot(x_codes, codes, q, op, accumulator)
     else:
-        accumulator, weight = jnp.float32, codes
-    x_codes = rounded.codes.astype(FORMATS[spec.format].storage)
-    if _constant_along(q, dot):
-        y = dot(x_codes, weight, accumulator).astype(jnp.float32) * _on_output(
-            _scale(q), q, dot, x.ndim
-        )
-    else:
-        y = _grouped_dot(x_codes, weight, q, dot, accumulator)
-    return (y * x_scale).astype(dot.out_dtype)
+        y = op(x_codes.astype(jnp.float32), dequantize(q).astype(jnp.float32), extra, jnp.float32)
+    return (y * op.place_x_scale(x_scale, x, q)).astype(op.out_dtype)
 
 
-@_dynamic_dot.defjvp
-def _dynamic_dot_jvp(
-    dot: Dot, spec: Spec, primals: tuple, tangents: tuple
-) -> tuple[jax.Array, jax.Array]:
-    x, q = primals
-    return _dynamic_dot(x, q, dot, spec), dot(tangents[0], dequantize(q), dot.out_dtype).astype(
-        dot.out_dtype
-    )
+@_dynamic.defjvp
+def _dynamic_jvp(op: Op, spec: Spec, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
+    x, q, extra = primals
+    tangent = op(tangents[0], dequantize(q), extra, op.out_dtype).astype(op.out_dtype)
+    return _dynamic(x, q, extra, op, spec), tangent
 
 
-def _grouped_dot(x: jax.Array, w: jax.Array, q: QTensor, dot: Dot, accumulator: Any) -> jax.Array:
-    """One dot per group of the contraction, each scaled, then summed: sum_g (x_g @ codes_g) *
-    scale_g.
+def _grouped_dot(x: Any, w: jax.Array, q: QTensor, dot: Dot, accumulator: Any) -> jax.Array:
+    """One dot per group of the contraction, each scaled, then summed.
 
-    Every blocked contracted axis is cut in two, (groups, block), padded with zeros where ragged;
-    its groups become a batch axis.
+    sum_g (x_g @ codes_g) * scale_g: every blocked contracted axis is cut in two, (groups, block),
+    padded with zeros where ragged; its groups become a batch axis.
     """
-    block, pairs = (
-        structural.block_of(q),
-        list(zip(dot.weight_axes[0], dot.other_axes[0], strict=True)),
-    )
-    grouped = {wa: block[wa] for wa, _ in pairs if block[wa] < q.shape[wa]}
-    w, w_at = _cut_axes(w, grouped)
-    x, x_at = _cut_axes(x, {xa: grouped[wa] for wa, xa in pairs if wa in grouped})
-    contract = [(w_at[wa] + (wa in grouped), x_at[xa] + (wa in grouped)) for wa, xa in pairs]
-    batch = list(
-        zip(
-            (w_at[a] for a in dot.weight_axes[1]), (x_at[a] for a in dot.other_axes[1]), strict=True
-        )
-    )
-    batch += [(w_at[wa], x_at[xa]) for wa, xa in pairs if wa in grouped]
-    order = (lambda p: p) if dot.weight_side == 0 else (lambda p: p[::-1])
-    numbers = tuple(order(tuple(zip(*p, strict=True)) or ((), ())) for p in (contract, batch))
-    y = dot._replace(dimension_numbers=numbers)(x, w, accumulator).astype(jnp.float32)
-    groups = tuple(wa for wa, _ in pairs if wa in grouped)
-    y = y * _on_output(_scale(q), q, dot, x.ndim - len(groups), groups)
-    first = len(dot.weight_axes[1])
-    return y.sum(range(first, first + len(groups)))
+    block, side = structural.block_of(q), dot.weight_side
+    (w_contract, w_batch), (x_contract, x_batch) = dot.axes(side), dot.axes(1 - side)
+    pairs = list(zip(w_contract, x_contract, strict=True))
+    cut = {wa: block[wa] for wa in w_contract if block[wa] < q.shape[wa]}
+    w, w_at = _cut_axes(w, cut)
+    x, x_at = _cut_axes(x, {xa: cut[wa] for wa, xa in pairs if wa in cut})
+    contract = [(w_at[wa] + (wa in cut), x_at[xa] + (wa in cut)) for wa, xa in pairs]
+    batch = [(w_at[wa], x_at[xa]) for wa, xa in zip(w_batch, x_batch, strict=True)]
+    batch += [(w_at[wa], x_at[xa]) for wa, xa in pairs if wa in cut]
+    sides = [tuple(zip(*p, strict=True)) or ((), ()) for p in (contract, batch)]
+    numbers = tuple(s if side == 0 else s[::-1] for s in sides)
+    y = dot._replace(dimension_numbers=numbers)(x, w, (), accumulator).astype(jnp.float32)
+    groups = tuple(wa for wa in w_contract if wa in cut)
+    y = y * _on_output(_scale(q), q.shape, q.block, dot, side, x.ndim - len(groups), groups)
+    return y.sum(range(len(w_batch), len(w_batch) + len(groups)))
 
 
 def _cut_axes(x: jax.Array, block: dict[int, int]) -> tuple[jax.Array, list[int]]:
-    """Cuts each axis in `block` into (groups, block); also returns where every old axis begins in
-    the new shape.
-    """
+    """Cuts each axis in `block` in two, (groups, block); also where each old axis now begins."""
     x = jnp.pad(x, [(0, -s % block.get(a, 1)) for a, s in enumerate(x.shape)])
     shape, at = [], []
     for a, s in enumerate(x.shape):
@@ -202,6 +255,5 @@ def take(
 ) -> tuple[jax.Array, str]:
     """Looks up rows of codes and dequantizes only those."""
     check(q)
-    return dequantize(
-        structural.take(q, indices, dims, slice_sizes, mode)
-    ), "look up codes, dequantize rows"
+    rows = structural.take(q, indices, dims, slice_sizes, mode)
+    return dequantize(rows), "look up codes, dequantize rows"

@@ -83,6 +83,9 @@ class QTensor:
             "with qjax.dequantize"
         )
 
+    def __array__(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+        self.__jax_array__()
+
 
 def is_qtensor(leaf: Any) -> bool:
     """Whether `leaf` is a QTensor: the `is_leaf` of every tree map over quantized parameters."""
@@ -208,9 +211,10 @@ _REMEDY = (
 
 def _is_number(leaf: Any, name: str) -> bool:
     kinds = (jnp.floating, jnp.integer) if name == "zero_point" else (jnp.floating,)
-    array = hasattr(leaf, "dtype") and hasattr(leaf, "shape")
+    array = hasattr(leaf, "dtype") and hasattr(leaf, "shape") and not is_qtensor(leaf)
     return array and any(jnp.issubdtype(leaf.dtype, k) for k in kinds)
 
 
 def _kind(leaf: Any) -> str:
-    return str(leaf.dtype) if hasattr(leaf, "dtype") else type(leaf).__name__
+    array = hasattr(leaf, "dtype") and not is_qtensor(leaf)
+    return str(leaf.dtype) if array else type(leaf).__name__

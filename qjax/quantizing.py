@@ -44,8 +44,9 @@ def quantize(
       the smallest normal number, decodes to zeros.
 
     Raises:
-      ValueError: if `w` is not floating point or holds NaN or Inf (under jit such blocks decode to
-        NaN instead), or if an axis is out of range.
+      ValueError: if `w` is not floating point, holds NaN or Inf or values so large that float32
+        cannot compute with them (under jit such blocks decode to NaN instead), or if an axis is
+        out of range.
 
     Example:
       >>> q = qjax.quantize(jnp.ones((256, 64)), "int4_g128", axis=0)
@@ -59,7 +60,7 @@ def quantize(
     if not jnp.issubdtype(w.dtype, jnp.floating):
         raise ValueError(f"quantize needs a floating-point array, got {w.dtype} of shape {w.shape}")
     contracted, batch = _axes(axis, w.ndim), _axes(batch_axis, w.ndim)
-    if not contracted or set(contracted) & set(batch):
+    if not contracted or len({*contracted, *batch}) < len(contracted) + len(batch):
         raise ValueError(
             f"axis {axis} and batch_axis {batch_axis} of shape {w.shape}: give at least one "
             "contracted axis, and none twice"
@@ -67,9 +68,10 @@ def quantize(
     _check_ggml(spec, w.shape[contracted[-1]])
     q = _quantize(w, spec, contracted, batch)
     if not isinstance(w, Tracer) and w.size and _has_bad_scale(q):
+        bad = int(_count_bad(w))
+        what = f"{bad} NaN or Inf value(s)" if bad else f"values too large for {spec}"
         raise ValueError(
-            f"the array of shape {w.shape} holds {int(_count_bad(w))} NaN or Inf value(s); "
-            "quantize needs finite weights"
+            f"the array of shape {w.shape} holds {what}; quantize needs finite weights"
         )
     return q
 
@@ -187,7 +189,7 @@ def _axes(axis: int | Sequence[int], ndim: int) -> tuple[int, ...]:
     for a in axes:
         if not -ndim <= operator.index(a) < ndim:
             raise ValueError(f"axis {a} is out of range for an array of {ndim} axes")
-    return tuple(sorted({operator.index(a) % ndim for a in axes}))
+    return tuple(sorted(operator.index(a) % ndim for a in axes))
 
 
 @jax.jit

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qjax import blocks, exact
+from qjax import blocks, exact, kquants
 from qjax.formats import FORMATS, Format
 from qjax.spec import Spec
 
@@ -51,9 +51,8 @@ def minmax(w: jax.Array, spec: Spec, block: blocks.Block, whole: blocks.Block) -
     low, high = blocks.extremes(w, block)
     if spec.zero_dtype is not None:
         low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
-    half_range = high * 0.5 - low * 0.5  # the range itself may overflow
-    width = exact.divide(half_range, (fmt.max - fmt.min) / 2)
-    scale = _round_scale(width, half_range, spec.scale_dtype)
+    width = high - low
+    scale = _round_scale(exact.divide(width, fmt.max - fmt.min), width, spec.scale_dtype)
     inverse = _reciprocal(scale)
     if spec.zero_dtype is not None:
         zero = jnp.clip(fmt.min - jnp.round(low * inverse), fmt.min, fmt.max)
@@ -148,12 +147,42 @@ def _truncate(x: jax.Array, fmt: Format) -> jax.Array:
 
 SCALE_METHODS = {"absmax": absmax, "minmax": minmax, "mean": mean, "ggml": ggml}
 
+
+def _ggml_k(w: jax.Array, fmt: Format, block: blocks.Block) -> Rounded:
+    """Super-blocks of 256: the groups' scales (and minima) have codes of their own."""
+    axis = next(a for a, b in enumerate(block) if b > 1)
+    group = block[axis]
+    moved = jnp.moveaxis(w, axis, 0)
+    shape = (w.shape[axis] // 256, 256 // group, group, moved.size // w.shape[axis])
+    x = moved.reshape(shape).transpose(2, 0, 1, 3)
+
+    def back(value: jax.Array) -> jax.Array:
+        """[super-block, (group, (element,)) column] as an array like w."""
+        return jnp.moveaxis(value.reshape(-1, *moved.shape[1:]), 0, axis)
+
+    if fmt.name == "q6_k":
+        found = kquants.symmetric(x)
+        return Rounded(
+            back(found.codes.transpose(1, 2, 0, 3)), Rounded(back(found.scales), back(found.d))
+        )
+    start, steps = {"q4_k": (-1.0, 20), "q5_k": (-0.5, 15)}[fmt.name]
+    found = kquants.affine(x, int(fmt.max), start, steps)
+    return Rounded(
+        back(found.codes.transpose(1, 2, 0, 3)),
+        Rounded(back(found.scales), back(found.d)),
+        offset=Rounded(back(found.mins), back(-found.dmin)),
+    )
+
+
 GGML_METHODS = {
     "q8_0": _ggml_symmetric,
     "q4_0": _ggml_signed,
     "q5_0": _ggml_signed,
     "q4_1": _ggml_affine,
     "q5_1": _ggml_affine,
+    "q4_k": _ggml_k,
+    "q5_k": _ggml_k,
+    "q6_k": _ggml_k,
 }
 
 
@@ -161,13 +190,13 @@ def _round_scale(scale: jax.Array, block_value: jax.Array, dtype: str) -> jax.Ar
     """`scale` in `dtype`, saturated.
 
     Below the smallest normal float32 it is 0: the block decodes to zeros, or to its offset. Where
-    `block_value`, taken from all of a block, is not finite it is NaN, so that a bad weight can
-    never look like a number.
+    `block_value`, taken from all of a block, is not finite, or the reciprocal of the scale is no
+    normal float32, it is NaN, so that a bad weight can never look like a number.
     """
-    scale = jnp.where(scale < jnp.finfo(jnp.float32).tiny, 0, scale)
-    return jnp.where(
-        jnp.isfinite(block_value), _saturate(scale, dtype), jnp.asarray(jnp.nan, dtype)
-    )
+    tiny = float(jnp.finfo(jnp.float32).tiny)
+    good = jnp.isfinite(block_value) & (scale <= 1 / tiny)
+    scale = _saturate(jnp.where(scale < tiny, 0, scale), dtype)
+    return jnp.where(good, scale, jnp.asarray(jnp.nan, dtype))
 
 
 def _saturate(x: jax.Array, dtype: str) -> jax.Array:

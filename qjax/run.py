@@ -148,9 +148,7 @@ def _evaluate(
         if tracing.is_array(v) or is_qtensor(v)
     ]
     outputs = interpret(table, traced.jaxpr, boxes)
-    return traced.rebuild(
-        [table.open(v, None, "it is an output") if isinstance(v, Box) else v for v in outputs]
-    )
+    return traced.rebuild([dequantize(v.tensor) if isinstance(v, Box) else v for v in outputs])
 
 
 def _dense(leaf: Any) -> Any:
@@ -162,11 +160,11 @@ def _frozen(q: QTensor) -> QTensor:
 
 
 def _table(record: Record | None) -> Table:
-    def note(box: Box, eqn: _compat.JaxprEqn | None, how: str) -> None:
-        if record is not None and eqn is not None:
+    def note(box: Box, eqn: _compat.JaxprEqn, how: str) -> None:
+        if record is not None:
             record(box, eqn, how)
 
-    def open_box(box: Box, eqn: _compat.JaxprEqn | None, reason: str) -> jax.Array:
+    def open_box(box: Box, eqn: _compat.JaxprEqn, reason: str) -> jax.Array:
         note(box, eqn, f"dequantized: {reason}")
         return dequantize(box.tensor)
 
@@ -247,18 +245,47 @@ STRUCTURAL: Mapping[str, Callable[[dict[str, Any], list[Any]], Any]] = {
 
 
 def _dot_general(note: Record, eqn: _compat.JaxprEqn, inputs: list[Any]) -> list[Any] | Decline:
-    lhs, rhs = inputs
-    if isinstance(lhs, Box) and isinstance(rhs, Box):
+    if all(isinstance(v, Box) for v in inputs):
         return Decline("both operands of the matmul are quantized weights")
-    side = 0 if isinstance(lhs, Box) else 1
-    box, x = (lhs, rhs) if side == 0 else (rhs, lhs)
-    params = eqn.params
-    dot = ops.Dot(
-        params["dimension_numbers"], side, params["precision"], np.dtype(eqn.outvars[0].aval.dtype)
-    )
-    y, how = ops.dot_general(x, box.tensor, dot)
+    side = 0 if isinstance(inputs[0], Box) else 1
+    box, x = inputs[side], inputs[1 - side]
+    dot = ops.Dot(eqn.params["dimension_numbers"], side, eqn.params["precision"], _dtype(eqn))
+    y, how = ops.linear(x, box.tensor, dot)
     note(box, eqn, how)
     return [y]
+
+
+def _ragged_dot(note: Record, eqn: _compat.JaxprEqn, inputs: list[Any]) -> list[Any] | Decline:
+    x, box, group_sizes = inputs
+    params = eqn.params
+    rows_by_experts = lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), (0,), (0,))
+    if params["ragged_dot_dimension_numbers"] != rows_by_experts or params["group_offset"]:
+        return Decline("the ragged dot is not rows by experts")
+    if not isinstance(box, Box) or isinstance(x, Box) or isinstance(group_sizes, Box):
+        return Decline("it is not the experts of the ragged dot")
+    op = ops.RaggedDot(params["precision"], _dtype(eqn))
+    y, how = ops.linear(x, box.tensor, op, (group_sizes,))
+    note(box, eqn, how)
+    return [y]
+
+
+def _conv(note: Record, eqn: _compat.JaxprEqn, inputs: list[Any]) -> list[Any] | Decline:
+    x, box = inputs
+    if not isinstance(box, Box) or isinstance(x, Box):
+        return Decline("it is not the kernel of the convolution")
+    names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "precision")
+    names += ("feature_group_count", "batch_group_count")
+    options = tuple((n, eqn.params[n]) for n in names)
+    y, how = ops.linear(
+        x, box.tensor, ops.Conv(eqn.params["dimension_numbers"], options, _dtype(eqn))
+    )
+    note(box, eqn, how)
+    return [y]
+
+
+def _dtype(eqn: _compat.JaxprEqn) -> np.dtype:
+    (output,) = eqn.outvars
+    return np.dtype(output.aval.dtype)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _gather(note: Record, eqn: _compat.JaxprEqn, inputs: list[Any]) -> list[Any] | Decline:
@@ -280,5 +307,7 @@ def _gather(note: Record, eqn: _compat.JaxprEqn, inputs: list[Any]) -> list[Any]
 # Decline.
 COMPUTING: Mapping[str, Callable[[Record, _compat.JaxprEqn, list[Any]], list[Any] | Decline]] = {
     "dot_general": _dot_general,
+    "ragged_dot_general": _ragged_dot,
+    "conv_general_dilated": _conv,
     "gather": _gather,
 }

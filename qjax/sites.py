@@ -18,9 +18,10 @@ class Site(NamedTuple):
 
     Attributes:
       path: the parameter's path, such as "params/layers_0/attention/q/kernel".
-      primitive: "dot_general" or "gather".
+      primitive: "dot_general", "ragged_dot_general", "conv_general_dilated" or "gather".
       side: which operand the parameter is, 0 or 1.
-      contract_axes: axes that are summed over; empty for a lookup.
+      contract_axes: axes that are summed over (of a convolution kernel, all but the output's);
+        empty for a lookup.
       batch_axes: axes that run in parallel with the other operand's (experts); for a lookup, the
         axes that are indexed.
       free_axes: the other axes: output channels; for a lookup, the axes of a row.
@@ -107,7 +108,12 @@ class _Finder:
 
     def table(self) -> Table:
         rules = {name: functools.partial(self._move, move) for name, move in _MOVES.items()}
-        rules |= {"dot_general": self._dot_general, "gather": self._gather}
+        rules |= {
+            "dot_general": self._dot_general,
+            "ragged_dot_general": self._ragged_dot,
+            "conv_general_dilated": self._conv,
+            "gather": self._gather,
+        }
         return Table(
             lambda v: isinstance(v, _Tagged),
             rules,
@@ -129,9 +135,12 @@ class _Finder:
         self._count += 1
         return self._set_key(value, f"x{self._count}")
 
+    def _key_of(self, value: Any) -> str:
+        return value.path if isinstance(value, _Tagged) else self._key(value)
+
     def _set_key(self, value: Any, key: str) -> str:
         """Remembers a key; weakly, so that no tracer outlives its trace."""
-        alive = weakref.ref(value) if isinstance(value, jax.core.Tracer) else lambda: value
+        alive = weakref.ref(value) if isinstance(value, _compat.Tracer) else lambda: value
         self._keys[id(value)] = (alive, key)
         return key
 
@@ -163,9 +172,24 @@ class _Finder:
         contract, batch = eqn.params["dimension_numbers"]
         for side, box in enumerate(inputs):
             if isinstance(box, _Tagged):
-                other = inputs[1 - side]
-                key = other.path if isinstance(other, _Tagged) else self._key(other)
+                key = self._key_of(inputs[1 - side])
                 self._add(eqn, box, side, _axes(box, contract[side]), _axes(box, batch[side]), key)
+        return Decline("recorded")
+
+    def _ragged_dot(self, eqn: _compat.JaxprEqn, inputs: list[Any]) -> list[Any] | Decline:
+        dims = eqn.params["ragged_dot_dimension_numbers"]
+        contract, batch = dims.dot_dimension_numbers
+        box, groups = inputs[1], (*batch[1], *dims.rhs_group_dimensions)
+        if isinstance(box, _Tagged):
+            key = self._key_of(inputs[0])
+            self._add(eqn, box, 1, _axes(box, contract[1]), _axes(box, groups), key)
+        return Decline("recorded")
+
+    def _conv(self, eqn: _compat.JaxprEqn, inputs: list[Any]) -> list[Any] | Decline:
+        box = inputs[1]
+        if isinstance(box, _Tagged):
+            contracted = eqn.params["dimension_numbers"].rhs_spec[1:]
+            self._add(eqn, box, 1, _axes(box, contracted), (), self._key_of(inputs[0]))
         return Decline("recorded")
 
     def _gather(self, eqn: _compat.JaxprEqn, inputs: list[Any]) -> list[Any] | Decline:

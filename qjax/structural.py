@@ -17,7 +17,7 @@ from qjax import blocks
 from qjax.formats import FORMATS
 from qjax.qtensor import QTensor, dequantize
 
-Value: TypeAlias = jax.Array | QTensor
+Value: TypeAlias = Any  # jax.Array or QTensor: each function returns the kind that it is given
 
 
 class CannotCarry(ValueError):
@@ -36,8 +36,8 @@ def block_of(q: QTensor) -> blocks.Block:
 def _rebuild(
     q: QTensor,
     block: blocks.Block,
-    on_plane: Callable[[jax.Array], jax.Array],
-    on_scale: Callable[[Value], Value],
+    on_plane: Callable[[Any], Any],
+    on_scale: Callable[[Any], Any],
     moves_last: bool,
 ) -> QTensor:
     """`q` with `on_plane` applied to its codes and `on_scale` to whatever has one value per
@@ -233,46 +233,30 @@ def dynamic_slice(x: Value, starts: Sequence[Any], sizes: Sequence[int]) -> Valu
     )
 
 
-def concatenate(xs: Sequence[Value], dimension: int) -> Value:
-    """`lax.concatenate` of tensors that are held alike."""
+def concatenate(xs: Sequence[Any], dimension: int) -> Any:
+    """`lax.concatenate` of arrays, or of QTensors that are held alike."""
     first = xs[0]
+    if len({jax.tree.structure(x) for x in xs}) > 1:
+        raise CannotCarry("it is concatenated with something held differently")
     if not isinstance(first, QTensor):
-        if not all(isinstance(x, jax.Array) for x in xs):
-            raise CannotCarry("it is concatenated with an array")
         return _concatenate_arrays(xs, dimension)
     block = block_of(first)
-    alike = lambda q: (
-        isinstance(q, QTensor)
-        and (q.format, q.dtype, q.activation, q.zero_point is None, q.offset is None)
-        == (
-            first.format,
-            first.dtype,
-            first.activation,
-            first.zero_point is None,
-            first.offset is None,
-        )
-    )
-    if not all(alike(q) and block_of(q) == block for q in xs):
-        raise CannotCarry("it is concatenated with something held differently")
-    if any(q.shape[dimension] % block[dimension] for q in xs[:-1]):
-        raise CannotCarry("it is concatenated after a ragged block")
+    if any(block_of(x) != block or x.shape[dimension] % block[dimension] for x in xs[:-1]):
+        raise CannotCarry("it is concatenated inside a block")
     if dimension == first.ndim - 1 and "uint1" in FORMATS[first.format].storage:
         raise CannotCarry("its bits are packed along the last axis")
-    join = lambda get: None if get(first) is None else concatenate([get(q) for q in xs], dimension)
-    planes = isinstance(first.qvalue, tuple)
-    qvalue = (
-        tuple(_concatenate_arrays(p, dimension) for p in zip(*(q.qvalue for q in xs), strict=True))
-        if planes
-        else _concatenate_arrays([q.qvalue for q in xs], dimension)
-    )
-    return dataclasses.replace(
-        first,
-        qvalue=qvalue,
-        scale=join(lambda q: q.scale),
-        zero_point=join(lambda q: q.zero_point),
-        offset=join(lambda q: q.offset),
-        block=blocks.trim(block),
-    )
+
+    def join(field: str) -> Any:
+        parts = [getattr(x, field) for x in xs]
+        if not isinstance(parts[0], QTensor):
+            return jax.tree.map(lambda *p: _concatenate_arrays(p, dimension), *parts)
+        try:
+            return concatenate(parts, dimension)
+        except CannotCarry:
+            return concatenate([dequantize(p) for p in parts], dimension)
+
+    fields = ("qvalue", "scale", "zero_point", "offset")
+    return dataclasses.replace(first, **{f: join(f) for f in fields}, block=blocks.trim(block))
 
 
 def _concatenate_arrays(xs: Sequence[jax.Array], dimension: int) -> jax.Array:

@@ -18,7 +18,18 @@ ROOT = Path(__file__).resolve().parent.parent
 # A new module gets its place here.
 FLOORS = (
     {"_compat", "formats"},
-    {"blocks", "exact", "interpret", "qtensor", "quantizing", "rounding", "sizes", "spec", "trees"}
+    {
+        "blocks",
+        "exact",
+        "interpret",
+        "kquants",
+        "qtensor",
+        "quantizing",
+        "rounding",
+        "sizes",
+        "spec",
+        "trees",
+    }
     | {"structural", "tracing"},
     {"algorithms", "ops", "prepared", "sites"},
     {"recipe", "recipes", "run"},

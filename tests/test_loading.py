@@ -3,6 +3,8 @@
 import json
 import pathlib
 import shutil
+import time
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +58,7 @@ def test_quantized_tensors_keep_the_codes_of_the_file():
     assert q.block == (32, 1)
     embedding = qparams["params"]["embed"]["embedding"]
     assert embedding.shape == (264, 256)
-    assert embedding.block == (1, 32)
+    assert embedding.block[-1] == 32
     assert all(leaf.dtype == np.float32 for leaf in leaves)
 
 
@@ -156,6 +158,17 @@ REFUSED = {
         {},
         "key 'llama.block_count': is 2147483648, must be an integer from 1 to 4096",
     ),
+    "more layers than tensors": (
+        {"llama.block_count": 4096},
+        {},
+        "missing tensors: blk.1.attn_k.weight, .* more",
+    ),
+    "heads huge": (
+        {"llama.attention.head_count": 1 << 24, "llama.attention.head_count_kv": 1 << 24}
+        | {"llama.attention.key_length": 4096, "llama.rope.dimension_count": 4096},
+        {},
+        r"has shape .*, the configuration says \(68719476736, 256\)",
+    ),
     "bool for a number": (
         {"llama.attention.head_count": True},
         {},
@@ -220,7 +233,7 @@ REFUSED = {
     "rope factors": (
         {},
         {"rope_freqs.weight": np.ones(16, np.float32)},
-        "rope.factors must have head_dim / 2 = 32 entries",
+        r"'rope_freqs.weight' must hold head_dim / 2 = 32 finite divisors, has shape \(16,\)",
     ),
     "tokenizer": ({"tokenizer.ggml.model": "t5"}, {}, "the tokenizer 't5' is not known"),
 }
@@ -230,8 +243,14 @@ REFUSED = {
 def test_a_gguf_that_cannot_be_run_is_refused(case, tmp_path):
     keys, tensors, message = REFUSED[case]
     path = write_gguf(tmp_path / "bad.gguf", keys=keys, tensors=tensors)
+    tracemalloc.start()
+    began = time.process_time()
     with pytest.raises(ValueError, match=message) as caught:
         models.load(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert time.process_time() - began < 5  # tracing one layer is slow under tracemalloc
+    assert peak < 64 << 20
     assert str(caught.value).startswith(str(path))
 
 

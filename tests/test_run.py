@@ -113,6 +113,49 @@ def test_matmul_is_never_dequantized_first(name, spec):
     assert not dequantized_uses(fn, q, normal(1, *x_shape))
 
 
+# name -> (function of (weight, x), weight shape, contracted axes, batch axes, x shape)
+SIZES = jnp.array([2, 0, 4], jnp.int32)  # one row belongs to no expert
+OTHER_PRODUCTS = {
+    "experts": (lambda w, x: jax.lax.ragged_dot(x, w, SIZES), (3, 64, 32), 1, 0, (7, 64)),
+    "convolution": (
+        lambda w, x: jax.lax.conv_general_dilated(
+            x, w, (2, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        ),
+        (3, 3, 16, 8),
+        (0, 1, 2),
+        (),
+        (2, 10, 9, 16),
+    ),
+    "grouped convolution": (
+        lambda w, x: jax.lax.conv_general_dilated(x, w, (1,), "VALID", feature_group_count=4),
+        (8, 4, 3),
+        (1, 2),
+        (),
+        (2, 16, 9),
+    ),
+}
+
+
+@pytest.mark.parametrize("spec", [*SPECS, *DYNAMIC])
+@pytest.mark.parametrize("name", OTHER_PRODUCTS)
+def test_experts_and_convolutions(name, spec):
+    fn, shape, axis, batch, x_shape = OTHER_PRODUCTS[name]
+    w, x = normal(0, *shape), normal(1, *x_shape)
+    (found,) = qjax.find_sites(lambda p, x: fn(p["w"], x), {"w": w}, x)["w"]
+    assert found.contract_axes == tuple(np.atleast_1d(axis))
+    assert found.batch_axes == tuple(np.atleast_1d(batch))
+    q = qjax.quantize(w, spec, axis, batch_axis=batch)
+    assert not dequantized_uses(fn, q, x)
+    got, wanted = jax.jit(qjax.quantized(fn))(q, x), fn(qjax.dequantize(q), x)
+    assert got.dtype == wanted.dtype
+    limit = {"": 2e-6, "int8": 0.02, "fp8_e4m3": 0.08}[
+        spec.partition("/")[2].removesuffix("_token")
+    ]
+    assert relative_error(got, wanted) < limit
+    slope = jax.grad(lambda x: qjax.quantized(fn)(q, x).sum())(x)
+    assert relative_error(slope, jax.grad(lambda x: fn(qjax.dequantize(q), x).sum())(x)) < 2e-6
+
+
 def numpy_dynamic(x: np.ndarray, q: qjax.QTensor, size: int) -> np.ndarray:
     """Per-token int8 rounding and exact integer accumulation, per group of the contraction."""
     scale = np.abs(x).max(1, keepdims=True) / np.float32(127)
@@ -348,6 +391,32 @@ def test_a_carried_weight_stays_quantized_only_if_it_is_handed_on():
     for fn, opened in ((same, False), (changed, True)):
         assert relative_error(qjax.quantized(fn)(q, x), fn(qjax.dequantize(q), x)) < 1e-5
         assert bool(dequantized_uses(fn, q, x)) == opened
+
+
+@pytest.mark.parametrize("spec", ["int8", "int4_g32", "nf4_g32_dq"])
+def test_loops_and_branches_are_entered(spec):
+    def fn(w, x):
+        x = jax.lax.cond(x.sum() > 0, lambda w, x: x @ w, lambda w, x: x, w, x)
+        x = jax.lax.fori_loop(0, 3, lambda i, x: jnp.tanh(x @ w), x)
+        step = lambda c: (jnp.tanh(c[0] @ c[2]), c[1] + 1, c[2])
+        x = jax.lax.while_loop(lambda c: c[1] < 3, step, (x, 0, w))[0]
+        kept = jax.lax.switch(jnp.int32(x[0, 0] > 0), [lambda w: w, lambda w: w.T.T], w)
+        return x @ kept
+
+    q = qjax.quantize(normal(0, 64, 64) / 8, spec, 0)
+    for x in (normal(1, 5, 64), -jnp.abs(normal(2, 5, 64))):
+        got = jax.jit(qjax.quantized(fn))(q, x)
+        assert relative_error(got, fn(qjax.dequantize(q), x)) < 1e-5
+    assert len(qjax.explain(fn, q, x).uses) == 4
+    assert not dequantized_uses(fn, q, x)
+
+
+def test_branches_that_disagree_open_the_weight():
+    fn = lambda w, x: x @ jax.lax.cond(x[0, 0] > 0, lambda w: w, lambda w: w * 2, w)
+    q, x = qjax.quantize(normal(0, 64, 48), "int8", 0), normal(1, 5, 64)
+    for y in (x, -x):
+        assert relative_error(qjax.quantized(fn)(q, y), fn(qjax.dequantize(q), y)) < 2e-6
+    assert ": dequantized: the branches hold it differently" in dequantized_uses(fn, q, x)
 
 
 # --- the contract with jit

@@ -17,6 +17,7 @@ import numpy as np
 from qjax.models.decoder import Config, Rope, llama3_factors
 
 _MAX_LAYERS = 1 << 12
+_MAX_HEAD_DIM = 1 << 12
 _MAX_SIZE = 1 << 24
 
 
@@ -72,17 +73,15 @@ class _Keys:
             return None
         if not isinstance(value, dict):
             self.fail(key, f"is {_short(value)}, must be an object")
-        return _Keys(value, self.path, f"{self.prefix}{key}.")._strip()
-
-    def _strip(self) -> _Keys:
-        self.values = {self.prefix + key: value for key, value in self.values.items()}
-        return self
+        prefix = f"{self.prefix}{key}."
+        return _Keys({prefix + name: inner for name, inner in value.items()}, self.path, prefix)
 
     def refuse(self, key: str, *allowed: Any) -> None:
         """The key asks for something that the decoder does not have, unless it is `allowed`."""
         value = self.get(key)
-        if value is not None and value not in allowed:
-            self.fail(key, f"is {_short(value)}, which the decoder does not have")
+        if value is None or (not isinstance(value, np.ndarray) and value in allowed):
+            return
+        self.fail(key, f"is {_short(value)}, which the decoder does not have")
 
 
 def _short(value: Any) -> str:
@@ -102,7 +101,7 @@ def _sizes(keys: _Keys, names: Mapping[str, str], head_dim: int | None = None) -
         "num_layers": keys.integer(names["num_layers"], high=_MAX_LAYERS),
         "num_heads": heads,
         "num_kv_heads": keys.integer(names["num_kv_heads"], default=heads),
-        "head_dim": keys.integer(names["head_dim"], default=head_dim),
+        "head_dim": keys.integer(names["head_dim"], default=head_dim, high=_MAX_HEAD_DIM),
         "max_length": keys.integer(names["max_length"]),
     }
 
@@ -147,7 +146,7 @@ def from_gguf(
     """
     top = _Keys(metadata, path)
     architecture = top.one_of("general.architecture", _GGUF)
-    if top.get("split.count", 1) != 1:
+    if top.integer("split.count", 1) != 1:
         top.fail("split.count", "the model is split over several files; merge them into one first")
     keys = _Keys(metadata, path, f"{architecture}.")
     for key in ("expert_count", "final_logit_softcapping", "attn_logit_softcapping"):
@@ -156,7 +155,14 @@ def from_gguf(
     head_dim = fields["head_dim"]
     for key in ("attention.value_length", "rope.dimension_count"):
         keys.refuse(key, head_dim)
-    factors = None if rope_factors is None else tuple(map(float, rope_factors))
+    factors = None
+    if rope_factors is not None:
+        if rope_factors.shape != (head_dim // 2,) or not np.all(np.isfinite(1 / rope_factors)):
+            raise ValueError(
+                f"{path}: tensor 'rope_freqs.weight' must hold head_dim / 2 = {head_dim // 2} "
+                f"finite divisors, has shape {rope_factors.shape}"
+            )
+        factors = tuple(map(float, rope_factors))
     fields |= {
         "vocab_size": vocab_size,
         "norm_epsilon": keys.number("attention.layer_norm_rms_epsilon"),
@@ -290,11 +296,9 @@ def _hf_gemma3(keys: _Keys, fields: Mapping[str, Any], family: _Family) -> dict[
     layers, head_dim = fields["num_layers"], fields["head_dim"]
     types = _hf_layer_types(keys, layers, ("full_attention", "sliding_attention"))
     if types is None:
-        period = keys.get("sliding_window_pattern", keys.get("_sliding_window_pattern", 6))
-        local = _every(
-            _Keys({"sliding_window_pattern": period}, keys.path).integer("sliding_window_pattern"),
-            layers,
-        )
+        key = "sliding_window_pattern"
+        key = key if keys.get(key) is not None else f"_{key}"
+        local = _every(keys.integer(key, 6), layers)
     else:
         local = tuple(kind == "sliding_attention" for kind in types)
     both = keys.table("rope_parameters")

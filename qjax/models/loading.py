@@ -8,7 +8,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +56,20 @@ def load(
     return _load_folder(path, dtype) if os.path.isdir(path) else _load_gguf(path, dtype)
 
 
+class _Source(NamedTuple):
+    """A file as `_assemble` sees it.
+
+    `shapes` are those of its tensors, `name_of` maps a parameter path to a name, `read(name,
+    transpose, rows)` makes the parameter, and `permuted` tells llama's order of q and k.
+    """
+
+    path: str
+    shapes: Mapping[str, tuple[int, ...]]
+    name_of: Callable[[str], str]
+    read: Callable[[str, bool, np.ndarray | None], Any]
+    permuted: bool
+
+
 def _load_gguf(path: str | os.PathLike[str], dtype: np.dtype):
     file = gguf.read(path)
     if "token_embd.weight" not in file.tensors:
@@ -77,9 +91,8 @@ def _load_gguf(path: str | os.PathLike[str], dtype: np.dtype):
             f"{config.vocab_size} rows"
         )
 
-    def convert(name: str, shape: tuple[int, ...], transpose: bool, rows: np.ndarray | None):
+    def read(name: str, transpose: bool, rows: np.ndarray | None) -> Any:
         info = file.tensors[name]
-        _check_shape(file.path, name, info.shape, shape)
         if info.type.name in gguf.DTYPES:
             return _array(file.array(name), transpose, rows, dtype)
         if info.type.name not in CODECS:
@@ -92,16 +105,9 @@ def _load_gguf(path: str | os.PathLike[str], dtype: np.dtype):
         raw = file.raw(name)
         return to_qtensor(raw if rows is None else raw[rows], info.type.name, dtype, transpose)
 
-    permuted = architecture == "llama"
-    params = _assemble(
-        model,
-        file.path,
-        names.gguf_name,
-        set(file.tensors) - {factors},
-        convert,
-        permuted,
-    )
-    return model, params, tokens
+    shapes = {name: info.shape for name, info in file.tensors.items() if name != factors}
+    source = _Source(file.path, shapes, names.gguf_name, read, permuted=architecture == "llama")
+    return model, _assemble(config, source), tokens
 
 
 def _load_folder(path: str | os.PathLike[str], dtype: np.dtype):
@@ -109,15 +115,17 @@ def _load_folder(path: str | os.PathLike[str], dtype: np.dtype):
     where = str(folder / "config.json")
     config = configs.from_hf(_read_json(folder / "config.json"), where)
     tensors, _ = safetensors.read_folder(folder)
-    model = Decoder(dataclasses.replace(config, dtype=dtype))
-    available = {name for name in tensors if not name.endswith(".rotary_emb.inv_freq")}
+    shapes = {
+        name: array.shape
+        for name, array in tensors.items()
+        if not name.endswith(".rotary_emb.inv_freq")  # a constant that old files hold
+    }
     if config.tied and _is_copy(tensors, "lm_head.weight", "model.embed_tokens.weight"):
-        available.remove("lm_head.weight")
+        del shapes["lm_head.weight"]
     plus_one = config.post_norms  # gemma keeps its norms as the difference from one
 
-    def convert(name: str, shape: tuple[int, ...], transpose: bool, rows: np.ndarray | None):
+    def read(name: str, transpose: bool, rows: np.ndarray | None) -> Any:
         array = tensors[name]
-        _check_shape(str(folder), name, array.shape, shape)
         if array.dtype not in _FLOATS:
             raise ValueError(
                 f"{folder}: tensor {name!r} has dtype {array.dtype}, must be F32, F16 or BF16"
@@ -129,42 +137,46 @@ def _load_folder(path: str | os.PathLike[str], dtype: np.dtype):
     def name_of(path: str) -> str:
         return names.hf_name(path, config.post_norms)
 
-    params = _assemble(model, str(folder), name_of, available, convert, permuted=False)
+    params = _assemble(config, _Source(str(folder), shapes, name_of, read, permuted=False))
     tokens = _folder_tokenizer(folder)
     if tokens.vocab_size > config.vocab_size:
         raise ValueError(
             f"{folder}: the tokenizer has {tokens.vocab_size} tokens, vocab_size in config.json is "
             f"{config.vocab_size}"
         )
-    return model, params, tokens
+    return Decoder(dataclasses.replace(config, dtype=dtype)), params, tokens
 
 
-def _assemble(
-    model: Decoder,
-    where: str,
-    name_of: Callable[[str], str],
-    available: set[str],
-    convert: Callable[..., Any],
-    permuted: bool,
-) -> dict[str, Any]:
-    """Fills the model's parameter tree, each with `convert(name, shape, transpose, rows)`."""
+def _assemble(config: Config, source: _Source) -> dict[str, Any]:
+    """Fills the parameter tree of a decoder from a file, once names and shapes are right."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    # All layers have the same shapes: one is traced, whatever number a file claims.
+    one = dataclasses.replace(config, num_layers=1, local_layers=config.local_layers[:1])
+    tree = dict(jax.eval_shape(Decoder(one).init, jax.random.key(0), tokens)["params"])
+    layer = tree.pop("layers_0")
+    tree |= {f"layers_{i}": layer for i in range(config.num_layers)}
 
-    def path_of(keys: tuple[Any, ...]) -> str:
-        return jax.tree_util.keystr(keys, simple=True, separator="/")
+    leaves = [(_path(keys), leaf.shape) for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    _check_names(source.path, {source.name_of(path) for path, _ in leaves}, set(source.shapes))
+    for path, shape in leaves:
+        name = source.name_of(path)
+        wanted = shape[::-1] if path.endswith("/kernel") else shape
+        if tuple(source.shapes[name]) != wanted:
+            raise ValueError(
+                f"{source.path}: tensor {name!r} has shape {tuple(source.shapes[name])}, the "
+                f"configuration says {wanted}"
+            )
 
-    wanted = {name_of(path_of(keys)) for keys, _ in jax.tree_util.tree_leaves_with_path(shapes)}
-    _check_names(where, wanted, available)
+    def fill(keys: tuple[Any, ...], _: Any) -> Any:
+        path = _path(keys)
+        rows = _permuted_rows(path, config) if source.permuted else None
+        return source.read(source.name_of(path), path.endswith("/kernel"), rows)
 
-    def fill(keys: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Any:
-        path = path_of(keys)
-        transpose = path.endswith("/kernel")
-        shape = leaf.shape[::-1] if transpose else leaf.shape
-        rows = _permuted_rows(path, model.config) if permuted else None
-        return convert(name_of(path), shape, transpose, rows)
+    return {"params": jax.tree_util.tree_map_with_path(fill, tree)}
 
-    return {"params": jax.tree_util.tree_map_with_path(fill, shapes)}
+
+def _path(keys: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
 def _array(
@@ -201,14 +213,6 @@ def _listed(found: Iterable[str]) -> str:
     found = sorted(found)
     more = f" and {len(found) - 8} more" if len(found) > 8 else ""
     return ", ".join(found[:8]) + more
-
-
-def _check_shape(where: str, name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
-    if tuple(shape) != tuple(wanted):
-        raise ValueError(
-            f"{where}: tensor {name!r} has shape {tuple(shape)}, the configuration says "
-            f"{tuple(wanted)}"
-        )
 
 
 def _is_copy(tensors: Mapping[str, np.ndarray], name: str, other: str) -> bool:

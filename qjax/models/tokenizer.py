@@ -112,6 +112,9 @@ _SPACE = "\u2581"  # SentencePiece writes a space as this block
 def from_gguf(metadata: Mapping[str, Any], path: str = "GGUF") -> Tokenizer:
     """Builds the tokenizer that the metadata of a GGUF file describes.
 
+    The ids are llama.cpp's, with one exception: llama.cpp takes ordinary tokens that look like an
+    end of text (``</s>`` in Qwen's vocabulary) for control tokens. Here the file's types decide.
+
     Args:
       metadata: of `qjax.io.gguf.read`.
       path: for error messages.

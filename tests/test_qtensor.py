@@ -1,0 +1,160 @@
+"""QTensor: a pytree that takes any leaf, and says at first use what is wrong with it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qjax
+from qjax.qtensor import check
+
+W = np.random.default_rng(0).standard_normal((64, 12)).astype(np.float32)
+Q = qjax.quantize(W, "int4_g32", 0)
+AFFINE = qjax.quantize(W, "uint4_g32", 0)
+PLANES = qjax.quantize(W, "q5_0", 0)
+NESTED = qjax.quantize(W, "nf4_g32_dq", 0)
+
+
+def broken(q, **leaves):
+    return dataclasses.replace(q, **leaves)
+
+
+@pytest.mark.parametrize(
+    ("q", "message"),
+    [
+        (broken(Q, format="int5"), "unknown format 'int5'; the formats are int8, int4"),
+        (
+            broken(Q, qvalue=Q.qvalue.astype(jnp.bfloat16)),
+            "codes as int4, got bfloat16; a tree map",
+        ),
+        (broken(Q, qvalue=Q.qvalue.astype(jnp.int8)), "codes as int4, got int8"),
+        (broken(Q, qvalue=None), "codes as int4, got NoneType"),
+        (broken(Q, qvalue=3), "codes as int4, got int"),
+        (broken(Q, qvalue=(Q.qvalue, Q.qvalue)), "holds its codes as int4, got int4 and int4"),
+        (broken(PLANES, qvalue=PLANES.qvalue[:1]), "as uint4 and uint1, got uint4"),
+        (broken(PLANES, qvalue=PLANES.qvalue[0]), "as uint4 and uint1, got uint4"),
+        (
+            broken(PLANES, qvalue=(PLANES.qvalue[0], PLANES.qvalue[1][:, :1])),
+            r"uint1 plane of q5_0 codes of shape \(64, 12\) has shape \(64, 1\), needed \(64, 2\)",
+        ),
+        (
+            broken(Q, qvalue=Q.qvalue[0]),
+            r"codes of shape \(12,\) cannot lie in blocks of \(32, 1\)",
+        ),
+        (broken(Q, block=(0, 1)), r"cannot lie in blocks of \(0, 1\)"),
+        (
+            broken(Q, scale=Q.scale.T),
+            r"scale has shape \(12, 2\), needed \(2, 12\) for codes of shape \(64, 12\) in "
+            r"blocks of \(32, 1\)",
+        ),
+        (broken(Q, scale=None), "scale must be a floating-point array or a QTensor, got NoneType"),
+        (broken(Q, scale=1.0), "scale must be a floating-point array or a QTensor, got float"),
+        (broken(Q, scale=jnp.ones((2, 12), jnp.int8)), "scale must be a floating.* got int8"),
+        (broken(AFFINE, offset=AFFINE.offset[:1]), r"offset has shape \(1, 12\), needed \(2, 12\)"),
+        (
+            broken(AFFINE, offset=jnp.ones((2, 12), jnp.int8)),
+            "offset must be a floating.* got int8",
+        ),
+        (broken(Q, zero_point="z"), "zero_point must be an array, got str"),
+        (broken(Q, zero_point=NESTED), "zero_point must be an array, got QTensor"),
+        (
+            broken(Q, zero_point=jnp.ones((2, 1))),
+            r"zero_point has shape \(2, 1\), needed \(2, 12\)",
+        ),
+        (
+            broken(NESTED, scale=broken(NESTED.scale, scale=jnp.ones(3))),
+            r"^layer/scale: scale has shape \(3,\), needed",
+        ),
+        (
+            broken(NESTED, scale=broken(NESTED.scale, qvalue=NESTED.scale.qvalue[:1])),
+            r"^layer/scale: (scale|offset) has shape|^layer: scale has shape",
+        ),
+        (broken(Q, param_shape=(63, 12)), r"cannot take the weight's shape \(63, 12\)"),
+    ],
+)
+def test_broken_leaves_are_named(q, message):
+    with pytest.raises(ValueError, match=message) as error:
+        check(q, "layer")
+    assert str(error.value).startswith("layer")
+    with pytest.raises(ValueError, match=message.replace("layer/", "").replace("layer: ", "")):
+        qjax.dequantize(q)
+
+
+def test_good_leaves_pass():
+    for q in (Q, AFFINE, PLANES, NESTED):
+        check(q)
+        check(jax.eval_shape(lambda q: q, q))
+        check(jax.tree.map(np.asarray, q))
+
+
+def test_casting_a_whole_tree_is_caught_on_use():
+    """The mistake people make: `tree.map(lambda x: x.astype(bf16))` over quantized parameters."""
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), {"a": Q})
+    with pytest.raises(ValueError, match=r"is_leaf=qjax\.is_qtensor"):
+        qjax.dequantize(params["a"])
+
+
+def test_the_constructor_takes_anything():
+    spec = jax.sharding.PartitionSpec(None, "x")
+    for leaf in (spec, None, 7, "text", object()):
+        q = jax.tree.map(lambda _, leaf=leaf: leaf, Q)
+        assert q.format == "int4"
+        assert repr(q) == "QTensor(int4, shape=?, block=(32, 1), dtype=float32)"
+
+
+def test_repr_is_one_line_without_codes():
+    assert repr(PLANES) == "QTensor(q5_0, shape=(64, 12), block=(32, 1), dtype=float32)"
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda x, q: jnp.dot(x, q),
+        lambda x, q: x @ q,
+        lambda x, q: q.T @ x if hasattr(q, "T") else jnp.matmul(q, x),
+        lambda x, q: x + q,
+        lambda x, q: jnp.asarray(q),
+        lambda x, q: np.asarray(q),
+        lambda x, q: jnp.einsum("ab,bc->ac", x, q),
+        lambda x, q: jnp.take(q, jnp.array([0]), axis=0),
+        lambda x, q: jax.jit(jnp.dot)(x, q),
+    ],
+)
+def test_an_unwrapped_function_is_told_to_wrap(use):
+    with pytest.raises(TypeError, match=r"QTensor\(int4.*Wrap the function .*qjax.quantized\(fn\)"):
+        use(jnp.ones((2, 64)), Q)
+
+
+def test_it_is_a_pytree_with_named_leaves():
+    paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(NESTED)]
+    assert paths == [".qvalue", ".scale.qvalue", ".scale.scale", ".scale.offset"]
+    leaves, tree = jax.tree.flatten(NESTED)
+    assert jax.tree.structure(jax.tree.unflatten(tree, leaves)) == tree
+    assert hash(tree) == hash(jax.tree.structure(qjax.quantize(W, "nf4_g32_dq", 0)))
+
+
+def test_scan_takes_a_stack_apart():
+    stack = qjax.quantize(np.stack([W, 2 * W]), "q5_0", 1, batch_axis=0)
+    _, out = jax.lax.scan(lambda c, q: (c, qjax.dequantize(q)), None, stack)
+    np.testing.assert_array_equal(out, qjax.dequantize(stack))
+
+
+def test_param_shape_is_the_weights_own():
+    q = dataclasses.replace(Q, param_shape=(4, 16, 12))
+    assert (q.shape, q.ndim, q.size, q.storage_shape) == ((4, 16, 12), 3, W.size, (64, 12))
+    np.testing.assert_array_equal(qjax.dequantize(q), qjax.dequantize(Q).reshape(4, 16, 12))
+
+
+def test_zero_points_may_be_any_number_type():
+    zero = jnp.full((2, 12), 3)
+    wanted = qjax.dequantize(Q) - 3 * jnp.repeat(Q.scale.astype(jnp.float32), 32, 0)
+    for dtype in (jnp.int4, jnp.uint8, jnp.int32, jnp.float16):
+        q = dataclasses.replace(Q, zero_point=zero.astype(dtype))
+        np.testing.assert_allclose(qjax.dequantize(q), wanted, atol=1e-6)
+
+
+def test_is_qtensor():
+    assert qjax.is_qtensor(Q)
+    assert not any(map(qjax.is_qtensor, (W, None, 1, "q")))
