@@ -49,7 +49,8 @@ class Comparison(NamedTuple):
       kl: mean over tokens of sum_v p_v (log p_v - log q_v), p the reference's probabilities and q
         the model's, in nats.
       kl_standard_error: over windows.
-      top1: fraction of tokens where both find the same token most likely.
+      top1: fraction of positions where what the reference finds most likely the model finds most
+        likely too (a tie counts).
     """
 
     perplexity: Perplexity
@@ -146,9 +147,11 @@ def token_nll(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     Returns:
       float32 [b, s - 1], in nats.
     """
-    logits = logits[:, :-1].astype(jnp.float32)
-    scored = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - scored
+    logits = logits.astype(jnp.float32)
+    # Slices of the logits would be copies; what is computed at the last position is dropped.
+    following = jnp.roll(tokens, -1, axis=1)[..., None]
+    scored = jnp.take_along_axis(logits, following, axis=-1)[..., 0]
+    return (jax.nn.logsumexp(logits, axis=-1) - scored)[:, :-1]
 
 
 def token_kl(reference: jax.Array, logits: jax.Array) -> jax.Array:
@@ -164,8 +167,10 @@ def token_kl(reference: jax.Array, logits: jax.Array) -> jax.Array:
       float32 [...], in nats.
     """
     reference, logits = reference.astype(jnp.float32), logits.astype(jnp.float32)
-    weighted = jnp.sum(jax.nn.softmax(reference, axis=-1) * (reference - logits), axis=-1)
-    return weighted - jax.nn.logsumexp(reference, axis=-1) + jax.nn.logsumexp(logits, axis=-1)
+    normalizer = jax.nn.logsumexp(reference, axis=-1)
+    p = jnp.exp(reference - normalizer[..., None])
+    weighted = jnp.sum(p * (reference - logits), axis=-1)
+    return weighted - normalizer + jax.nn.logsumexp(logits, axis=-1)
 
 
 def perplexity(fn: Callable[..., Any], params: Any, batches: Iterable[Any]) -> Perplexity:
@@ -201,7 +206,11 @@ def perplexity(fn: Callable[..., Any], params: Any, batches: Iterable[Any]) -> P
 
 
 def compare(
-    reference: Model, candidates: Mapping[str, Model], batches: Iterable[Any]
+    reference: Model,
+    candidates: Mapping[str, Model],
+    batches: Iterable[Any],
+    *,
+    advance: Callable[[], None] = lambda: None,
 ) -> tuple[Perplexity, dict[str, Comparison]]:
     """Holds models against a reference: perplexity ratio, mean KL divergence, top-1 agreement.
 
@@ -212,6 +221,8 @@ def compare(
       reference: ``(fn, params)`` of the reference, often the float model.
       candidates: name to ``(fn, params)``; all models share vocabulary and tokenizer.
       batches: as in `perplexity`.
+      advance: called after each run of a model on a batch, for a progress bar of
+        ``len(batches) * (1 + len(candidates))`` steps.
 
     Returns:
       The reference's Perplexity, and name to Comparison.
@@ -230,9 +241,10 @@ def compare(
     fn, params = reference
 
     @jax.jit
-    def reference_step(params: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def reference_step(params: Any, tokens: jax.Array) -> tuple[jax.Array, ...]:
         logits = fn(params, tokens)
-        return logits, token_nll(logits, tokens).mean(axis=-1)
+        best = jnp.argmax(logits, axis=-1)
+        return logits, best, token_nll(logits, tokens).mean(axis=-1)
 
     steps = {name: _candidate_step(name, model[0]) for name, model in candidates.items()}
     reference_nll: list[np.ndarray] = []
@@ -240,28 +252,32 @@ def compare(
     length = None
     for tokens in batches:
         tokens, length = _checked(tokens, length)
-        logits, nll = reference_step(params, tokens)
+        logits, best, nll = reference_step(params, tokens)
         reference_nll.append(np.asarray(nll, np.float64))
+        advance()
         for name, step in steps.items():
-            values = step(candidates[name][1], tokens, logits)
+            values = step(candidates[name][1], tokens, logits, best)
             found[name].append(tuple(np.asarray(v, np.float64) for v in values))
+            advance()
     base = _perplexity(reference_nll, length)
     return base, {name: _comparison(base, rows, length) for name, rows in found.items()}
 
 
 def _candidate_step(name: str, fn: Callable[..., Any]) -> Callable[..., Any]:
     @jax.jit
-    def step(params: Any, tokens: jax.Array, reference: jax.Array) -> tuple[jax.Array, ...]:
+    def step(
+        params: Any, tokens: jax.Array, reference: jax.Array, best: jax.Array
+    ) -> tuple[jax.Array, ...]:
         logits = fn(params, tokens)
         if logits.shape != reference.shape:
             raise ValueError(
                 f"compare: {name!r} gives logits of shape {logits.shape}, the reference "
                 f"{reference.shape}; models are compared over one vocabulary"
             )
-        kl = token_kl(reference[:, :-1], logits[:, :-1])
-        same = jnp.argmax(reference[:, :-1], axis=-1) == jnp.argmax(logits[:, :-1], axis=-1)
-        rows = (token_nll(logits, tokens), kl, same.astype(jnp.float32))
-        return tuple(row.mean(axis=-1) for row in rows)
+        kl = token_kl(reference, logits)[:, :-1]
+        at_best = jnp.take_along_axis(logits, best[..., None], axis=-1)[..., 0]
+        same = (at_best >= jnp.max(logits, axis=-1))[:, :-1].astype(jnp.float32)
+        return tuple(row.mean(axis=-1) for row in (token_nll(logits, tokens), kl, same))
 
     return step
 

@@ -47,6 +47,7 @@ def test_perplexity_is_that_of_float64(text):
 
 def test_comparison_is_that_of_float64(text):
     reference, other, third = tables(1, 2, 3)
+    steps = []
     base, found = evaluate.compare(
         (bigram, {"table": jnp.asarray(reference)}),
         {
@@ -54,7 +55,9 @@ def test_comparison_is_that_of_float64(text):
             "third": (bigram, {"table": jnp.asarray(third)}),
         },
         evaluate.batched(text, 3),
+        advance=lambda: steps.append(1),
     )
+    assert len(steps) == 2 * 3
     at = text[:, :-1]
     p = log_softmax(reference[at])
     for name, table in (("other", other), ("third", third)):
