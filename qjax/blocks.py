@@ -41,9 +41,11 @@ def split(x: jax.Array, block: Sequence[int]) -> tuple[jax.Array, tuple[int, ...
     block, so that its minimum and maximum stay what they are.
     """
     block = align(block, x.ndim)
-    widths = [(0, -s % b if b < s else 0) for s, b in zip(x.shape, block, strict=True)]
-    if any(after for _, after in widths):
-        x = jnp.pad(x, widths, mode="edge")
+    for axis, b in enumerate(block):
+        if missing := -x.shape[axis] % b if b < x.shape[axis] else 0:
+            last = jax.lax.slice_in_dim(x, x.shape[axis] - 1, None, axis=axis)
+            shape = (*x.shape[:axis], missing, *x.shape[axis + 1 :])
+            x = jnp.concatenate([x, jnp.broadcast_to(last, shape)], axis=axis)
     view, within, keep = [], [], []
     for size, b in zip(x.shape, block, strict=True):
         if b == 1:

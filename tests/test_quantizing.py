@@ -24,6 +24,9 @@ ZERO_POINTS = [
 ]
 
 
+FEW = ["int8", "int4_16x8", "uint4_g24", "nf4_g64_dq", "fp8_e4m3", ZERO_POINTS[0]]
+
+
 def normal(*shape, seed=0, scale=1.0):
     return np.random.default_rng(seed).normal(0, scale, shape).astype(np.float32)
 
@@ -54,7 +57,7 @@ def test_no_element_is_further_off_than_half_a_step(spec):
     assert np.all(error <= span * (steps(spec) / 2 + 2**-8))
 
 
-@pytest.mark.parametrize("spec", [*SPECS, *ZERO_POINTS], ids=str)
+@pytest.mark.parametrize("spec", FEW, ids=str)
 def test_eager_and_jitted_agree_to_the_bit(spec):
     w = normal(96, 40)
     eager = qjax.quantize(w, spec, 0)
@@ -117,9 +120,6 @@ def test_long_strided_blocks_are_reduced_exactly(length, group):
     starts = range(0, length, size)
     largest = np.stack([np.abs(w[i : i + size]).max(0) for i in starts])
     np.testing.assert_array_equal(q.scale, largest / np.float32(127))
-
-
-FEW = ["int8", "int4_16x8", "uint4_g24", "nf4_g64_dq", ZERO_POINTS[0]]
 
 
 @pytest.mark.parametrize("spec", FEW, ids=str)
@@ -242,7 +242,7 @@ def test_weights_that_are_no_numbers(spec):
         tile = slice(None), slice(None)
     else:
         tile = slice(rows), slice(104, 104 + columns)
-    for axis in (0, 1):
+    for axis in (0, 1) if spec in FEW else (0,):
         decoded = jax.jit(lambda w, axis=axis: qjax.dequantize(qjax.quantize(w, spec, axis)))
         for bad in (np.nan, np.inf, -np.inf):
             w = normal(64, 160)
