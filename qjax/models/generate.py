@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qjax.models.decoder import Config, init_cache
+from qjax.models.architecture import Config
+from qjax.models.cache import init_cache
 
 
 class Generation(NamedTuple):
