@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 
 from qjax.models.architecture import ACTIVATIONS, Config
-from qjax.models.cache import Cache
+from qjax.models.cache import Cache, read, write
 from qjax.models.experts import Experts
 
 
@@ -101,11 +101,8 @@ class Attention(nn.Module):
         q = _rotate(q, positions.cos, positions.sin)
         k = _rotate(k, positions.cos, positions.sin)
         if keys is not None:
-            keys = jax.lax.dynamic_update_slice_in_dim(keys, k.astype(keys.dtype), start, axis=1)
-            values = jax.lax.dynamic_update_slice_in_dim(
-                values, v.astype(values.dtype), start, axis=1
-            )
-            k, v = keys, values
+            keys, values = write(keys, k, start), write(values, v, start)
+            k, v = read(keys, c.dtype), read(values, c.dtype)
 
         scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
         q = q.reshape(b, s, c.num_kv_heads, groups, c.head_dim)
