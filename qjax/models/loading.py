@@ -131,7 +131,7 @@ def _load_folder(path: str | os.PathLike[str], dtype: np.dtype):
     if config.num_layers * config.num_experts > len(tensors):
         raise ValueError(
             f"{where}: names {config.num_experts} experts in each of {config.num_layers} layers; "
-            f"the root holds {len(tensors)} tensors"
+            f"the folder holds {len(tensors)} tensors"
         )
     shapes = {
         name: array.shape
