@@ -65,7 +65,7 @@ def measure(variant: str, form: str, spec: str) -> dict:
         spread = jnp.repeat(scale.astype(jnp.float32), 128, 0)[: codes.shape[0]]
         return jnp.dot(x, codes.astype(jnp.float32) * spread)
 
-    shapes = {name: (WIDTH, WIDTH) for name in "qkvo"}
+    shapes = dict.fromkeys("qkvo", (WIDTH, WIDTH))
     shapes |= {"gate": (WIDTH, HIDDEN), "up": (WIDTH, HIDDEN), "down": (HIDDEN, WIDTH)}
     keys = iter(jax.random.split(jax.random.key(0), 7 * LAYERS))
 

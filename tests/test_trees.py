@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax.training.train_state import TrainState
-from trees import dense
+from helpers import dense
 
 import qjax
 
