@@ -1,4 +1,4 @@
-"""Every test and doctest runs JAX in its strictest mode, on four virtual CPU devices.
+"""Every test and doctest runs JAX in its strictest mode, on eight virtual CPU devices.
 
 This file stands at the root so that the doctests of qjax/ run under it too.
 """
@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+collect_ignore_glob = ["tests/golden/*.py"]  # how the golden files were made, with their makers
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_num_cpu_devices", 8)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,7 +10,12 @@ from qjax.recipe import is_gathered as is_gathered
 from qjax.reporting import report as report
 from qjax.run import explain as explain
 from qjax.run import quantized as quantized
+from qjax.sharding import partition_specs as partition_specs
 from qjax.sites import Site as Site
 from qjax.sites import find_sites as find_sites
 from qjax.spec import Spec as Spec
 from qjax.transform import quantize_params as quantize_params
+from qjax.trees import combine as combine
+from qjax.trees import partition as partition
+from qjax.trees import stack as stack
+from qjax.trees import unstack as unstack

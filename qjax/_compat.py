@@ -1,6 +1,7 @@
 """The only file that knows JAX versions and JAX internals (0.10 to 0.12)."""
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -38,6 +39,22 @@ def equation_context(eqn: JaxprEqn) -> Iterator[None]:
         eqn.ctx.manager,
     ):
         yield
+
+
+def explicit_sharding(x: Any) -> jax.sharding.NamedSharding | None:
+    """The sharding in the type of `x`, where its mesh has Explicit axes; None elsewhere."""
+    sharding = jax.typeof(x).sharding
+    explicit = jax.sharding.AxisType.Explicit
+    return sharding if explicit in sharding.mesh.axis_types else None
+
+
+def explicit_shards(x: Any) -> tuple[int, ...]:
+    """The number of shards of each axis of `x` under Explicit mesh axes; ones elsewhere."""
+    sharding = explicit_sharding(x)
+    if sharding is None:
+        return (1,) * x.ndim
+    names = [e if isinstance(e, tuple) else () if e is None else (e,) for e in sharding.spec]
+    return tuple(math.prod(sharding.mesh.shape[n] for n in axis) for axis in names)
 
 
 def scan_counts(params: dict[str, Any]) -> tuple[int, int]:

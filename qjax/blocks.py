@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from qjax import _compat
+
 Block = tuple[int, ...]
 
 
@@ -63,7 +65,8 @@ def apply(
 ) -> jax.Array:
     """`function(x, *per_block)` elementwise: a per-block value stands for its block's elements."""
     shape, block = x.shape, align(block, x.ndim)
-    if all(b == 1 or b >= s or s % b == 0 for s, b in zip(shape, block, strict=True)):
+    pieces = zip(shape, block, _compat.explicit_shards(x), strict=True)
+    if all(b == 1 or b >= s or (s % n == 0 and s // n % b == 0) for s, b, n in pieces):
         view, _, keep = split(x, block)
         return function(view, *(p.reshape(keep) for p in per_block)).reshape(shape)
     return function(x, *(expand(p, shape, block) for p in per_block))
@@ -82,14 +85,17 @@ def expand(per_block: jax.Array, shape: Sequence[int], block: Sequence[int]) -> 
 
 
 def extremes(x: jax.Array, block: Sequence[int]) -> tuple[jax.Array, jax.Array]:
-    """The smallest and the largest element of each block; NaN where a block holds NaN."""
+    """The smallest and the largest element of each block; inf is the largest where one is NaN.
+
+    XLA:CPU drops NaN from some of its vectorized reductions (seen on jax 0.10 to 0.12).
+    """
     block = align(block, x.ndim)
     run = (*map(_run, block[:-1]), *block[-1:])
     if run != block:
         rest = tuple(b // r for b, r in zip(block, run, strict=True))
         low, high = jax.lax.optimization_barrier(extremes(x, run))
         return extremes(low, rest)[0], extremes(high, rest)[1]
-    view, within, _ = split(x, block)
+    view, within, _ = split(jnp.where(jnp.isnan(x), jnp.inf, x), block)
     shape = scale_shape(x.shape, block)
     return jnp.min(view, axis=within).reshape(shape), jnp.max(view, axis=within).reshape(shape)
 

@@ -30,6 +30,8 @@ class Table(NamedTuple):
       open: (box, equation, reason) -> the array that the box stands for.
       slice_leading: box -> the box as a scan sees it when it iterates over the leading axis, or
         None if that axis cannot be cut.
+      shard: (box, PartitionSpec, mesh) -> (box, the PartitionSpecs of its leaves) as it enters a
+        shard_map, or None if the shards cut it where it cannot be cut.
       note: called with every equation that met no box, its inputs and outputs; `None` to skip.
     """
 
@@ -37,6 +39,7 @@ class Table(NamedTuple):
     rules: Mapping[str, Callable[[_compat.JaxprEqn, list[Any]], "list[Any] | Decline"]]
     open: Callable[[Any, _compat.JaxprEqn, str], jax.Array]
     slice_leading: Callable[[Any], Any]
+    shard: Callable[[Any, Any, Any], tuple[Any, Any] | None]
     note: Callable[[_compat.JaxprEqn, list[Any], list[Any]], None] | None = None
 
 
@@ -199,6 +202,30 @@ def _cond(table: Table, eqn: _compat.JaxprEqn, inputs: list[Any], jits: dict) ->
     return list(jax.lax.switch(index, [enter(b) for b in branches], *operands))
 
 
+def _shard_map(table: Table, eqn: _compat.JaxprEqn, inputs: list[Any], jits: dict) -> list[Any]:
+    params, values, specs = eqn.params, [], []
+    for value, spec in zip(inputs, params["in_specs"], strict=True):
+        entered = table.shard(value, spec, params["mesh"]) if table.is_box(value) else (value, spec)
+        reason = "a shard of the shard_map would cut its blocks"
+        entered = entered or (_open(table, value, eqn, reason), spec)
+        values.append(entered[0])
+        specs.append(entered[1])
+
+    def call(*args: Any) -> list[Any]:
+        outs = _run(table, params["jaxpr"], args, jits)
+        return [_open(table, v, eqn, "a shard_map returns it") for v in outs]
+
+    mapped = jax.shard_map(
+        call,
+        mesh=params["mesh"],
+        in_specs=tuple(specs),
+        out_specs=list(params["out_specs"]),
+        axis_names=params["newly_manual_axes"],
+        check_vma=params["check_vma"],
+    )
+    return list(mapped(*values))
+
+
 _ENTER = {
     "jit": _jit,
     "pjit": _jit,
@@ -208,4 +235,5 @@ _ENTER = {
     "scan": _scan,
     "while": _while,
     "cond": _cond,
+    "shard_map": _shard_map,
 }

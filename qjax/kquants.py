@@ -6,9 +6,8 @@ column]`. All arithmetic is float32 with one rounding per operation and sums tak
 elements, as the C code compiled without fused multiply-adds has it.
 """
 
-import functools
-import operator
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,15 +42,17 @@ def affine(x: jax.Array, top: int, start: float, steps: int) -> Affine:
     Every group is fitted on its own, the scales and minima are rounded to six bits under the
     largest of the super-block, and the codes chosen once more under what those stand for.
     """
-    magnitude = jnp.sqrt(_sum(rounded(x * x)) / x.shape[0])
-    scale, low, codes = _fit_affine(x, magnitude + jnp.abs(x), top, start, steps)
+    magnitude = jnp.sqrt(_sums(lambda x: (x * x,), x)[0] / x.shape[0])
+    scale, low, codes = _fit_affine(x, magnitude[None] + jnp.abs(x), top, start, steps)
     scales, d = _six_bits(scale)
     mins, dmin = _six_bits(low)
-    step, floor = d[:, None] * scales, dmin[:, None] * mins
+    step, floor = (d[:, None] * scales)[None], (dmin[:, None] * mins)[None]
     again = jnp.clip(jnp.round((x + floor) / jnp.where(step == 0, 1, step)), 0, top)
     codes = jnp.where(step == 0, codes, again)
-    d, dmin = (jnp.where(_finite(x), v, jnp.nan).astype(jnp.float16) for v in (d, dmin))
-    return Affine(*(v.astype(jnp.uint8) for v in (codes, scales, mins)), d, dmin)
+    good = _finite(x) & jnp.all(jnp.isfinite(scale), axis=1)
+    d, dmin = (jnp.where(good, v, jnp.nan).astype(jnp.float16) for v in (d, dmin))
+    codes, scales, mins = (v.astype(jnp.uint8) for v in (codes, scales, mins))
+    return Affine(codes, scales, mins, d, dmin)
 
 
 def symmetric(x: jax.Array) -> Symmetric:
@@ -62,12 +63,30 @@ def symmetric(x: jax.Array) -> Symmetric:
     inverse = jnp.where(empty, 0, -128 / jnp.where(empty, 1, largest))
     d = _as_float16(jnp.where(empty, 0, 1 / jnp.where(empty, 1, inverse)))
     scales = jnp.minimum(jnp.round(inverse[:, None] * scale), 127)
-    step = d[:, None] * scales
+    step = (d[:, None] * scales)[None]
     again = jnp.clip(jnp.round(x / jnp.where(step == 0, 1, step)), -32, 31) + 32
     codes = jnp.where(step == 0, codes, again)
-    codes = jnp.where(empty[:, None], 0, codes)
+    codes = jnp.where(empty[None, :, None], 0, codes)
     d = jnp.where(_finite(x), d, jnp.nan).astype(jnp.float16)
     return Symmetric(codes.astype(jnp.uint8), scales.astype(jnp.int8), d)
+
+
+class _AffineFit(NamedTuple):
+    """A candidate: its error, scale and minimum, and the range that its codes came from."""
+
+    error: jax.Array
+    scale: jax.Array
+    low: jax.Array
+    inverse: jax.Array
+    start: jax.Array
+
+
+class _SymmetricFit(NamedTuple):
+    """A candidate: how much error it takes away, its scale, and what its codes came from."""
+
+    gain: jax.Array
+    scale: jax.Array
+    inverse: jax.Array
 
 
 def _fit_affine(
@@ -80,42 +99,45 @@ def _fit_affine(
     """
     low, high = jnp.minimum(jnp.min(x, axis=0), 0), jnp.max(x, axis=0)
     flat = high == low
-    weights, weighted = _sum(weight), _sum(rounded(weight * x))
+    weights, weighted = _sums(lambda x, w: (w, w * x), x, weight)
 
-    def codes_of(numerator: jax.Array, low: jax.Array) -> jax.Array:
-        inverse = numerator / jnp.where(flat, 1, high - low)
+    def inverse_of(numerator: jax.Array, low: jax.Array) -> jax.Array:
+        return numerator / jnp.where(flat, 1, high - low)
+
+    def codes_of(x: jax.Array, inverse: jax.Array, low: jax.Array) -> jax.Array:
         return jnp.clip(jnp.round(inverse * (x - low)), 0, top)
 
-    def error_of(codes: jax.Array, scale: jax.Array, low: jax.Array) -> jax.Array:
-        error = rounded(scale * codes) + low - x
-        return _sum(rounded(weight * (error * error)))
+    def error_of(inverse: jax.Array, start: jax.Array, scale: jax.Array, low: jax.Array):
+        def term(x: jax.Array, w: jax.Array) -> tuple[jax.Array]:
+            error = rounded(scale * codes_of(x, inverse, start)) + low - x
+            return (w * (error * error),)
 
-    first = jnp.float32(top)
-    scale = 1 / (first / jnp.where(flat, 1, high - low))
-    codes = codes_of(first, low)
-    best = (error_of(codes, scale, low), scale, low, codes)
+        return _sums(term, x, weight)[0]
 
-    def candidate(best: tuple, numerator: jax.Array) -> tuple[tuple, None]:
-        error, scale, low, codes = best
-        new = codes_of(numerator, low)
-        l_, l2 = _sum(rounded(weight * new)), _sum(rounded(weight * new * new))
-        xl = _sum(rounded(weight * new * x))
-        determinant = rounded(weights * l2) - rounded(l_ * l_)
+    def moments(x: jax.Array, w: jax.Array, inverse: jax.Array, low: jax.Array):
+        codes = codes_of(x, inverse, low)
+        return w * codes, w * codes * codes, w * codes * x
+
+    def candidate(best: _AffineFit, numerator: jax.Array) -> tuple[_AffineFit, None]:
+        inverse = inverse_of(numerator, best.low)
+        l1, l2, xl = _sums(lambda x, w: moments(x, w, inverse, best.low), x, weight)
+        determinant = rounded(weights * l2) - rounded(l1 * l1)
         divisor = jnp.where(determinant > 0, determinant, 1)
-        new_scale = (rounded(weights * xl) - rounded(weighted * l_)) / divisor
-        new_low = (rounded(l2 * weighted) - rounded(l_ * xl)) / divisor
-        above = new_low > 0
-        new_scale = jnp.where(above, xl / jnp.where(l2 > 0, l2, 1), new_scale)
-        new_low = jnp.where(above, 0, new_low)
-        new_error = error_of(new, new_scale, new_low)
-        better = (determinant > 0) & (new_error < error)
-        found = (new_error, new_scale, new_low, new)
-        return tuple(jnp.where(better, n, b) for n, b in zip(found, best, strict=True)), None
+        scale = (rounded(weights * xl) - rounded(weighted * l1)) / divisor
+        low = (rounded(l2 * weighted) - rounded(l1 * xl)) / divisor
+        above = low > 0
+        scale = jnp.where(above, xl / jnp.where(l2 > 0, l2, 1), scale)
+        low = jnp.where(above, 0, low)
+        found = _AffineFit(error_of(inverse, best.low, scale, low), scale, low, inverse, best.low)
+        return _where((determinant > 0) & (found.error < best.error), found, best), None
 
+    inverse = inverse_of(jnp.float32(top), low)
+    scale = 1 / inverse
+    first = _AffineFit(error_of(inverse, low, scale, low), scale, low, inverse, low)
     numerators = np.float32(start) + np.float32(0.1) * np.arange(steps + 1, dtype=np.float32)
-    best, _ = jax.lax.scan(candidate, best, numerators + np.float32(top))
-    _, scale, low, codes = best
-    return jnp.where(flat, 0, scale), -low, jnp.where(flat, 0, codes)
+    best, _ = jax.lax.scan(candidate, first, jnp.asarray(numerators + np.float32(top)))
+    codes = codes_of(x, best.inverse[None], best.start[None])
+    return jnp.where(flat, 0, best.scale), -best.low, jnp.where(flat[None], 0, codes)
 
 
 def _fit_symmetric(x: jax.Array, top: int) -> tuple[jax.Array, jax.Array]:
@@ -126,27 +148,31 @@ def _fit_symmetric(x: jax.Array, top: int) -> tuple[jax.Array, jax.Array]:
     extreme = _signed_extreme(x, axis=0)
     empty = jnp.abs(extreme) < EPSILON
     divisor = jnp.where(empty, 1, extreme)
-    weight = x * x
 
-    def fit(numerator: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        codes = jnp.clip(jnp.round(numerator / divisor * x), -top, top - 1)
-        return codes, _sum(rounded(weight * x * codes)), _sum(rounded(weight * codes * codes))
+    def codes_of(x: jax.Array, inverse: jax.Array) -> jax.Array:
+        return jnp.clip(jnp.round(inverse * x), -top, top - 1)
 
-    codes, xl, l2 = fit(jnp.float32(-top))
-    scale = jnp.where(l2 == 0, 0, xl / jnp.where(l2 == 0, 1, l2))
-    best = (scale, scale * xl, codes)
+    def moments(x: jax.Array, inverse: jax.Array) -> tuple[jax.Array, jax.Array]:
+        codes = codes_of(x, inverse)
+        return x * x * x * codes, x * x * codes * codes
 
-    def candidate(best: tuple, numerator: jax.Array) -> tuple[tuple, None]:
-        codes, xl, l2 = fit(numerator)
-        better = (l2 > 0) & (xl * xl > best[1] * l2)
+    def candidate(best: _SymmetricFit, numerator: jax.Array) -> tuple[_SymmetricFit, None]:
+        inverse = numerator / divisor
+        xl, l2 = _sums(lambda x: moments(x, inverse), x)
         scale = xl / jnp.where(l2 > 0, l2, 1)
-        found = (scale, scale * xl, codes)
-        return tuple(jnp.where(better, n, b) for n, b in zip(found, best, strict=True)), None
+        better = (l2 > 0) & (xl * xl > best.gain * l2)
+        return _where(better, _SymmetricFit(scale * xl, scale, inverse), best), None
 
+    inverse = jnp.float32(-top) / divisor
+    xl, l2 = _sums(lambda x: moments(x, inverse), x)
+    scale = jnp.where(l2 == 0, 0, xl / jnp.where(l2 == 0, 1, l2))
     steps = np.array([s for s in range(-9, 10) if s != 0], np.float32)
     numerators = -(np.float32(top) + np.float32(0.1) * steps)
-    (scale, _, codes), _ = jax.lax.scan(candidate, best, numerators)
-    return jnp.where(empty, 0, scale), jnp.where(empty, 0, codes + top)
+    best, _ = jax.lax.scan(
+        candidate, _SymmetricFit(scale * xl, scale, inverse), jnp.asarray(numerators)
+    )
+    codes = codes_of(x, best.inverse[None]) + top
+    return jnp.where(empty, 0, best.scale), jnp.where(empty[None], 0, codes)
 
 
 def _six_bits(value: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -174,6 +200,17 @@ def _signed_extreme(x: jax.Array, axis: int) -> jax.Array:
     return jnp.squeeze(jnp.take_along_axis(x, first, axis=axis), axis)
 
 
-def _sum(x: jax.Array) -> jax.Array:
-    """The sum along the first axis, in order."""
-    return functools.reduce(operator.add, [x[i] for i in range(x.shape[0])])
+def _sums(terms: Callable[..., tuple[jax.Array, ...]], *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Sums of products along the first axis, in order; `terms` gives those of one element."""
+
+    def add(i: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        new = terms(*(a[i] for a in arrays))
+        return tuple(s + rounded(t) for s, t in zip(sums, new, strict=True))
+
+    zeros = jnp.zeros_like(arrays[0][0])
+    count = len(jax.eval_shape(terms, *(a[0] for a in arrays)))
+    return jax.lax.fori_loop(0, arrays[0].shape[0], add, (zeros,) * count)
+
+
+def _where(condition: jax.Array, new: tuple, old: tuple) -> Any:
+    return type(old)(*(jnp.where(condition, n, o) for n, o in zip(new, old, strict=True)))

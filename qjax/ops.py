@@ -25,6 +25,7 @@ class Dot(NamedTuple):
     weight_side: int
     precision: Any
     out_dtype: np.dtype
+    out_sharding: Any = None
 
     def axes(self, side: int) -> tuple[Axes, Axes]:
         """(contracted, batch) axes of the operand on `side`."""
@@ -41,6 +42,7 @@ class Dot(NamedTuple):
             self.dimension_numbers,
             precision=self.precision,
             preferred_element_type=preferred,
+            out_sharding=self.out_sharding,
         )
 
     def token(self, x: jax.Array) -> blocks.Block:
@@ -135,7 +137,7 @@ def linear(x: jax.Array, q: QTensor, op: Op, extra: tuple = ()) -> tuple[jax.Arr
     if q.activation is not None:
         spec = q.activation.spec
         how = "scales after" if constant else "scales per group"
-        if not constant and not isinstance(op, Dot):
+        if not constant and not (isinstance(op, Dot) and op.out_sharding is None):
             how = "on dequantized weights"
         return _dynamic(x, q, extra, op, spec), f"{spec}_token {name}, {how}"
     if constant and q.zero_point is None and q.offset is None:
@@ -203,7 +205,7 @@ def _dynamic(x: jax.Array, q: QTensor, extra: tuple, op: Op, spec: Spec) -> jax.
     if _constant_along(q, op):
         y = op(x_codes, codes, extra, accumulator).astype(jnp.float32)
         y = y * op.place_weight_scale(_scale(q), q, x, extra)
-    elif isinstance(op, Dot):
+    elif isinstance(op, Dot) and op.out_sharding is None:
         y = _grouped_dot(x_codes, codes, q, op, accumulator)
     else:
         y = op(x_codes.astype(jnp.float32), dequantize(q).astype(jnp.float32), extra, jnp.float32)

@@ -13,7 +13,7 @@ from jax.core import Tracer
 from qjax import blocks
 from qjax.formats import FORMATS, split_planes
 from qjax.qtensor import Activation, QTensor
-from qjax.rounding import GGML_METHODS, SCALE_METHODS, Rounded
+from qjax.rounding import SCALE_METHODS, Rounded
 from qjax.spec import Spec
 
 
@@ -164,14 +164,9 @@ def _run_block(
 
 
 def _check_ggml(spec: Spec, size: int) -> None:
-    """llama.cpp's blocks are never ragged, and not all of them can be made."""
+    """llama.cpp's blocks are never ragged."""
     if spec.scale_method != "ggml":
         return
-    if spec.format not in GGML_METHODS:
-        raise ValueError(
-            f"{spec.format} weights are read from GGUF files but not made yet; the llama.cpp types "
-            f"that can be made are {', '.join(GGML_METHODS)}"
-        )
     sub = 1 if spec.scale_spec is None else spec.scale_spec.block
     assert isinstance(spec.block, int)
     assert isinstance(sub, int)

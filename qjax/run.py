@@ -8,8 +8,9 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding
 
-from qjax import _compat, ops, structural, tracing
+from qjax import _compat, ops, sharding, structural, tracing
 from qjax.interpret import Decline, Table, interpret
 from qjax.qtensor import QTensor, check, dequantize, is_qtensor
 
@@ -152,7 +153,11 @@ def _evaluate(
 
 
 def _dense(leaf: Any) -> Any:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_qtensor(leaf) else leaf
+    if not is_qtensor(leaf):
+        return leaf
+    plane = leaf.qvalue[0] if isinstance(leaf.qvalue, tuple) else leaf.qvalue
+    where = _compat.explicit_sharding(plane) if leaf.param_shape is None else None
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
 
 def _frozen(q: QTensor) -> QTensor:
@@ -172,9 +177,16 @@ def _table(record: Record | None) -> Table:
         cut = structural.slice_leading(box.tensor)
         return None if cut is None else dataclasses.replace(box, tensor=cut)
 
+    def shard(box: Box, spec: Any, mesh: Any) -> tuple[Box, Box] | None:
+        entered = sharding.shard_map_operand(box.tensor, spec, mesh)
+        if entered is None:
+            return None
+        tensor, specs = entered
+        return dataclasses.replace(box, tensor=tensor), dataclasses.replace(box, tensor=specs)
+
     rules = {name: functools.partial(_carry, rule) for name, rule in STRUCTURAL.items()}
     rules |= {name: functools.partial(rule, note) for name, rule in COMPUTING.items()}
-    return Table(lambda v: isinstance(v, Box), rules, open_box, slice_leading)
+    return Table(lambda v: isinstance(v, Box), rules, open_box, slice_leading, shard)
 
 
 def _carry(
@@ -217,6 +229,19 @@ def _split(params: dict[str, Any], inputs: list[Any]) -> list[Any]:
     return outputs
 
 
+def _constrain(params: dict[str, Any], inputs: list[Any]) -> Any:
+    """Lays codes and scales out as the model lays out its weight."""
+    (q,), where = inputs, params.get("sharding", params.get("dst_sharding"))
+    if not isinstance(where, NamedSharding):
+        raise structural.CannotCarry("its sharding constraint is no NamedSharding")
+    try:
+        specs = sharding.leaf_specs(q, where.spec, where.mesh)
+    except ValueError as why:
+        raise structural.CannotCarry(str(why)) from why
+    move = jax.sharding.reshard if "dst_sharding" in params else lax.with_sharding_constraint
+    return jax.tree.map(lambda v, spec: move(v, NamedSharding(where.mesh, spec)), q, specs)
+
+
 def _reshape(params: dict[str, Any], inputs: list[Any]) -> Any:
     if params.get("dimensions") is not None:
         raise structural.CannotCarry("the reshape permutes axes")
@@ -237,6 +262,9 @@ STRUCTURAL: Mapping[str, Callable[[dict[str, Any], list[Any]], Any]] = {
     "dynamic_slice": _dynamic_slice,
     "split": _split,
     "concatenate": lambda p, v: structural.concatenate(v, p["dimension"]),
+    "pvary": lambda p, v: jax.tree.map(lambda leaf: lax.pcast(leaf, p["axes"], to="varying"), v[0]),
+    "sharding_constraint": _constrain,
+    "reshard": _constrain,
     "stop_gradient": lambda p, v: v[0],
     "copy": lambda p, v: v[0],
     "copy_p": lambda p, v: v[0],
@@ -249,7 +277,9 @@ def _dot_general(note: Record, eqn: _compat.JaxprEqn, inputs: list[Any]) -> list
         return Decline("both operands of the matmul are quantized weights")
     side = 0 if isinstance(inputs[0], Box) else 1
     box, x = inputs[side], inputs[1 - side]
-    dot = ops.Dot(eqn.params["dimension_numbers"], side, eqn.params["precision"], _dtype(eqn))
+    params = eqn.params
+    numbers, where = params["dimension_numbers"], params["out_sharding"]
+    dot = ops.Dot(numbers, side, params["precision"], _dtype(eqn), where)
     y, how = ops.linear(x, box.tensor, dot)
     note(box, eqn, how)
     return [y]
@@ -261,6 +291,8 @@ def _ragged_dot(note: Record, eqn: _compat.JaxprEqn, inputs: list[Any]) -> list[
     rows_by_experts = lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), (0,), (0,))
     if params["ragged_dot_dimension_numbers"] != rows_by_experts or params["group_offset"]:
         return Decline("the ragged dot is not rows by experts")
+    if params["out_sharding"] is not None:
+        return Decline("the ragged dot has an out_sharding")
     if not isinstance(box, Box) or isinstance(x, Box) or isinstance(group_sizes, Box):
         return Decline("it is not the experts of the ragged dot")
     op = ops.RaggedDot(params["precision"], _dtype(eqn))
@@ -273,6 +305,8 @@ def _conv(note: Record, eqn: _compat.JaxprEqn, inputs: list[Any]) -> list[Any] |
     x, box = inputs
     if not isinstance(box, Box) or isinstance(x, Box):
         return Decline("it is not the kernel of the convolution")
+    if eqn.params["out_sharding"] is not None:
+        return Decline("the convolution has an out_sharding")
     names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "precision")
     names += ("feature_group_count", "batch_group_count")
     options = tuple((n, eqn.params[n]) for n in names)

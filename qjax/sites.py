@@ -113,12 +113,14 @@ class _Finder:
             "ragged_dot_general": self._ragged_dot,
             "conv_general_dilated": self._conv,
             "gather": self._gather,
+            "optimization_barrier": self._barrier,
         }
         return Table(
             lambda v: isinstance(v, _Tagged),
             rules,
             lambda box, eqn, why: box.value,
             _slice_leading,
+            lambda box, spec, mesh: (box, dataclasses.replace(box, value=spec)),
             self._note,
         )
 
@@ -167,6 +169,11 @@ class _Finder:
             return Decline(str(why))
         outputs = _compat.bind(eqn, [v.value if isinstance(v, _Tagged) else v for v in inputs])
         return [dataclasses.replace(box, value=v, axes=tuple(axes)) for v in outputs]
+
+    def _barrier(self, eqn: _compat.JaxprEqn, inputs: list[Any]) -> list[Any]:
+        outputs = _compat.bind(eqn, [v.value if isinstance(v, _Tagged) else v for v in inputs])
+        pairs = zip(inputs, outputs, strict=True)
+        return [dataclasses.replace(v, value=o) if isinstance(v, _Tagged) else o for v, o in pairs]
 
     def _dot_general(self, eqn: _compat.JaxprEqn, inputs: list[Any]) -> list[Any] | Decline:
         contract, batch = eqn.params["dimension_numbers"]
@@ -264,6 +271,9 @@ _MOVES: Mapping[str, Callable[..., Any]] = {
             "stop_gradient",
             "copy",
             "copy_p",
+            "pvary",
+            "sharding_constraint",
+            "reshard",
         ),
         _same,
     ),

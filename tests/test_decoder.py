@@ -9,7 +9,7 @@ import pytest
 from tiny_models import CONFIGS, SIZES, make, run, some_tokens, stacked
 
 from qjax.models import Config, Decoder, Rope, init_cache
-from qjax.models.decoder import llama3_factors
+from qjax.models.architecture import llama3_factors
 
 
 @pytest.fixture(params=CONFIGS)
@@ -127,6 +127,8 @@ def test_llama3_factors_agree_with_the_published_rule():
 
 
 def test_bfloat16_stays_near_float32(config):
+    # All experts answer: which ones are chosen jumps where two are as probable.
+    config = dataclasses.replace(config, experts_per_token=config.num_experts)
     model, params = make(config)
     exact = run(model, params, some_tokens())
     half = Decoder(dataclasses.replace(config, dtype=jnp.bfloat16))
@@ -155,6 +157,8 @@ def test_gradients_pass_through_scan_and_remat():
         ({"local_layers": (True,)}, "local_layers has 1 entries for 3 layers"),
         ({"local_layers": (True,) * 3}, "local layers need a sliding_window"),
         ({"activation": "relu"}, "activation 'relu' is unknown, known are silu, gelu_tanh"),
+        ({"num_experts": 4}, "experts_per_token must be 1 to 4, the number of experts, is 0"),
+        ({"experts_per_token": 1}, "experts_per_token must be 0 to 0, the number of experts, is 1"),
         ({"rope": Rope(1e4, 1.0, (1.0,))}, "rope.factors must have head_dim / 2 = 4 entries"),
     ],
 )

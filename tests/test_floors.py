@@ -26,6 +26,7 @@ FLOORS = (
         "qtensor",
         "quantizing",
         "rounding",
+        "sharding",
         "sizes",
         "spec",
         "trees",

@@ -108,9 +108,10 @@ def test_qtensors_that_are_no_blocks_raise():
     wide = dataclasses.replace(q, offset=qjax.dequantize(q.offset))
     with pytest.raises(ValueError, match="'offset': 'float32'"):
         from_qtensor(wide, True)
+    q8 = to_qtensor(RANDOM["Q8_0__bytes"], "Q8_0", np.float32, True)
+    wide = dataclasses.replace(q8, scale=q8.scale.astype(jnp.float32))
     with pytest.raises(ValueError, match="'scale': 'float32'"):
-        q8 = to_qtensor(RANDOM["Q8_0__bytes"], "Q8_0", np.float32, True)
-        from_qtensor(dataclasses.replace(q8, scale=q8.scale.astype(jnp.float32)), True)
+        from_qtensor(wide, True)
 
 
 @pytest.mark.parametrize(("columns", "needed"), [(64, 36), (96, None)])

@@ -129,7 +129,7 @@ def test_ggml_types_are_those_of_ggml_to_the_byte(name):
     np.testing.assert_array_equal(qjax.dequantize(q).T, GGML[f"{name.upper()}__dequant"])
 
 
-@pytest.mark.parametrize("name", GGML_METHODS)
+@pytest.mark.parametrize("name", ["q8_0", "q4_0", "q4_1", "q5_0", "q5_1"])
 def test_ggml_types_of_many_weights_are_those_of_the_gguf_package(name):
     """A second judge on a million weights: ties and signs that a small matrix lacks."""
     quants = pytest.importorskip("gguf.quants")

@@ -18,7 +18,7 @@ from qjax.models import configs
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 TINY = GOLDEN / "tiny_llama_q4_k_m.gguf"
-FAMILIES = ("llama", "qwen2", "qwen3", "gemma3")
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma3")
 
 
 def dense(params):
@@ -46,6 +46,26 @@ def test_gguf_gives_the_log_probabilities_of_llama_cpp():
     ):
         found = jax.nn.log_softmax(jax.jit(apply)(params, tokens)[0])
         np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3moe"])
+def test_experts_of_a_gguf_keep_their_codes_and_agree_with_llama_cpp(name):
+    model, qparams, _ = models.load(GOLDEN / f"tiny_experts_{name}.gguf")
+    golden = np.load(GOLDEN / f"tiny_experts_{name}.npz")
+    for apply, params in (
+        (qjax.quantized(model.apply), qparams),
+        (model.apply, dense(qparams)),
+    ):
+        logits = jax.jit(apply)(params, jnp.asarray(golden["prompt"][None], jnp.int32))
+        found = jax.nn.log_softmax(logits[0])
+        np.testing.assert_allclose(found, golden["log_probabilities"], atol=1e-5, rtol=0)
+    experts = qparams["params"]["layers_0"]["mlp"]["experts"]
+    held = {key: (q["kernel"].format, q["kernel"].shape) for key, q in experts.items()}
+    assert held == {
+        "gate": ("q4_0", (4, 64, 96)),
+        "up": ("q4_0", (4, 64, 96)),
+        "down": ("q5_1", (4, 96, 64)),
+    }
 
 
 def test_quantized_tensors_keep_the_codes_of_the_file():
@@ -141,7 +161,7 @@ REFUSED = {
     "architecture": (
         {"general.architecture": "mamba"},
         {},
-        "key 'general.architecture': is 'mamba'; only llama, qwen2, qwen3, gemma3 can be run",
+        "'general.architecture': is 'mamba'; only llama, qwen2, qwen3, qwen3moe, gemma3 can be",
     ),
     "missing key": (
         {"llama.block_count": None},
@@ -181,7 +201,27 @@ REFUSED = {
         "layer_norm_rms_epsilon': is nan, must be positive and finite",
     ),
     "theta negative": ({"llama.rope.freq_base": -1.0}, {}, "'llama.rope.freq_base': is -1.0"),
-    "experts": ({"llama.expert_count": 8}, {}, "'llama.expert_count': is 8, which the decoder"),
+    "experts": ({"llama.expert_count": 8}, {}, "'llama.expert_used_count': is missing"),
+    "more experts than there are": (
+        {"llama.expert_count": 8, "llama.expert_used_count": 9},
+        {},
+        "experts_per_token must be 1 to 8, the number of experts, is 9",
+    ),
+    "no experts": (
+        {"llama.expert_count": 8, "llama.expert_used_count": 2},
+        {},
+        "missing tensors: blk.0.ffn_down_exps.weight, ",
+    ),
+    "shared experts": (
+        {"llama.expert_shared_count": 1},
+        {},
+        "'llama.expert_shared_count': is 1, which the decoder does not have",
+    ),
+    "sigmoid gates": (
+        {"llama.expert_gating_func": 2},
+        {},
+        "'llama.expert_gating_func': is 2, which the decoder does not have",
+    ),
     "yarn": (
         {"llama.rope.scaling.type": "yarn"},
         {},
@@ -307,6 +347,23 @@ BAD_CONFIGS = {
         "llama",
         {"num_hidden_layers": 1, "layer_types": None},
         "not have: model.layer",
+    ),
+    "experts": (
+        "mixtral",
+        {"num_local_experts": 4096},
+        "names 4096 experts in each of 2 layers; the folder holds 41 tensors",
+    ),
+    "another expert": ("mixtral", {"num_local_experts": 3}, "not have: .*experts.3.w1.weight"),
+    "missing expert": ("qwen3_moe", {"num_experts": 5}, "missing tensors: .*experts.4.down_proj"),
+    "chosen experts": (
+        "qwen3_moe",
+        {"num_experts_per_tok": 5},
+        "experts_per_token must be 1 to 4, the number of experts, is 5",
+    ),
+    "experts in some layers": (
+        "qwen3_moe",
+        {"mlp_only_layers": [1]},
+        r"key 'mlp_only_layers': is \[1\], which the decoder does not have",
     ),
     "vocabulary": ("llama", {"vocab_size": 95}, "'lm_head.weight' has shape|embed_tokens.weight'"),
 }

@@ -17,6 +17,7 @@ SPECS = [
     *("nf4_g64_dq", "fp8_e4m3", "fp8_e4m3_16x8", "fp8_e4m3_tensor", "fp8_e5m2", "fp8_e5m2_g24"),
     "int8/int8_token",
 ]
+SHORT_GGML = [name for name in GGML_METHODS if not name.endswith("_k")]  # blocks of 32, not 256
 ZERO_POINTS = [
     qjax.Spec("uint4", 32, False, scale_method="minmax", zero_dtype="uint8"),
     qjax.Spec("int8", None, False, scale_method="minmax", zero_dtype="int8"),
@@ -103,8 +104,10 @@ def test_blocks(spec, shape, axis, batch_axis, block, scale):
     assert close
 
 
-@pytest.mark.parametrize("length", [257, 514, 997, 1024, 1100])
-@pytest.mark.parametrize("group", [None, 300, 514])
+@pytest.mark.parametrize(
+    ("length", "group"),
+    [(257, None), (514, None), (1024, None), (997, 300), (1028, 514), (1100, 514), (1100, 1000)],
+)
 def test_long_strided_blocks_are_reduced_exactly(length, group):
     """Long reductions go in runs; prime, ragged and even lengths keep every block's extremes."""
     w = normal(length, 3)
@@ -116,14 +119,17 @@ def test_long_strided_blocks_are_reduced_exactly(length, group):
     np.testing.assert_array_equal(q.scale, largest / np.float32(127))
 
 
-@pytest.mark.parametrize("spec", [*SPECS, *ZERO_POINTS], ids=str)
+FEW = ["int8", "int4_16x8", "uint4_g24", "nf4_g64_dq", ZERO_POINTS[0]]
+
+
+@pytest.mark.parametrize("spec", FEW, ids=str)
 @pytest.mark.parametrize("shape", [(0, 8), (8, 0), (0,)])
 def test_empty_arrays(spec, shape):
     q = qjax.quantize(np.zeros(shape, np.float32), spec, 0)
     assert qjax.dequantize(q).shape == shape
 
 
-@pytest.mark.parametrize("spec", [*SPECS, *ZERO_POINTS, *GGML_METHODS], ids=str)
+@pytest.mark.parametrize("spec", [*SPECS, *ZERO_POINTS, *SHORT_GGML], ids=str)
 def test_zero_blocks_decode_to_zeros(spec):
     w = normal(64, 3)
     w[:, 1] = 0
@@ -134,7 +140,7 @@ def test_zero_blocks_decode_to_zeros(spec):
     np.testing.assert_array_equal(qjax.dequantize(qjax.quantize(w * 0, spec, 0)), 0)
 
 
-@pytest.mark.parametrize("spec", [*SPECS, *ZERO_POINTS, *GGML_METHODS], ids=str)
+@pytest.mark.parametrize("spec", [*SPECS, *ZERO_POINTS, *SHORT_GGML], ids=str)
 @pytest.mark.parametrize("value", [0.015625, -3.0, 65504.0])
 def test_constant_blocks_keep_their_value(spec, value):
     """Exactly, where the value is a code times a scale that float16 holds; else to the scale."""
@@ -146,7 +152,7 @@ def test_constant_blocks_keep_their_value(spec, value):
         np.testing.assert_array_equal(out, w)
 
 
-@pytest.mark.parametrize("spec", [*SPECS, *ZERO_POINTS, *GGML_METHODS], ids=str)
+@pytest.mark.parametrize("spec", [*SPECS, *ZERO_POINTS, *SHORT_GGML], ids=str)
 def test_tiny_blocks_are_finite_and_no_larger_than_they_were(spec):
     """Denormal ones too; a float16 scale is a multiple of 6e-8, so 16 codes may be 5e-7 off."""
     narrow = qjax.Spec.parse(spec).scale_dtype == "float16"
@@ -157,7 +163,7 @@ def test_tiny_blocks_are_finite_and_no_larger_than_they_were(spec):
         assert np.abs(out).max() <= np.abs(w).max() * 1.1 + 5e-7 * narrow
 
 
-@pytest.mark.parametrize("spec", [*SPECS, *ZERO_POINTS, *GGML_METHODS], ids=str)
+@pytest.mark.parametrize("spec", [*SPECS, *ZERO_POINTS, *SHORT_GGML], ids=str)
 def test_huge_blocks(spec):
     """Scales that float16 must hold saturate. What float32 cannot compute with raises."""
     w = normal(64, 3, scale=0.2).clip(-1, 1)
@@ -224,21 +230,29 @@ def test_vmap_is_a_stack_and_so_is_batch_axis(spec):
     np.testing.assert_array_equal(jax.vmap(qjax.dequantize)(mapped), qjax.dequantize(stacked))
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("spec", [*SPECS, *ZERO_POINTS, *GGML_METHODS], ids=str)
-def test_weights_that_are_no_numbers(spec, bad):
-    """They raise when concrete; under jit their blocks decode to NaN, every element of them."""
-    w = normal(64, 3)
-    w[5, 1] = bad
-    with pytest.raises(ValueError, match=r"shape \(64, 3\) holds 1 NaN or Inf value"):
-        qjax.quantize(w, spec, 0)
-    out = np.asarray(jax.jit(lambda w: qjax.dequantize(qjax.quantize(w, spec, 0)))(w))
-    group = qjax.Spec.parse(spec).block
-    last = min(group, 64) if isinstance(group, int) else 64
-    assert np.all(np.isnan(out[:last, 1]) if group != (16, 8) else np.isnan(out[:16]))
-    if isinstance(group, int) and "_dq" not in str(spec):
-        good = np.delete(np.arange(64 * 3).reshape(64, 3), 1, axis=1).ravel()
-        assert np.all(np.isfinite(out.ravel()[good]))
+@pytest.mark.parametrize("spec", [*SPECS, *ZERO_POINTS, *SHORT_GGML], ids=str)
+def test_weights_that_are_no_numbers(spec):
+    """They raise when concrete; under jit their blocks decode to NaN, every element of them.
+
+    Wide enough that XLA:CPU's reductions are vectorized, along either axis.
+    """
+    block = qjax.Spec.parse(spec).block
+    rows, columns = block if isinstance(block, tuple) and block else (block or 64, 1)
+    if block == () or "_dq" in str(spec):  # the mean of the scales spans all blocks
+        tile = slice(None), slice(None)
+    else:
+        tile = slice(rows), slice(104, 104 + columns)
+    for axis in (0, 1):
+        decoded = jax.jit(lambda w, axis=axis: qjax.dequantize(qjax.quantize(w, spec, axis)))
+        for bad in (np.nan, np.inf, -np.inf):
+            w = normal(64, 160)
+            w[5, 104] = bad
+            hit = np.zeros(w.shape, bool)
+            hit[tile] = True
+            w, hit = (w, hit) if axis == 0 else (w.T, hit.T)
+            with pytest.raises(ValueError, match=r"holds 1 NaN or Inf value"):
+                qjax.quantize(w, spec, axis)
+            np.testing.assert_array_equal(np.isnan(decoded(w)), hit)
 
 
 def test_the_error_counts_what_is_bad():
@@ -287,10 +301,51 @@ def test_a_qtensor_is_not_quantized_again():
         qjax.quantize(q, "int4", 0)
 
 
-@pytest.mark.parametrize(("spec", "size", "block"), [("q8_0", 48, 32), ("q4_1", 0, 32)])
+@pytest.mark.parametrize(
+    ("spec", "size", "block"),
+    [("q8_0", 48, 32), ("q4_1", 0, 32), ("q4_k", 128, 256), ("q6_k", 896, 256)],
+)
 def test_ggml_blocks_are_whole(spec, size, block):
     with pytest.raises(ValueError, match=f"hold {block} neighbors .* {size} is no multiple"):
         qjax.quantize(np.zeros((size, 4), np.float32), spec, 0)
+
+
+@pytest.mark.parametrize("spec", ["q4_k", "q5_k", "q6_k"])
+def test_edges_of_k_quants(spec):
+    """Zeros, tiny and huge super-blocks beside ordinary ones; stacks; NaN only where it was."""
+    w = normal(2, 512, 72)
+    w[:, :256, 1] = 0
+    w[:, :256, 2] *= 1e-40
+    w[:, :256, 3] *= 1e10
+    q = qjax.quantize(w, spec, 1, batch_axis=0)
+    out = np.asarray(qjax.dequantize(q))
+    assert np.all(np.isfinite(out))
+    np.testing.assert_array_equal(out[:, :256, 1:3], 0)
+    assert np.all(np.sign(out[:, :256, 3]) * w[:, :256, 3] >= 0)
+    ordinary = np.ones(w.shape, bool)
+    ordinary[:, :256, 1:4] = False
+    error = np.linalg.norm((out - w)[ordinary]) / np.linalg.norm(w[ordinary])
+    assert error < {"q4_k": 0.08, "q5_k": 0.04, "q6_k": 0.02}[spec]
+    mapped = jax.vmap(lambda w: qjax.quantize(w, spec, 0))(w)
+    assert jax.tree.structure(q) == jax.tree.structure(mapped)
+    for a, b in zip(jax.tree.leaves(q), jax.tree.leaves(mapped), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    w[1, 300, 4] = np.nan
+    with pytest.raises(ValueError, match="holds 1 NaN"):
+        qjax.quantize(w, spec, 1, batch_axis=0)
+    bad = jax.jit(lambda w: qjax.dequantize(qjax.quantize(w, spec, 1, batch_axis=0)))(w)
+    hit = np.zeros(w.shape, bool)
+    hit[1, 256:, 4] = True
+    np.testing.assert_array_equal(np.isnan(bad), hit)
+
+
+@pytest.mark.parametrize("spec", ["q4_0", "q4_k", "q6_k"])
+def test_ggml_blocks_run_along_the_innermost_contracted_axis(spec):
+    w = normal(2, 256, 3)
+    q = qjax.quantize(w, spec, (0, 1))
+    for i in range(2):
+        one = qjax.quantize(w[i], spec, 0)
+        np.testing.assert_array_equal(qjax.dequantize(q)[i], qjax.dequantize(one))
 
 
 def test_asymmetric_groups_start_at_their_smallest_value():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.models import Config, Decoder, Rope
-from qjax.models.decoder import llama3_factors
+from qjax.models.architecture import llama3_factors
 
 SIZES = {
     "vocab_size": 50,
@@ -22,6 +22,10 @@ CONFIGS = {
     "llama": Config(**SIZES, rope=Rope(1e4, 1.0, llama3_factors(1e4, 8, 8.0, 1.0, 4.0, 64))),
     "qwen2": Config(**SIZES, qkv_bias=True, tied=True),
     "qwen3": Config(**SIZES, qk_norm=True),
+    "mixtral": Config(**SIZES, num_experts=5, experts_per_token=2),
+    "qwen3_moe": Config(
+        **SIZES, num_experts=6, experts_per_token=3, normalize_experts=False, qk_norm=True
+    ),
     "gemma3": Config(
         **SIZES,
         sliding_window=3,

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax import _compat
 from qjax.formats.base import Format
 
 # NF4 (QLoRA, arXiv:2305.14314, appendix E), the float32 values that bitsandbytes stores.
@@ -55,7 +56,9 @@ def codebook(name: str, storage: str, table: np.ndarray, bits: int) -> Format:
     middles = (table[:-1] + table[1:]) / np.float32(2)
 
     def decode(codes: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        return jnp.take(jnp.asarray(table, dtype), codes.astype(jnp.uint8), axis=0, mode="clip")
+        where = _compat.explicit_sharding(codes)
+        indices = codes.astype(jnp.uint8)
+        return jnp.asarray(table, dtype).at[indices].get(mode="clip", out_sharding=where)
 
     def encode(x: jax.Array) -> jax.Array:
         if len(middles) < 32:  # a sum of comparisons fuses into one pass; a search is a loop

@@ -1,10 +1,10 @@
 """Real models: one Flax decoder, its tokenizers, generation, and loading of checkpoints."""
 
-from qjax.models.decoder import Cache as Cache
-from qjax.models.decoder import Config as Config
+from qjax.models.architecture import Config as Config
+from qjax.models.architecture import Rope as Rope
+from qjax.models.cache import Cache as Cache
+from qjax.models.cache import init_cache as init_cache
 from qjax.models.decoder import Decoder as Decoder
-from qjax.models.decoder import Rope as Rope
-from qjax.models.decoder import init_cache as init_cache
 from qjax.models.generate import Generation as Generation
 from qjax.models.generate import generator as generator
 from qjax.models.loading import load as load

@@ -14,10 +14,11 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from qjax.models.decoder import Config, Rope, llama3_factors
+from qjax.models.architecture import Config, Rope, llama3_factors
 
 _MAX_LAYERS = 1 << 12
 _MAX_HEAD_DIM = 1 << 12
+_MAX_EXPERTS = 1 << 12
 _MAX_SIZE = 1 << 24
 
 
@@ -35,12 +36,14 @@ class _Keys:
         value = self.values.get(self.prefix + key)
         return default if value is None else value
 
-    def integer(self, key: str, default: int | None = None, high: int = _MAX_SIZE) -> int:
+    def integer(
+        self, key: str, default: int | None = None, high: int = _MAX_SIZE, low: int = 1
+    ) -> int:
         value = self.get(key, default)
         if value is None:
             self.fail(key, "is missing")
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
-            self.fail(key, f"is {_short(value)}, must be an integer from 1 to {high}")
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            self.fail(key, f"is {_short(value)}, must be an integer from {low} to {high}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -149,9 +152,16 @@ def from_gguf(
     if top.integer("split.count", 1) != 1:
         top.fail("split.count", "the model is split over several files; merge them into one first")
     keys = _Keys(metadata, path, f"{architecture}.")
-    for key in ("expert_count", "final_logit_softcapping", "attn_logit_softcapping"):
+    for key in ("final_logit_softcapping", "attn_logit_softcapping", "expert_shared_count"):
         keys.refuse(key, 0)
-    fields = _sizes(keys, _GGUF_SIZES)
+    keys.refuse("expert_gating_func", 0, 1)  # 1: softmax; 0: the architecture's own, the same
+    keys.refuse("expert_weights_scale", 0, 1)
+    if architecture not in ("llama", "qwen3moe"):
+        keys.refuse("expert_count", 0)
+    sizes = _GGUF_SIZES
+    if architecture == "qwen3moe":
+        sizes = sizes | {"intermediate_size": "expert_feed_forward_length"}
+    fields = _sizes(keys, sizes)
     head_dim = fields["head_dim"]
     for key in ("attention.value_length", "rope.dimension_count"):
         keys.refuse(key, head_dim)
@@ -179,7 +189,9 @@ def _gguf_rope_factor(keys: _Keys) -> float:
 
 
 def _gguf_llama(keys: _Keys, fields: Mapping, tensors: Collection[str]) -> dict[str, Any]:
-    return {"qkv_bias": "blk.0.attn_q.bias" in tensors}
+    mixtral = keys.integer("expert_count", 0, low=0) > 0
+    experts = _experts(keys, "expert_count", "expert_used_count") if mixtral else {}
+    return {"qkv_bias": "blk.0.attn_q.bias" in tensors} | experts
 
 
 def _gguf_qwen2(keys: _Keys, fields: Mapping, tensors: Collection[str]) -> dict[str, Any]:
@@ -188,6 +200,24 @@ def _gguf_qwen2(keys: _Keys, fields: Mapping, tensors: Collection[str]) -> dict[
 
 def _gguf_qwen3(keys: _Keys, fields: Mapping, tensors: Collection[str]) -> dict[str, Any]:
     return {"qk_norm": True}
+
+
+def _gguf_qwen3moe(keys: _Keys, fields: Mapping, tensors: Collection[str]) -> dict[str, Any]:
+    return {"qk_norm": True} | _experts(keys, "expert_count", "expert_used_count")
+
+
+def _experts(
+    keys: _Keys,
+    number: str,
+    chosen: str,
+    default_number: int | None = None,
+    default_chosen: int | None = None,
+) -> dict[str, Any]:
+    """How many experts there are and how many a token goes to, under the keys of a file."""
+    return {
+        "num_experts": keys.integer(number, default_number, high=_MAX_EXPERTS),
+        "experts_per_token": keys.integer(chosen, default_chosen, high=_MAX_EXPERTS),
+    }
 
 
 def _gguf_gemma3(keys: _Keys, fields: Mapping, tensors: Collection[str]) -> dict[str, Any]:
@@ -224,6 +254,7 @@ _GGUF: dict[str, Callable[..., dict[str, Any]]] = {
     "llama": _gguf_llama,
     "qwen2": _gguf_qwen2,
     "qwen3": _gguf_qwen3,
+    "qwen3moe": _gguf_qwen3moe,
     "gemma3": _gguf_gemma3,
 }
 
@@ -248,6 +279,7 @@ class _Family:
     head_dim: int | None = None
     tied: bool = False
     theta: float = 10_000.0
+    epsilon: float = 1e-6
     fields: tuple[tuple[str, Any], ...] = ()
 
 
@@ -255,6 +287,8 @@ _HF: dict[str, _Family] = {
     "llama": _Family(),
     "qwen2": _Family(fields=(("qkv_bias", True),)),
     "qwen3": _Family(head_dim=128, fields=(("qk_norm", True),)),
+    "mixtral": _Family(theta=1_000_000.0, epsilon=1e-5),
+    "qwen3_moe": _Family(fields=(("qk_norm", True),)),
     "gemma3_text": _Family(
         activation_key="hidden_activation",
         activation="gelu_pytorch_tanh",
@@ -277,19 +311,48 @@ def from_hf(config: Mapping[str, Any], path: str) -> Config:
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         keys.refuse(key)
     keys.one_of(family.activation_key, (family.activation,), default=family.activation)
-    fields = _sizes(keys, _HF_SIZES, family.head_dim)
+    sizes = _HF_SIZES
+    if name == "qwen3_moe":
+        sizes = sizes | {"intermediate_size": "moe_intermediate_size"}
+    fields = _sizes(keys, sizes, family.head_dim)
     fields |= {
         "vocab_size": keys.integer("vocab_size"),
-        "norm_epsilon": keys.number("rms_norm_eps", 1e-6),
+        "norm_epsilon": keys.number("rms_norm_eps", family.epsilon),
         "tied": keys.boolean("tie_word_embeddings", family.tied),
         **dict(family.fields),
     }
     if name == "gemma3_text":
         return _build(path, **fields | _hf_gemma3(keys, fields, family))
+    if name in _HF_EXPERTS:
+        fields |= _HF_EXPERTS[name](keys, fields)
     _hf_layer_types(keys, fields["num_layers"], ("full_attention",))
     rope = keys.table("rope_parameters") or keys.table("rope_scaling")
     fields["rope"] = _hf_rope(keys, rope, family.theta, fields["head_dim"])
     return _build(path, **fields)
+
+
+def _hf_mixtral(keys: _Keys, fields: Mapping[str, Any]) -> dict[str, Any]:
+    experts = _experts(keys, "num_local_experts", "num_experts_per_tok", 8, 2)
+    if keys.get("sliding_window") is None:
+        return experts
+    local = (True,) * fields["num_layers"]
+    return experts | {"sliding_window": keys.integer("sliding_window"), "local_layers": local}
+
+
+def _hf_qwen3_moe(keys: _Keys, fields: Mapping[str, Any]) -> dict[str, Any]:
+    keys.refuse("decoder_sparse_step", 1)
+    keys.refuse("mlp_only_layers", [])
+    normalize = keys.boolean("norm_topk_prob", False)
+    # The older spelling first; transformers 5 writes the other one.
+    number = "num_experts" if keys.get("num_experts") is not None else "num_local_experts"
+    experts = _experts(keys, number, "num_experts_per_tok", 128, 8)
+    return experts | {"normalize_experts": normalize}
+
+
+_HF_EXPERTS: dict[str, Callable[..., dict[str, Any]]] = {
+    "mixtral": _hf_mixtral,
+    "qwen3_moe": _hf_qwen3_moe,
+}
 
 
 def _hf_gemma3(keys: _Keys, fields: Mapping[str, Any], family: _Family) -> dict[str, Any]:

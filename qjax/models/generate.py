@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from qjax.models.decoder import Config, init_cache
+from qjax.models.architecture import Config
+from qjax.models.cache import init_cache
 
 
 class Generation(NamedTuple):
@@ -33,6 +35,7 @@ def generator(
     top_p: float | None = None,
     stop_ids: Sequence[int] = (),
     pad_id: int = 0,
+    cache_dtype: DTypeLike | None = None,
 ) -> Callable[..., Generation]:
     """Makes a jitted function that continues prompts.
 
@@ -48,6 +51,7 @@ def generator(
       top_p: sample from the smallest set of tokens whose probabilities sum to at least p.
       stop_ids: a row ends after one of these.
       pad_id: what fills the rows after their end.
+      cache_dtype: of the keys and values that are kept, as for `init_cache`.
 
     Returns:
       ``generate(params, tokens, key=None, length=None) -> Generation`` with int `tokens`
@@ -68,6 +72,8 @@ def generator(
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"generator: top_p must be above 0 and at most 1, is {top_p}")
 
+    jax.eval_shape(lambda: init_cache(config, 1, 1, cache_dtype))  # refuses a wrong dtype now
+
     def pick(logits: jax.Array, key: jax.Array | None, step: jax.Array | int) -> jax.Array:
         if temperature == 0:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -81,7 +87,7 @@ def generator(
 
     def run(params: Any, tokens: jax.Array, key: jax.Array | None, length: jax.Array):
         batch, s = tokens.shape
-        cache = init_cache(config, batch, s + max_new_tokens - 1)
+        cache = init_cache(config, batch, s + max_new_tokens - 1, cache_dtype)
         logits, cache = fn(params, tokens, cache=cache, last=length - 1)
         # What padding has left in the cache is overwritten before a later position can see it.
         cache = cache._replace(length=length)

@@ -8,34 +8,38 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.io import gguf, safetensors
+from qjax.io import folder, gguf, safetensors
 from qjax.io.ggml_types import CODECS, to_qtensor
-from qjax.models import configs, names, tokenizer
-from qjax.models.decoder import Config, Decoder
+from qjax.models import configs, names, saved, tokenizer
+from qjax.models.architecture import Config
+from qjax.models.decoder import Decoder
+
+Names: TypeAlias = str | tuple[str, ...]
 
 _MAX_JSON = 1 << 24  # bytes of a config.json
 _FLOATS = [safetensors.DTYPES[name] for name in ("F32", "F16", "BF16")]
 
 
 def load(
-    path: str | os.PathLike[str], dtype: Any = jnp.float32
+    path: str | os.PathLike[str], dtype: Any = None
 ) -> tuple[Decoder, dict[str, Any], tokenizer.Tokenizer]:
-    """Loads a language model from a GGUF file or a Hugging Face folder.
+    """Loads a language model from a GGUF file, a Hugging Face folder or a folder that qjax wrote.
 
     Quantized tensors of a GGUF file become QTensors that hold the file's own codes and scales; no
     float copy of them is made. Run them with `qjax.quantized`. F32, F16 and BF16 become arrays.
 
     Args:
-      path: a GGUF file (version 2 or 3; llama, qwen2, qwen3, gemma3), or a folder with
-        ``config.json``, safetensors (F32, F16, BF16; one file or an index with shards) and
-        ``tokenizer.json``.
-      dtype: of the arrays, of what the QTensors stand for, and of the computation.
+      path: a GGUF file (version 2 or 3; llama with or without experts, qwen2, qwen3, qwen3moe,
+        gemma3), or a folder with ``config.json``, safetensors (F32, F16, BF16; one file or an index
+        with shards) and ``tokenizer.json``, or a folder that qjax wrote.
+      dtype: of the arrays, of what the QTensors stand for, and of the computation; float32 if None.
+        A folder that qjax wrote keeps its own.
 
     Returns:
       ``(model, params, tokenizer)``: ``model.apply(params, tokens)`` gives logits.
@@ -50,7 +54,13 @@ def load(
       tokens = jnp.asarray([tokenizer.encode("Hello")])
       logits = jax.jit(qjax.quantized(model.apply))(params, tokens)
     """
-    dtype = jnp.dtype(dtype)
+    if folder.is_folder(path):
+        if dtype is not None:
+            raise ValueError(
+                f"load: {os.fspath(path)} keeps the dtypes it was saved with: omit dtype"
+            )
+        return saved.load_folder(path)
+    dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"load: dtype must be a floating-point type, is {dtype}")
     return _load_folder(path, dtype) if os.path.isdir(path) else _load_gguf(path, dtype)
@@ -59,14 +69,16 @@ def load(
 class _Source(NamedTuple):
     """A file as `_assemble` sees it.
 
-    `shapes` are those of its tensors, `name_of` maps a parameter path to a name, `read(name,
-    transpose, rows)` makes the parameter, and `permuted` tells llama's order of q and k.
+    `shapes` are those of its tensors, `names_of` maps a parameter path to the name of its tensor,
+    or to a tuple of names where a stacked parameter has a tensor for each of its parts,
+    `read(names, transpose, rows)` makes the parameter, and `permuted` tells llama's order of q and
+    k.
     """
 
     path: str
     shapes: Mapping[str, tuple[int, ...]]
-    name_of: Callable[[str], str]
-    read: Callable[[str, bool, np.ndarray | None], Any]
+    names_of: Callable[[str], Names]
+    read: Callable[[Any, bool, np.ndarray | None], Any]
     permuted: bool
 
 
@@ -100,9 +112,9 @@ def _load_gguf(path: str | os.PathLike[str], dtype: np.dtype):
             raise ValueError(
                 f"{file.path}: tensor {name!r} has type {info.type.name}; can be loaded: {known}"
             )
-        if len(info.shape) != 2:
+        if len(info.shape) < 2:
             raise ValueError(f"{file.path}: tensor {name!r} is quantized, but not a matrix")
-        raw = file.raw(name)
+        raw = file.raw(name).reshape(*info.shape[:-1], -1)
         return to_qtensor(raw if rows is None else raw[rows], info.type.name, dtype, transpose)
 
     shapes = {name: info.shape for name, info in file.tensors.items() if name != factors}
@@ -111,10 +123,16 @@ def _load_gguf(path: str | os.PathLike[str], dtype: np.dtype):
 
 
 def _load_folder(path: str | os.PathLike[str], dtype: np.dtype):
-    folder = pathlib.Path(path)
-    where = str(folder / "config.json")
-    config = configs.from_hf(_read_json(folder / "config.json"), where)
-    tensors, _ = safetensors.read_folder(folder)
+    root = pathlib.Path(path)
+    where = str(root / "config.json")
+    values = _read_json(root / "config.json")
+    config = configs.from_hf(values, where)
+    tensors, _ = safetensors.read_folder(root)
+    if config.num_layers * config.num_experts > len(tensors):
+        raise ValueError(
+            f"{where}: names {config.num_experts} experts in each of {config.num_layers} layers; "
+            f"the folder holds {len(tensors)} tensors"
+        )
     shapes = {
         name: array.shape
         for name, array in tensors.items()
@@ -124,24 +142,30 @@ def _load_folder(path: str | os.PathLike[str], dtype: np.dtype):
         del shapes["lm_head.weight"]
     plus_one = config.post_norms  # gemma keeps its norms as the difference from one
 
-    def read(name: str, transpose: bool, rows: np.ndarray | None) -> Any:
+    def tensor(name: str) -> np.ndarray:
         array = tensors[name]
         if array.dtype not in _FLOATS:
             raise ValueError(
-                f"{folder}: tensor {name!r} has dtype {array.dtype}, must be F32, F16 or BF16"
+                f"{root}: tensor {name!r} has dtype {array.dtype}, must be F32, F16 or BF16"
             )
         if plus_one and name.endswith("norm.weight"):
             array = array.astype(np.float32) + np.float32(1)
-        return _array(array, transpose, rows, dtype)
+        return array
 
-    def name_of(path: str) -> str:
-        return names.hf_name(path, config.post_norms)
+    def read(found: Names, transpose: bool, rows: np.ndarray | None) -> Any:
+        if isinstance(found, str):
+            return _array(tensor(found), transpose, rows, dtype)
+        return _stacked([tensor(name) for name in found], transpose, dtype)
 
-    params = _assemble(config, _Source(str(folder), shapes, name_of, read, permuted=False))
-    tokens = _folder_tokenizer(folder)
+    def names_of(path: str) -> Names:
+        name = names.hf_name(path, values["model_type"])
+        return tuple(map(name.format, range(config.num_experts))) if "{}" in name else name
+
+    params = _assemble(config, _Source(str(root), shapes, names_of, read, permuted=False))
+    tokens = _folder_tokenizer(root)
     if tokens.vocab_size > config.vocab_size:
         raise ValueError(
-            f"{folder}: the tokenizer has {tokens.vocab_size} tokens, vocab_size in config.json is "
+            f"{root}: the tokenizer has {tokens.vocab_size} tokens, vocab_size in config.json is "
             f"{config.vocab_size}"
         )
     return Decoder(dataclasses.replace(config, dtype=dtype)), params, tokens
@@ -156,21 +180,25 @@ def _assemble(config: Config, source: _Source) -> dict[str, Any]:
     layer = tree.pop("layers_0")
     tree |= {f"layers_{i}": layer for i in range(config.num_layers)}
 
-    leaves = [(_path(keys), leaf.shape) for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)]
-    _check_names(source.path, {source.name_of(path) for path, _ in leaves}, set(source.shapes))
-    for path, shape in leaves:
-        name = source.name_of(path)
-        wanted = shape[::-1] if path.endswith("/kernel") else shape
-        if tuple(source.shapes[name]) != wanted:
+    shapes: dict[str, tuple[int, ...]] = {}  # of each tensor, as a file holds it
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        path, shape = _path(keys), leaf.shape
+        if path.endswith("/kernel"):
+            shape = (*shape[:-2], shape[-1], shape[-2])
+        found = source.names_of(path)
+        shapes |= {found: shape} if isinstance(found, str) else dict.fromkeys(found, shape[1:])
+    _check_names(source.path, set(shapes), set(source.shapes))
+    for name, shape in shapes.items():
+        if tuple(source.shapes[name]) != shape:
             raise ValueError(
                 f"{source.path}: tensor {name!r} has shape {tuple(source.shapes[name])}, the "
-                f"configuration says {wanted}"
+                f"configuration says {shape}"
             )
 
     def fill(keys: tuple[Any, ...], _: Any) -> Any:
         path = _path(keys)
         rows = _permuted_rows(path, config) if source.permuted else None
-        return source.read(source.name_of(path), path.endswith("/kernel"), rows)
+        return source.read(source.names_of(path), path.endswith("/kernel"), rows)
 
     return {"params": jax.tree_util.tree_map_with_path(fill, tree)}
 
@@ -183,7 +211,16 @@ def _array(
     array: np.ndarray, transpose: bool, rows: np.ndarray | None, dtype: np.dtype
 ) -> jax.Array:
     array = array if rows is None else array[rows]
-    return jnp.array(array.T if transpose else array, dtype)
+    return jnp.array(np.swapaxes(array, -1, -2) if transpose else array, dtype)
+
+
+def _stacked(parts: list[np.ndarray], transpose: bool, dtype: np.dtype) -> jax.Array:
+    """One array of several, each cast and copied once."""
+    parts = [part.T if transpose else part for part in parts]
+    out = np.empty((len(parts), *parts[0].shape), dtype)
+    for i, part in enumerate(parts):
+        out[i] = part
+    return jnp.asarray(out)
 
 
 def _permuted_rows(path: str, config: Config) -> np.ndarray | None:

@@ -26,11 +26,24 @@ _LAYER = {
     "mlp/gate/kernel": ("ffn_gate.weight", "mlp.gate_proj.weight"),
     "mlp/up/kernel": ("ffn_up.weight", "mlp.up_proj.weight"),
     "mlp/down/kernel": ("ffn_down.weight", "mlp.down_proj.weight"),
+    "mlp/router/kernel": ("ffn_gate_inp.weight", "mlp.gate.weight"),
+    "mlp/experts/gate/kernel": ("ffn_gate_exps.weight", "mlp.experts.{}.gate_proj.weight"),
+    "mlp/experts/up/kernel": ("ffn_up_exps.weight", "mlp.experts.{}.up_proj.weight"),
+    "mlp/experts/down/kernel": ("ffn_down_exps.weight", "mlp.experts.{}.down_proj.weight"),
     "mlp_post_norm/scale": ("post_ffw_norm.weight", "post_feedforward_layernorm.weight"),
 }
 
-# Where there is a norm after attention, Hugging Face needs another name for the one before the MLP.
-_BEFORE_MLP = "pre_feedforward_layernorm.weight"
+# Where Hugging Face has names of its own for a family. In gemma3 there is a norm after attention,
+# so the one before the MLP cannot be called after it.
+_HF: dict[str, dict[str, str]] = {
+    "gemma3_text": {"mlp_norm/scale": "pre_feedforward_layernorm.weight"},
+    "mixtral": {
+        "mlp/router/kernel": "block_sparse_moe.gate.weight",
+        "mlp/experts/gate/kernel": "block_sparse_moe.experts.{}.w1.weight",
+        "mlp/experts/up/kernel": "block_sparse_moe.experts.{}.w3.weight",
+        "mlp/experts/down/kernel": "block_sparse_moe.experts.{}.w2.weight",
+    },
+}
 
 
 def gguf_name(path: str) -> str:
@@ -43,16 +56,21 @@ def gguf_name(path: str) -> str:
     return _TOP[path][0] if layer is None else f"blk.{layer}.{_LAYER[rest][0]}"
 
 
-def hf_name(path: str, post_norms: bool) -> str:
+def hf_name(path: str, family: str) -> str:
     """Returns the Hugging Face name of a parameter of the unrolled decoder.
 
-    >>> hf_name("layers_3/mlp_norm/scale", post_norms=False)
+    The `family` is the ``model_type`` of ``config.json``. Experts are a tensor each: their name has
+    a place ``{}`` for the expert's number.
+
+    >>> hf_name("layers_3/mlp_norm/scale", "llama")
     'model.layers.3.post_attention_layernorm.weight'
+    >>> hf_name("layers_3/mlp/experts/up/kernel", "mixtral").format(7)
+    'model.layers.3.block_sparse_moe.experts.7.w3.weight'
     """
     layer, rest = _split(path)
     if layer is None:
         return _TOP[path][1]
-    name = _BEFORE_MLP if post_norms and rest == "mlp_norm/scale" else _LAYER[rest][1]
+    name = _HF.get(family, {}).get(rest, _LAYER[rest][1])
     return f"model.layers.{layer}.{name}"
 
 

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from qjax.io import folder
-from qjax.models.decoder import ACTIVATIONS, Config, Decoder, Rope
+from qjax.models.architecture import ACTIVATIONS, Config, Rope
+from qjax.models.decoder import Decoder
 from qjax.models.tokenizer import Tokenizer, from_file
 from qjax.qtensor import is_qtensor
 from qjax.tracing import param_path
@@ -143,8 +144,8 @@ def _positive(value: Any) -> bool:
     return _is_number(value) and value > 0
 
 
-def _size(limit: int) -> Callable[[Any], bool]:
-    return lambda v: isinstance(v, int) and not isinstance(v, bool) and 1 <= v <= limit
+def _size(limit: int, least: int = 1) -> Callable[[Any], bool]:
+    return lambda v: isinstance(v, int) and not isinstance(v, bool) and least <= v <= limit
 
 
 def _optional(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -190,6 +191,9 @@ _CONFIG: Mapping[str, Callable[[Any], bool]] = {
     "qkv_bias": _is_bool,
     "qk_norm": _is_bool,
     "post_norms": _is_bool,
+    "num_experts": _size(_MAX_SIZE, least=0),
+    "experts_per_token": _size(_MAX_SIZE, least=0),
+    "normalize_experts": _is_bool,
     "tied": _is_bool,
     "dtype": lambda v: isinstance(v, str) and v in {"float32", "float16", "bfloat16", "float64"},
     "scan": _is_bool,

@@ -5,10 +5,15 @@ Run once, in an environment of its own (torch 2.13.0+cpu, transformers 5.24.0)::
     python tests/golden/make_hf.py
 
 The weights are random everywhere, norms and biases included, so that a wrong name, a missing +1 or
-a transposed matrix shows. llama is float32 and qwen2 bfloat16, both in shards; qwen3 is float16.
+a transposed matrix shows. llama is float32 and qwen2 bfloat16, both in shards; qwen3, qwen3_moe and
+mixtral are float16. Two experts of four answer each token; qwen3_moe does not scale their weights
+to sum to 1, mixtral does and has a sliding window.
+
+Names on the command line write those families only.
 """
 
 import pathlib
+import sys
 
 import numpy as np
 import torch
@@ -55,6 +60,30 @@ MODELS = {
         torch.float16,
         "1GB",
     ),
+    "qwen3_moe": (
+        transformers.Qwen3MoeConfig(
+            **SIZES,
+            num_hidden_layers=2,
+            head_dim=16,
+            moe_intermediate_size=24,
+            num_experts=4,
+            num_experts_per_tok=2,
+            norm_topk_prob=False,
+        ),
+        torch.float16,
+        "1GB",
+    ),
+    "mixtral": (
+        transformers.MixtralConfig(
+            **SIZES,
+            num_hidden_layers=2,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            sliding_window=7,
+        ),
+        torch.float16,
+        "1GB",
+    ),
     "gemma3": (
         transformers.Gemma3TextConfig(
             **SIZES,
@@ -84,7 +113,8 @@ def make_tokenizer(folder):
 
 
 def main():
-    for name, (config, dtype, shard) in MODELS.items():
+    for name in sys.argv[1:] or MODELS:
+        config, dtype, shard = MODELS[name]
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
         with torch.no_grad():
@@ -93,7 +123,7 @@ def main():
                 if key.endswith("norm.weight"):
                     value.copy_(0.2 * noise + (0.0 if name == "gemma3" else 1.0))
                 else:
-                    value.copy_(noise * (value.shape[-1] ** -0.5 if value.ndim == 2 else 0.5))
+                    value.copy_(noise * (value.shape[-1] ** -0.5 if value.ndim > 1 else 0.5))
         model = model.to(dtype)
         folder = OUT / name
         model.save_pretrained(folder, max_shard_size=shard)
