@@ -87,9 +87,11 @@ def expand(per_block: jax.Array, shape: Sequence[int], block: Sequence[int]) -> 
 
 
 def extremes(x: jax.Array, block: Sequence[int]) -> tuple[jax.Array, jax.Array]:
-    """The smallest and the largest element of each block; inf is the largest where one is NaN.
+    """The smallest and the largest element of each block; NaN where a block holds NaN.
 
-    XLA:CPU drops NaN from some of its vectorized reductions (seen on jax 0.10 to 0.12).
+    XLA:CPU drops NaN from vectorized minima and maxima (seen on jax 0.10 to 0.12) but not from
+    sums, and a sum costs half of replacing NaN first. A block whose sum goes beyond float32 in both
+    directions may also give NaN.
     """
     block = align(block, x.ndim)
     run = (*map(_run, block[:-1]), *block[-1:])
@@ -97,9 +99,11 @@ def extremes(x: jax.Array, block: Sequence[int]) -> tuple[jax.Array, jax.Array]:
         rest = tuple(b // r for b, r in zip(block, run, strict=True))
         low, high = jax.lax.optimization_barrier(extremes(x, run))
         return extremes(low, rest)[0], extremes(high, rest)[1]
-    view, within, _ = split(jnp.where(jnp.isnan(x), jnp.inf, x), block)
+    view, within, _ = split(x, block)
+    low, high, total = (f(view, axis=within) for f in (jnp.min, jnp.max, jnp.sum))
+    low, high = (jnp.where(jnp.isnan(total), jnp.nan, v) for v in (low, high))
     shape = scale_shape(x.shape, block)
-    return jnp.min(view, axis=within).reshape(shape), jnp.max(view, axis=within).reshape(shape)
+    return low.reshape(shape), high.reshape(shape)
 
 
 def _run(length: int) -> int:
