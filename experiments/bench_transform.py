@@ -1,8 +1,8 @@
-"""What lifting costs: trace, lower and compile of `quantized(fn)` beside two functions written by hand.
+"""What lifting costs: trace, lower and compile of `quantized(fn)` beside functions written by hand.
 
-The same decoder stack three ways: on dense parameters, through `qjax.quantized`, and with each matmul
-written by hand on codes and scales. Every measurement is a fresh process; variants take turns.
-Bars: at most 1.15x of the hand-written quantized function, at most 1.6x of the dense one.
+The same decoder stack three ways: on dense parameters, through `qjax.quantized`, and with each
+matmul written by hand on codes and scales. Every measurement is a fresh process; variants take
+turns. Bars: at most 1.15x of the hand-written quantized function, at most 1.6x of the dense one.
 
     python experiments/bench_transform.py
 
@@ -65,7 +65,7 @@ def measure(variant: str, form: str, spec: str) -> dict:
         spread = jnp.repeat(scale.astype(jnp.float32), 128, 0)[: codes.shape[0]]
         return jnp.dot(x, codes.astype(jnp.float32) * spread)
 
-    shapes = {name: (WIDTH, WIDTH) for name in "qkvo"}
+    shapes = dict.fromkeys("qkvo", (WIDTH, WIDTH))
     shapes |= {"gate": (WIDTH, HIDDEN), "up": (WIDTH, HIDDEN), "down": (HIDDEN, WIDTH)}
     keys = iter(jax.random.split(jax.random.key(0), 7 * LAYERS))
 
@@ -73,7 +73,7 @@ def measure(variant: str, form: str, spec: str) -> dict:
         return jax.random.normal(next(keys), shapes[name]) * shapes[name][0] ** -0.5
 
     layers = [
-        {n: make(n) for n in shapes} | {n: jnp.ones(WIDTH) for n in ("norm1", "norm2")}
+        {n: make(n) for n in shapes} | dict.fromkeys(("norm1", "norm2"), jnp.ones(WIDTH))
         for _ in range(LAYERS)
     ]
     params = jax.tree.map(lambda *v: jnp.stack(v), *layers) if form == "scanned" else layers
@@ -113,7 +113,7 @@ def measure(variant: str, form: str, spec: str) -> dict:
 def main() -> None:
     """Runs every case in fresh processes and prints one table."""
     worst = dict.fromkeys(BARS, 0.0)
-    print(f"{'case':22} {'variant':13} trace  lower  compile total  dots  ratio of qjax")
+    print(f"{'case':22} {'variant':13}  trace  lower  build  total  dots  qjax / this")
     for form, spec in CASES:
         variants = ("dense", "hand-written", "qjax")
         runs = {v: [] for v in variants}
@@ -128,10 +128,9 @@ def main() -> None:
                 statistics.median(r[s] for r in runs[v]) for s in ("trace", "lower", "compile")
             ]
             ratio = totals["qjax"] / totals[v]
-            print(
-                f"{form + ' ' + spec:22} {v:13} {stages[0]:5.2f}  {stages[1]:5.2f}  {stages[2]:6.2f} "
-                f"{totals[v]:6.2f}  {runs[v][0]['dots']:4d}  {'' if v == 'qjax' else f'{ratio:.2f}'}"
-            )
+            columns = " ".join(f"{value:6.2f}" for value in (*stages, totals[v]))
+            last = "" if v == "qjax" else f"{ratio:.2f}"
+            print(f"{form + ' ' + spec:22} {v:13} {columns}  {runs[v][0]['dots']:4d}  {last}")
             if v in worst:
                 worst[v] = max(worst[v], ratio)
     for v, bar in BARS.items():

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 import smollm2
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 import qjax
@@ -128,13 +127,12 @@ def main() -> None:
 
     fn = qjax.quantized(model.apply)
     batches = smollm2.batches(loaded, WINDOWS, LENGTH, BATCH)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("Evaluating", total=len(batches) * len(params))
+    with smollm2.steps("Evaluating", len(batches) * len(params)) as advance:
         base, found = evaluate.compare(
             (model.apply, params["float32"]),
             {name: (fn, tree) for name, tree in params.items() if name != "float32"},
             batches,
-            advance=lambda: progress.advance(task),
+            advance=advance,
         )
     say(f"evaluated on {WINDOWS} windows of {LENGTH} tokens")
     prompt = batches[0].reshape(-1)[:PROMPT]

@@ -1,13 +1,17 @@
 """What the experiments on SmolLM2-135M share: the checkpoint, its float twin, the text."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import pathlib
 import sys
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from rich.console import Console
+from rich.progress import Progress
 
 import qjax
 from qjax import evaluate, models
@@ -69,3 +73,24 @@ def batches(loaded: Loaded, windows: int, length: int, size: int) -> list[np.nda
     """The first windows of the evaluation text, in batches."""
     cut = evaluate.text_windows(loaded.tokenizer, TEXT.read_text(), length, windows)
     return evaluate.batched(cut, size)
+
+
+@contextlib.contextmanager
+def steps(description: str, total: int) -> Iterator[Callable[[], None]]:
+    """Shows progress: gives a function to call after each of `total` steps.
+
+    A bar where a person is watching, ten lines in a log.
+    """
+    console = Console(stderr=True, highlight=False)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(description, total=total)
+        done = 0
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
+            progress.advance(task)
+            if not console.is_terminal and done * 10 // total > (done - 1) * 10 // total:
+                console.print(f"{description}: {done} of {total}")
+
+        yield advance

@@ -41,9 +41,11 @@ def split(x: jax.Array, block: Sequence[int]) -> tuple[jax.Array, tuple[int, ...
     block, so that its minimum and maximum stay what they are.
     """
     block = align(block, x.ndim)
-    widths = [(0, -s % b if b < s else 0) for s, b in zip(x.shape, block, strict=True)]
-    if any(after for _, after in widths):
-        x = jnp.pad(x, widths, mode="edge")
+    for axis, b in enumerate(block):
+        if missing := -x.shape[axis] % b if b < x.shape[axis] else 0:
+            last = jax.lax.slice_in_dim(x, x.shape[axis] - 1, None, axis=axis)
+            shape = (*x.shape[:axis], missing, *x.shape[axis + 1 :])
+            x = jnp.concatenate([x, jnp.broadcast_to(last, shape)], axis=axis)
     view, within, keep = [], [], []
     for size, b in zip(x.shape, block, strict=True):
         if b == 1:
@@ -85,14 +87,17 @@ def expand(per_block: jax.Array, shape: Sequence[int], block: Sequence[int]) -> 
 
 
 def extremes(x: jax.Array, block: Sequence[int]) -> tuple[jax.Array, jax.Array]:
-    """The smallest and the largest element of each block; NaN where a block holds NaN."""
+    """The smallest and the largest element of each block; inf is the largest where one is NaN.
+
+    XLA:CPU drops NaN from some of its vectorized reductions (seen on jax 0.10 to 0.12).
+    """
     block = align(block, x.ndim)
     run = (*map(_run, block[:-1]), *block[-1:])
     if run != block:
         rest = tuple(b // r for b, r in zip(block, run, strict=True))
         low, high = jax.lax.optimization_barrier(extremes(x, run))
         return extremes(low, rest)[0], extremes(high, rest)[1]
-    view, within, _ = split(x, block)
+    view, within, _ = split(jnp.where(jnp.isnan(x), jnp.inf, x), block)
     shape = scale_shape(x.shape, block)
     return jnp.min(view, axis=within).reshape(shape), jnp.max(view, axis=within).reshape(shape)
 

@@ -49,7 +49,8 @@ def affine(x: jax.Array, top: int, start: float, steps: int) -> Affine:
     step, floor = (d[:, None] * scales)[None], (dmin[:, None] * mins)[None]
     again = jnp.clip(jnp.round((x + floor) / jnp.where(step == 0, 1, step)), 0, top)
     codes = jnp.where(step == 0, codes, again)
-    d, dmin = (jnp.where(_finite(x), v, jnp.nan).astype(jnp.float16) for v in (d, dmin))
+    good = _finite(x) & jnp.all(jnp.isfinite(scale), axis=1)
+    d, dmin = (jnp.where(good, v, jnp.nan).astype(jnp.float16) for v in (d, dmin))
     codes, scales, mins = (v.astype(jnp.uint8) for v in (codes, scales, mins))
     return Affine(codes, scales, mins, d, dmin)
 

@@ -7,7 +7,7 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
-from trees import dense, dequantized_uses, relative_error
+from helpers import dense, dequantized_uses, relative_error
 
 import qjax
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from trees import dense, dequantized_uses, relative_error
+from helpers import dense, dequantized_uses, relative_error
 
 import qjax
 

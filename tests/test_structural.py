@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import dequantized_uses
 from jax import lax
-from trees import dequantized_uses
 
 import qjax
 

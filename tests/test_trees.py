@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax.training.train_state import TrainState
-from trees import dense
+from helpers import dense
 
 import qjax
 
@@ -53,9 +53,7 @@ def test_training_beside_frozen_weights_leaves_their_bits(spec):
     trainable, frozen = qjax.partition(params)
     run = qjax.quantized(lambda p, x: jnp.tanh(x @ p["w"] + p["b"]))
     x, y = jnp.ones((4, 32)), jnp.zeros((4, 32))
-    state = TrainState.create(
-        apply_fn=run, params=trainable, tx=optax.adamw(0.1, weight_decay=0.1)
-    )
+    state = TrainState.create(apply_fn=run, params=trainable, tx=optax.adamw(0.1, weight_decay=0.1))
 
     @jax.jit
     def step(state, frozen):

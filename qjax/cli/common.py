@@ -13,8 +13,6 @@ from rich.table import Table
 from rich.text import Text
 
 from qjax import models
-from qjax.io import folder
-from qjax.models import saved
 
 T = TypeVar("T")
 
@@ -56,7 +54,7 @@ def load_model(path: str) -> tuple[models.Decoder, Any, models.Tokenizer]:
     if not os.path.exists(path):
         raise ValueError(f"{path}: no such file or folder")
     with progress_console().status(f"Loading {printable(path)}"):
-        return saved.load_folder(path) if folder.is_folder(path) else models.load(path)
+        return models.load(path)
 
 
 def printable(text: Any, keep: str = "") -> str:

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.io import gguf, safetensors
+from qjax.io import folder, gguf, safetensors
 from qjax.io.ggml_types import CODECS, to_qtensor
-from qjax.models import configs, names, tokenizer
+from qjax.models import configs, names, saved, tokenizer
 from qjax.models.architecture import Config
 from qjax.models.decoder import Decoder
 
@@ -27,9 +27,9 @@ _FLOATS = [safetensors.DTYPES[name] for name in ("F32", "F16", "BF16")]
 
 
 def load(
-    path: str | os.PathLike[str], dtype: Any = jnp.float32
+    path: str | os.PathLike[str], dtype: Any = None
 ) -> tuple[Decoder, dict[str, Any], tokenizer.Tokenizer]:
-    """Loads a language model from a GGUF file or a Hugging Face folder.
+    """Loads a language model from a GGUF file, a Hugging Face folder or a folder that qjax wrote.
 
     Quantized tensors of a GGUF file become QTensors that hold the file's own codes and scales; no
     float copy of them is made. Run them with `qjax.quantized`. F32, F16 and BF16 become arrays.
@@ -37,8 +37,9 @@ def load(
     Args:
       path: a GGUF file (version 2 or 3; llama with or without experts, qwen2, qwen3, qwen3moe,
         gemma3), or a folder with ``config.json``, safetensors (F32, F16, BF16; one file or an index
-        with shards) and ``tokenizer.json``.
-      dtype: of the arrays, of what the QTensors stand for, and of the computation.
+        with shards) and ``tokenizer.json``, or a folder that qjax wrote.
+      dtype: of the arrays, of what the QTensors stand for, and of the computation; float32 if None.
+        A folder that qjax wrote keeps its own.
 
     Returns:
       ``(model, params, tokenizer)``: ``model.apply(params, tokens)`` gives logits.
@@ -53,7 +54,13 @@ def load(
       tokens = jnp.asarray([tokenizer.encode("Hello")])
       logits = jax.jit(qjax.quantized(model.apply))(params, tokens)
     """
-    dtype = jnp.dtype(dtype)
+    if folder.is_folder(path):
+        if dtype is not None:
+            raise ValueError(
+                f"load: {os.fspath(path)} keeps the dtypes it was saved with: omit dtype"
+            )
+        return saved.load_folder(path)
+    dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"load: dtype must be a floating-point type, is {dtype}")
     return _load_folder(path, dtype) if os.path.isdir(path) else _load_gguf(path, dtype)
@@ -116,11 +123,11 @@ def _load_gguf(path: str | os.PathLike[str], dtype: np.dtype):
 
 
 def _load_folder(path: str | os.PathLike[str], dtype: np.dtype):
-    folder = pathlib.Path(path)
-    where = str(folder / "config.json")
-    values = _read_json(folder / "config.json")
+    root = pathlib.Path(path)
+    where = str(root / "config.json")
+    values = _read_json(root / "config.json")
     config = configs.from_hf(values, where)
-    tensors, _ = safetensors.read_folder(folder)
+    tensors, _ = safetensors.read_folder(root)
     if config.num_layers * config.num_experts > len(tensors):
         raise ValueError(
             f"{where}: names {config.num_experts} experts in each of {config.num_layers} layers; "
@@ -139,7 +146,7 @@ def _load_folder(path: str | os.PathLike[str], dtype: np.dtype):
         array = tensors[name]
         if array.dtype not in _FLOATS:
             raise ValueError(
-                f"{folder}: tensor {name!r} has dtype {array.dtype}, must be F32, F16 or BF16"
+                f"{root}: tensor {name!r} has dtype {array.dtype}, must be F32, F16 or BF16"
             )
         if plus_one and name.endswith("norm.weight"):
             array = array.astype(np.float32) + np.float32(1)
@@ -154,11 +161,11 @@ def _load_folder(path: str | os.PathLike[str], dtype: np.dtype):
         name = names.hf_name(path, values["model_type"])
         return tuple(map(name.format, range(config.num_experts))) if "{}" in name else name
 
-    params = _assemble(config, _Source(str(folder), shapes, names_of, read, permuted=False))
-    tokens = _folder_tokenizer(folder)
+    params = _assemble(config, _Source(str(root), shapes, names_of, read, permuted=False))
+    tokens = _folder_tokenizer(root)
     if tokens.vocab_size > config.vocab_size:
         raise ValueError(
-            f"{folder}: the tokenizer has {tokens.vocab_size} tokens, vocab_size in config.json is "
+            f"{root}: the tokenizer has {tokens.vocab_size} tokens, vocab_size in config.json is "
             f"{config.vocab_size}"
         )
     return Decoder(dataclasses.replace(config, dtype=dtype)), params, tokens
