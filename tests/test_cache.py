@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import relative_error
 from tiny_models import CONFIGS, make, run, some_tokens, stacked
-from trees import relative_error
 
 import qjax
 from qjax.models import Decoder, generator, init_cache

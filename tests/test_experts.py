@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import dense, relative_error
 from tiny_models import CONFIGS, make, some_tokens, stacked
-from trees import dense, relative_error
 
 import qjax
 from qjax.models import Decoder, generator

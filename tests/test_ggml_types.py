@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 import qjax
+from qjax.io import ggml_types
 from qjax.io.ggml_types import CODECS, GGML_TYPES, from_qtensor, to_qtensor
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -56,6 +58,35 @@ def test_any_number_of_rows(name, rows, transpose):
     q = to_qtensor(raw, name, jnp.bfloat16, transpose)
     np.testing.assert_array_equal(from_qtensor(q, transpose), raw)
     assert qjax.dequantize(q).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("rows", [0, 3, 8, 29])
+@pytest.mark.parametrize("name", CODECS)
+def test_large_tensors_hold_the_same_leaves(name, rows, transpose, monkeypatch):
+    """Packed on the host and unpacked eight rows at a time, as tensors of many codes are."""
+    rng = np.random.default_rng(rows)
+    raw = rng.integers(0, 256, (2, rows, 2 * CODECS[name].struct.itemsize), np.uint8)
+    small = to_qtensor(raw, name, np.float32, transpose)
+    monkeypatch.setattr(ggml_types, "_SMALL", -1)
+    monkeypatch.setattr(ggml_types, "_CODES_AT_ONCE", 1)
+    large = to_qtensor(raw, name, np.float32, transpose)
+    assert jax.tree.structure(small) == jax.tree.structure(large)
+    for a, b in zip(jax.tree.leaves(small), jax.tree.leaves(large), strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        np.testing.assert_array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
+    np.testing.assert_array_equal(from_qtensor(large, transpose), raw)
+
+
+@pytest.mark.parametrize(("name", "bytes_per_code"), [("Q4_0", 0.5), ("Q8_0", 1.0)])
+def test_the_host_holds_no_more_than_the_codes(name, bytes_per_code):
+    raw = np.zeros((40_000, 1024 // 32 * CODECS[name].struct.itemsize), np.uint8)
+    tracemalloc.start()
+    q = to_qtensor(raw, name, np.float32, transpose=False)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert q.shape == (40_000, 1024)
+    assert peak < 40_000 * 1024 * (bytes_per_code + 2 / 32) + (12 << 20)
 
 
 @pytest.mark.parametrize("name", CODECS)

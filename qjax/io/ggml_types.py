@@ -6,6 +6,9 @@ dtype, and for every plane of codes which bytes hold it in which order. One pair
 and writes them all.
 """
 
+import functools
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +18,10 @@ from jax.typing import DTypeLike
 
 from qjax.formats import FORMATS, Codes
 from qjax.qtensor import QTensor, check
+
+_CODES_AT_ONCE = 1 << 20  # fits the caches of a core
+_SMALL = 1 << 25  # codes of a leaf that the host may hold in a byte each
+_BITS = {"uint1": 1, "uint2": 2, "int4": 4, "uint4": 4, "int8": 8}
 
 
 class GGMLType(NamedTuple):
@@ -186,7 +193,10 @@ def to_qtensor(raw: np.ndarray, type_name: str, dtype: DTypeLike, transpose: boo
         offset = _sub_scales(codec, mins, -blocks["dmin"].astype(np.float16), transpose)
     elif "m" in (codec.struct.names or ()):
         offset = _leaf(blocks["m"].astype(np.float16), transpose)
-    codes = _codes(codec.format, [_read(blocks[f.name], f) for f in codec.planes], transpose)
+    reads = [
+        lambda rows, f=field: _read(blocks[f.name][..., rows, :, :], f) for field in codec.planes
+    ]
+    codes = _codes(codec.format, reads, raw.shape[-2], transpose)
     block = _along(codec.group, transpose)
     return QTensor(codes, scale, None, offset, None, codec.format, block, np.dtype(dtype))
 
@@ -299,26 +309,84 @@ def _host(leaf: Any, transpose: bool) -> np.ndarray:
     return np.swapaxes(x, -1, -2) if transpose else x
 
 
-def _codes(format: str, planes: list[np.ndarray], transpose: bool) -> Codes:
-    """The leaf or leaves that hold file codes: signed formats of one plane store code + min."""
+def _names(storage: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (storage,) if isinstance(storage, str) else storage
+
+
+def _codes(
+    format: str, reads: list[Callable[[slice], np.ndarray]], rows: int, transpose: bool
+) -> Codes:
+    """The leaf or leaves that hold file codes; `reads` gives some rows of each of the planes."""
     storage = FORMATS[format].storage
-    if isinstance(storage, str):
-        codes = planes[0]
+    leaves = [
+        _packed_leaf(read, rows, name, transpose)
+        for name, read in zip(_names(storage), reads, strict=True)
+    ]
+    return leaves[0] if isinstance(storage, str) else tuple(leaves)
+
+
+def _packed_leaf(
+    read: Callable[[slice], np.ndarray], rows: int, storage: str, transpose: bool
+) -> jax.Array:
+    """A leaf from `read`, which gives uint8 codes [..., some rows, columns].
+
+    Some rows are unpacked at a time. A large leaf of 2- or 4-bit codes is packed again and crosses
+    to the device as bytes, so that what the host holds beside it does not grow to a byte per code;
+    for a small one that would only be slower.
+    """
+    *leading, _, columns = read(slice(0, 0)).shape
+    per_row = math.prod(leading) * columns
+    length = rows if transpose else columns
+    bits = _BITS[storage]
+    if bits in (2, 4) and rows * per_row <= _SMALL:
+        bits = 8
+    step = 8 * max(1, _CODES_AT_ONCE // max(8 * per_row, 1))
+    held = -(-length * bits // 8)
+    out = _aligned((*leading, columns if transpose else rows, held))
+    in_file_order = np.swapaxes(out, -1, -2) if transpose else out
+    for first in range(0, rows, step):
+        codes = read(slice(first, first + step))
         if storage == "int4":  # ggml stores q + 8; a byte of q, sign extended, is what int4 holds
             codes = codes - np.uint8(8)
-        return _leaf(codes.view(storage), transpose)
-    leaves = []
-    for name, plane in zip(storage, planes, strict=True):
-        if name == "uint1":  # packed along what will be the last axis
-            packed = np.packbits(plane, axis=-2 if transpose else -1, bitorder="little")
-            leaves.append(_leaf(packed, transpose))
-        else:
-            leaves.append(_leaf(plane.view(name), transpose))
-    return tuple(leaves)
+        part = _pack(codes, bits, axis=-2 if transpose else -1)
+        at = first * bits // 8 if transpose else first  # steps of 8 rows never cut a byte
+        in_file_order[..., at : at + part.shape[-2], :] = part
+    if bits == 8:
+        return jax.device_put(out.view(storage))
+    packed = jax.device_put(out)
+    return packed if storage == "uint1" else _as_codes(packed, storage, length)
+
+
+def _pack(codes: np.ndarray, bits: int, axis: int) -> np.ndarray:
+    """Codes of `bits` bits, several to a byte along `axis`, lowest bits first."""
+    if bits == 8:
+        return codes
+    if bits == 1:
+        return np.packbits(codes, axis=axis, bitorder="little")
+    codes = np.swapaxes(codes, axis, -1)
+    out = np.zeros((*codes.shape[:-1], -(-codes.shape[-1] * bits // 8)), np.uint8)
+    for i in range(8 // bits):
+        part = codes[..., i :: 8 // bits] & np.uint8((1 << bits) - 1)
+        out[..., : part.shape[-1]] |= part << np.uint8(i * bits)
+    return np.swapaxes(out, axis, -1)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _as_codes(packed: jax.Array, storage: str, length: int) -> jax.Array:
+    codes = jax.lax.bitcast_convert_type(packed, jnp.dtype(storage))
+    return codes.reshape(*packed.shape[:-1], packed.shape[-1] * codes.shape[-1])[..., :length]
+
+
+def _aligned(shape: tuple[int, ...]) -> np.ndarray:
+    """An empty uint8 array at a multiple of 64 bytes: JAX takes it over on CPU, without a copy."""
+    size = math.prod(shape)
+    room = np.empty(size + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    return room[start : start + size].reshape(shape)
 
 
 def _planes(format: str, q: QTensor, transpose: bool) -> list[np.ndarray]:
-    """The inverse of `_codes`."""
+    """The inverse of `_codes`, all rows of each plane at once."""
     storage = FORMATS[format].storage
     if isinstance(storage, str):
         codes = _host(q.qvalue, transpose).view(np.uint8)
@@ -335,7 +403,8 @@ def _planes(format: str, q: QTensor, transpose: bool) -> list[np.ndarray]:
 
 
 def _sub_scales(codec: Codec, planes: list[np.ndarray], d: np.ndarray, transpose: bool) -> QTensor:
-    codes = _codes(codec.sub_scales, planes, transpose)
+    reads = [lambda rows, p=plane: p[..., rows, :] for plane in planes]
+    codes = _codes(codec.sub_scales, reads, d.shape[-2], transpose)
     block = _along(codec.elements // codec.group, transpose)
     dtype = np.dtype(np.float32)
     return QTensor(codes, _leaf(d, transpose), None, None, None, codec.sub_scales, block, dtype)

@@ -96,13 +96,41 @@ def describe(tree: Any) -> Described:
     return Described(list(walk(tree, ())), arrays)
 
 
-def restore(entries: Any, tensors: Mapping[str, np.ndarray], where: str) -> Any:
+class Holding(NamedTuple):
+    """How files hold arrays.
+
+    Attributes:
+      form: (shape, dtype) of an array to the (shape, dtype) that a file holds.
+      load: (what a file holds, its name, shape, dtype) to the array; ValueError if it cannot be.
+    """
+
+    form: Callable[[tuple[int, ...], np.dtype], tuple[tuple[int, ...], np.dtype]]
+    load: Callable[[Any, str, tuple[int, ...], np.dtype], Any]
+
+
+def _flat_form(shape: tuple[int, ...], dtype: np.dtype) -> tuple[tuple[int, ...], np.dtype]:
+    if dtype not in packing.BITS:
+        return shape, dtype
+    return (packing.packed_size(shape, dtype),), np.dtype(np.uint8)
+
+
+def _flat_load(found: np.ndarray, _: str, shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
+    packed = dtype in packing.BITS
+    return jnp.array(packing.unpack(found, shape, dtype) if packed else found)
+
+
+# Sub-byte codes are packed into uint8 [bytes]; the rest is held as it is.
+FLAT = Holding(_flat_form, _flat_load)
+
+
+def restore(entries: Any, tensors: Mapping[str, Any], where: str, holding: Holding = FLAT) -> Any:
     """Builds the tree that `describe` was given; every field is checked before it is used.
 
     Args:
       entries: the JSON.
-      tensors: the arrays as files hold them: sub-byte codes packed into uint8 [bytes].
+      tensors: the arrays as files hold them, each with a shape and a dtype.
       where: the file, for error messages.
+      holding: how files hold arrays.
 
     Raises:
       ValueError: naming file and field, if an entry is malformed, names a tensor that does not
@@ -110,7 +138,7 @@ def restore(entries: Any, tensors: Mapping[str, np.ndarray], where: str) -> Any:
     """
     if not isinstance(entries, list):
         _fail(where, "parameters", "must be a list")
-    reader = _Reader(tensors, where)
+    reader = _Reader(tensors, where, holding)
     tree: dict[Any, Any] = {}
     for i, entry in enumerate(entries):
         field = f"parameters[{i}]"
@@ -147,8 +175,8 @@ def _insert(tree: dict[Any, Any], path: list[Any], value: Any, where: str, name:
 class _Reader:
     """Turns nodes into arrays and QTensors, and keeps account of the tensors."""
 
-    def __init__(self, tensors: Mapping[str, np.ndarray], where: str):
-        self.tensors, self.where = tensors, where
+    def __init__(self, tensors: Mapping[str, Any], where: str, holding: Holding):
+        self.tensors, self.where, self.holding = tensors, where, holding
         self.unused = set(tensors)
 
     def finish(self) -> None:
@@ -199,7 +227,7 @@ class _Reader:
             raise ValueError(f"{self.where}: {error}") from None
         return q
 
-    def array(self, node: Any, name: str) -> jax.Array:
+    def array(self, node: Any, name: str) -> Any:
         fields = self.fields(
             node,
             name,
@@ -216,25 +244,20 @@ class _Reader:
             _fail(self.where, f"{name} tensor", f"{tensor!r} is named a second time")
         self.unused.remove(tensor)
         found = self.tensors[tensor]
-        packed = dtype in packing.BITS
-        wanted = (
-            (np.dtype(np.uint8), (packing.packed_size(shape, dtype),)) if packed else (dtype, shape)
-        )
-        if (found.dtype, found.shape) != wanted:
+        held_shape, held_dtype = self.holding.form(shape, dtype)
+        if (found.dtype, tuple(found.shape)) != (held_dtype, held_shape):
             _fail(
                 self.where,
                 f"{name} shape",
-                f"is {dtype} {shape}, held as {wanted[0]} {wanted[1]}, but the tensor {tensor!r} "
-                f"is {found.dtype} {found.shape}",
+                f"is {dtype} {shape}, held as {held_dtype} {held_shape}, but the tensor {tensor!r} "
+                f"is {found.dtype} {tuple(found.shape)}",
             )
-        if packed:
-            try:
-                found = packing.unpack(found, shape, dtype)
-            except ValueError as error:
-                _fail(self.where, name, str(error))
         if jax.dtypes.canonicalize_dtype(dtype) != dtype:
             _fail(self.where, name, f"is {dtype}; set the JAX option jax_enable_x64 to load it")
-        return jnp.array(found)
+        try:
+            return self.holding.load(found, tensor, shape, dtype)
+        except ValueError as error:
+            _fail(self.where, name, str(error))
 
     def spec(self, node: Any, name: str, depth: int) -> Spec:
         if depth > _MAX_DEPTH:
