@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
-from tiny_models import CONFIGS, make
+from tiny_models import CONFIGS, SIZES, make
 
 import qjax
 from qjax import models
@@ -111,7 +111,7 @@ def broken(tmp_path, words):
         (("model", "dtype"), "int8", "model dtype"),
         (("model", "scan"), True, "parameters params/layers"),
         (("model", "colour"), 1, "model colour: is unknown"),
-        (("model", "qk_norm"), KeyError, "model qk_norm: is missing"),
+        (("model", "num_heads"), KeyError, "model num_heads: is missing"),
         (("tokenizer", "bos_id"), 50, "tokenizer bos_id"),
         (("tokenizer", "stop_ids"), [-1], "tokenizer stop_ids"),
         (("tokenizer", "eos_id"), KeyError, "tokenizer eos_id: is missing"),
@@ -122,6 +122,15 @@ def test_metadata_that_lies_is_refused(broken, keys, value, message):
     with pytest.raises(ValueError, match=message) as error:
         saved.load_folder(path)
     assert "qjax.json" in str(error.value)
+
+
+def test_a_field_that_an_older_folder_lacks_has_its_default(broken):
+    found = saved.load_folder(broken(("model", "num_experts"), KeyError))[0].config
+    assert found == CONFIGS["gemma3"]
+    default = models.Config(**SIZES)
+    for name in ("rope", "local_rope", "query_scale", "dtype", "embedding_scale"):
+        found = saved.load_folder(broken(("model", name), KeyError))[0].config
+        assert getattr(found, name) == getattr(default, name)
 
 
 def test_layers_beyond_number_are_refused(tmp_path, words):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -120,20 +120,29 @@ def _config_json(config: Config) -> dict[str, Any]:
 
 
 def _config(fields: Mapping[str, Any], where: str) -> Config:
-    _check_fields(fields, _CONFIG, where, "model")
+    # A folder written before Config got a field reads as one that has the field's default.
+    _check_fields(fields, _CONFIG, where, "model", optional=_CONFIG.keys() - _required())
     values = dict(fields)
     for name in ("rope", "local_rope"):
-        if values[name] is not None:
+        if values.get(name) is not None:
             _check_fields(values[name], _ROPE, where, f"model {name}")
             factors = values[name]["factors"]
             factors = None if factors is None else tuple(factors)
             values[name] = Rope(**{**values[name], "factors": factors})
-    values["local_layers"] = tuple(values["local_layers"])
-    values["dtype"] = jnp.dtype(values["dtype"])
+    if "local_layers" in values:
+        values["local_layers"] = tuple(values["local_layers"])
+    if "dtype" in values:
+        values["dtype"] = jnp.dtype(values["dtype"])
     try:
         return Config(**values)
     except ValueError as error:
         _fail(where, "model", str(error))
+
+
+def _required() -> set[str]:
+    missing = dataclasses.MISSING
+    fields = dataclasses.fields(Config)
+    return {f.name for f in fields if f.default is missing and f.default_factory is missing}
 
 
 def _is_number(value: Any) -> bool:
@@ -201,13 +210,19 @@ _CONFIG: Mapping[str, Callable[[Any], bool]] = {
 
 
 def _check_fields(
-    fields: Mapping[str, Any], checks: Mapping[str, Callable[[Any], bool]], where: str, what: str
+    fields: Mapping[str, Any],
+    checks: Mapping[str, Callable[[Any], bool]],
+    where: str,
+    what: str,
+    optional: Collection[str] = (),
 ) -> None:
-    if fields.keys() != checks.keys():
-        odd = min(fields.keys() ^ checks.keys())
-        _fail(where, f"{what} {odd}", "is unknown" if odd in fields else "is missing")
+    for name in sorted(fields.keys() ^ checks.keys()):
+        if name in fields:
+            _fail(where, f"{what} {name}", "is unknown")
+        if name not in optional:
+            _fail(where, f"{what} {name}", "is missing")
     for name, holds in checks.items():
-        if not holds(fields[name]):
+        if name in fields and not holds(fields[name]):
             _fail(where, f"{what} {name}", f"is {str(fields[name])[:60]!r}, which is not valid")
 
 
