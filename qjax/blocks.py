@@ -4,6 +4,7 @@ A block is one length per axis, right-aligned: `(128, 1)` on `[..., in, out]` me
 neighbors along `in` share a scale. The last block of an axis may be ragged.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -104,6 +105,34 @@ def extremes(x: jax.Array, block: Sequence[int]) -> tuple[jax.Array, jax.Array]:
     low, high = (jnp.where(jnp.isnan(total), jnp.nan, v) for v in (low, high))
     shape = scale_shape(x.shape, block)
     return low.reshape(shape), high.reshape(shape)
+
+
+def largest(x: jax.Array, block: Sequence[int]) -> jax.Array:
+    """The largest magnitude of each block; NaN where a block holds NaN.
+
+    Strided axes are folded by elementwise maxima, which XLA:CPU runs at the speed of memory and
+    which keep NaN.
+    """
+    block = align(block, x.ndim)
+    run = (*map(_run, block[:-1]), *[1] * (x.ndim > 0))
+    if all(r == 1 for r in run):
+        low, high = extremes(x, block)
+        return jnp.maximum(high, -low)
+    view, within, _ = split(x, run)
+    for axis in within:
+        view = _fold(view, axis)
+    rest = tuple(b // r for b, r in zip(block, run, strict=True))
+    return extremes(view.reshape(scale_shape(x.shape, run)), rest)[1]
+
+
+def _fold(x: jax.Array, axis: int) -> jax.Array:
+    """The largest magnitude along an axis, which stays with length 1: eight parts at a time."""
+    while (length := x.shape[axis]) > 1:
+        part = -(-length // 8)
+        starts = (min(i, length - part) for i in range(0, length, part))
+        parts = (jax.lax.slice_in_dim(x, i, i + part, axis=axis) for i in starts)
+        x = functools.reduce(jnp.maximum, map(jnp.abs, parts))
+    return x
 
 
 def _run(length: int) -> int:

@@ -31,11 +31,10 @@ class Rounded(NamedTuple):
 def absmax(w: jax.Array, spec: Spec, block: blocks.Block, whole: blocks.Block) -> Rounded:
     """Symmetric: scale = max|w| / largest code; codes = encode(w / scale)."""
     fmt = FORMATS[spec.format]
-    low, high = blocks.extremes(w, block)
-    largest = jnp.maximum(high, -low)
+    largest = blocks.largest(w, block)
     scale = _round_scale(exact.divide(largest, fmt.max), largest, spec.scale_dtype)
     if spec.scale_dtype == "float32":  # one rounding instead of the two of 1 / scale
-        inverse = jnp.where(scale == 0, 0, fmt.max / jnp.where(scale == 0, 1, largest))
+        inverse = fmt.max / jnp.where(scale == 0, jnp.inf, largest)
     else:
         inverse = _reciprocal(scale)
     return Rounded(blocks.apply(lambda x, s: fmt.encode(x * s), w, block, inverse), scale)
@@ -90,8 +89,7 @@ def ggml(w: jax.Array, spec: Spec, block: blocks.Block, whole: blocks.Block) -> 
 
 
 def _ggml_symmetric(w: jax.Array, fmt: Format, block: blocks.Block) -> Rounded:
-    low, high = blocks.extremes(w, block)
-    largest = jnp.maximum(high, -low)
+    largest = blocks.largest(w, block)
     scale = _float16_range(exact.divide(largest, fmt.max), largest)
     codes = blocks.apply(
         lambda x, s: (
@@ -211,5 +209,8 @@ def _float16_range(x: jax.Array, block_value: jax.Array) -> jax.Array:
 
 
 def _reciprocal(scale: jax.Array) -> jax.Array:
+    """1 / scale, 0 where it is 0; the division comes last so that XLA does not redo what precedes
+    it for every element of a block.
+    """
     scale = scale.astype(jnp.float32)
-    return jnp.where(scale == 0, 0, 1 / jnp.where(scale == 0, 1, scale))
+    return 1 / jnp.where(scale == 0, jnp.inf, scale)

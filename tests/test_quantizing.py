@@ -219,6 +219,8 @@ def test_eval_shape_says_what_quantize_gives(spec):
 
 @pytest.mark.parametrize("spec", ["int8", "int4_g24", "int4_16x8", "nf4_g64_dq", "q4_1", "q5_0"])
 def test_vmap_is_a_stack_and_so_is_batch_axis(spec):
+    """To the bit, but for the mean of double-quantized scales: XLA chooses its order."""
+    rtol = 2e-6 if "_dq" in spec else 0
     w = normal(3, 64, 8)
     stacked = qjax.quantize(w, spec, 1, batch_axis=0)
     mapped = jax.vmap(lambda w: qjax.quantize(w, spec, 0))(w)
