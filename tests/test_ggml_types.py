@@ -102,7 +102,8 @@ def test_codes_survive_a_scale_of_any_bits(name):
 
 @pytest.mark.parametrize("type_id", GGML_TYPES)
 def test_type_table_agrees_with_the_gguf_package(type_id):
-    gguf = pytest.importorskip("gguf")
+    import gguf
+
     known = {int(t): (t.name, gguf.GGML_QUANT_SIZES[t]) for t in gguf.GGMLQuantizationType}
     known |= {9: ("Q8_1", (32, 36))}  # the package says 40; ggml's own static_assert says 36
     known.setdefault(42, ("Q2_0", (64, 18)))  # newer than gguf 0.19
