@@ -15,7 +15,8 @@ SPECS = [
     *("int8", "int8_g32", "int8_tensor", "int8_g16_asym", "int4", "int4_g24", "int4_16x8"),
     *("uint8", "uint8_g32", "uint4", "uint4_g32", "uint4_g24", "nf4", "nf4_g64", "nf4_g24"),
     *("nf4_g64_dq", "fp8_e4m3", "fp8_e4m3_16x8", "fp8_e4m3_tensor", "fp8_e5m2", "fp8_e5m2_g24"),
-    "int8/int8_token",
+    *("int2_g32", "uint2_g32", "int3_g32", "uint3_g24", "int5", "uint5_g32", "int6_16x8"),
+    *("uint6", "int7_g32", "uint7_g24", "int8/int8_token"),
 ]
 SHORT_GGML = [name for name in GGML_METHODS if not name.endswith("_k")]  # blocks of 32, not 256
 ZERO_POINTS = [
@@ -24,7 +25,7 @@ ZERO_POINTS = [
 ]
 
 
-FEW = ["int8", "int4_16x8", "uint4_g24", "nf4_g64_dq", "fp8_e4m3", ZERO_POINTS[0]]
+FEW = ["int8", "int4_16x8", "int3_g32", "uint2_g32", "uint4_g24", "nf4_g64_dq", "fp8_e4m3", ZERO_POINTS[0]]
 
 
 def normal(*shape, seed=0, scale=1.0):

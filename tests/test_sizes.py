@@ -12,7 +12,8 @@ from qjax.sizes import bits_per_weight, nbytes
 W = np.random.default_rng(0).standard_normal((1024, 256)).astype(np.float32)
 SPECS = {
     "int8": 8 + 32 / 1024,
-    "int4_g128": 4 + 16 / 128,
+    **{f"int{n}_g128": n + 16 / 128 for n in range(2, 9)},
+    **{f"uint{n}_g64": n + 2 * 16 / 64 for n in range(2, 9)},
     "uint4_g32": 4 + 2 * 16 / 32,
     "nf4_g64": 4 + 32 / 64,
     "nf4_g64_dq": 4 + 8 / 64 + 2 * 32 / (64 * 256),

@@ -18,7 +18,7 @@ STRINGS = [
     ),
     *(
         f + block + "_asym"
-        for f, block in itertools.product(("int8", "int4"), ("", "_g32", "_tensor"))
+        for f, block in itertools.product(("int8", "int4", "int2"), ("", "_g32", "_tensor"))
     ),
     *("nf4_g64_dq", "nf4_g128_dq", *GGML_SPECS),
     *("int8/int8_token", "int4_g128/int8_token", "fp8_e4m3/fp8_e4m3_token", "q4_k/int8_token"),
@@ -51,7 +51,7 @@ def test_what_the_strings_mean():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("int9", "'int9' starts with no known format; the formats are int8, int4"),
+        ("int9", "'int9' starts with no known format; the formats are int8, int7"),
         ("", "'' starts with no known format"),
         ("INT8", "'INT8' starts with no known format"),
         ("int8_g", "'_g' after 'int8' is not understood; the grammar is format"),
