@@ -1,6 +1,7 @@
 """quantize: one weight, one Spec, one QTensor."""
 
 import functools
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,8 @@ from jax.core import Tracer
 from qjax import blocks
 from qjax.formats import FORMATS, split_planes
 from qjax.qtensor import Activation, QTensor
-from qjax.rounding import SCALE_METHODS, Rounded
+from qjax.rounding import SCALE_METHODS
+from qjax.scaling import Rounded
 from qjax.spec import Spec
 
 
@@ -114,7 +116,6 @@ def _held(
             assert not isinstance(value, Rounded)
             return value
         shape = value.codes.shape if isinstance(value, Rounded) else value.shape
-        assert isinstance(inner.block, int)
         run = _run_block(shape, inner.block, contracted, batch)
         if not isinstance(value, Rounded):
             value = _round(value, inner, run, batch)
@@ -152,9 +153,13 @@ def block_of(
 
 
 def _run_block(
-    shape: Sequence[int], count: int, contracted: Sequence[int], batch: Sequence[int]
+    shape: Sequence[int], count: Any, contracted: Sequence[int], batch: Sequence[int]
 ) -> blocks.Block:
-    """A block of up to `count` scales: first along the contracted axes, then the output axes."""
+    """A block of up to `count` scales: first along the contracted axes, then the output axes.
+
+    `()` stands for all of them.
+    """
+    count = math.prod(max(s, 1) for s in shape) if count == () else count
     block = [1] * len(shape)
     free = [a for a in range(len(shape)) if a not in contracted and a not in batch]
     for a in (*reversed(contracted), *reversed(free)):
@@ -189,4 +194,4 @@ def _axes(axis: int | Sequence[int], ndim: int) -> tuple[int, ...]:
 
 @jax.jit
 def _count_bad(x: jax.Array) -> jax.Array:
-    return jnp.sum(~jnp.isfinite(x))
+    return jnp.sum(~jnp.isfinite(x.astype(jnp.float32)))
