@@ -29,9 +29,10 @@ def quantize(
     """Rounds a weight to nearest in the format, blocks and scale dtype of `spec`.
 
     Symmetric integers: scale = max|w| / (2^(N-1) - 1), codes = clip(round(w / scale), -2^(N-1),
-    2^(N-1) - 1). NF4 and FP8: scale = max|w| / largest value of the format, codes = nearest.
-    Asymmetric: scale = (max - min) / (2^N - 1), offset = min. llama.cpp's types: its own rule, to
-    the byte. A scale is rounded to `spec.scale_dtype` before the first code is chosen
+    2^(N-1) - 1). Codebooks and floats: scale = max|w| / largest value of the format, codes =
+    nearest. Asymmetric: scale = (max - min) / (2^N - 1), offset = min. llama.cpp's types: its own
+    rule, to the byte; MX and NVFP4: `qjax.microscaling`. `Spec.scale_method` "mse" searches for
+    each block's clip. A scale is rounded to `spec.scale_dtype` before the first code is chosen
     (double-quantized scales excepted: as in QLoRA the codes come from the exact scales).
 
     Args:

@@ -84,7 +84,7 @@ def mse(w: jax.Array, spec: Spec, block: blocks.Block, whole: blocks.Block) -> R
 
     Symmetric formats, codebooks and floats try max|w| times 1, 0.98, ... 0.3 in place of max|w|
     (powers of two: times 1, 2 and 1/2); asymmetric ones move both ends of the range inwards, then
-    each end. The search starts from what absmax (or mx, nvfp4, minmax) would do and takes only
+    each end. The search starts from what absmax (or mx_even, nvfp4, minmax) would do and takes only
     improvements. The scale is rounded before the codes are chosen and the error is measured.
     """
     if spec.scale_spec is not None and spec.scale_spec.scale_method == "ggml":
@@ -94,37 +94,35 @@ def mse(w: jax.Array, spec: Spec, block: blocks.Block, whole: blocks.Block) -> R
         )
     if not spec.symmetric:
         return _mse_affine(w, spec, block)
-    factors = _CLIPS
-
-    def rule(largest: jax.Array) -> tuple[Rounded, Any]:
-        found = _symmetric(w, spec, block, largest)
-        return found, found.scale
-
-    if spec.scale_dtype == "float8_e8m0fnu":
-        factors = _OCTAVES
-
-        def rule(largest: jax.Array) -> tuple[Rounded, Any]:
-            found = microscaling.mx_for(w, spec, block, largest, "mx_floor")
-            return found, found.scale
-
-    elif spec.scale_spec is not None and spec.scale_spec.block == ():
-
-        def rule(largest: jax.Array) -> tuple[Rounded, Any]:
-            return microscaling.nvfp4_for(w, spec, block, whole, largest)
-
     largest = blocks.largest(w, block)
+    powers = spec.scale_dtype == "float8_e8m0fnu"
     (best,) = _search(
-        lambda largest: _squared_error(w, spec, block, *rule(largest)),
+        lambda clip: _squared_error(
+            w, spec, block, largest, *_clipped(w, spec, block, whole, clip)
+        ),
         (largest,),
         lambda factor: (largest * factor,),
-        factors,
+        _OCTAVES if powers else _CLIPS,
     )
-    return rule(best)[0]
+    return _clipped(w, spec, block, whole, best)[0]
 
 
 _CLIPS = np.linspace(0.98, 0.3, 35, dtype=np.float32)
 _OCTAVES = np.array([2.0, 0.5], np.float32)
 _ENDS = np.linspace(0.02, 0.4, 20, dtype=np.float32)
+
+
+def _clipped(
+    w: jax.Array, spec: Spec, block: blocks.Block, whole: blocks.Block, largest: jax.Array
+) -> tuple[Rounded, Any]:
+    """What blocks with the maximum `largest` become, and the values of their scales."""
+    if spec.scale_spec is not None and spec.scale_spec.block == ():
+        return microscaling.nvfp4_for(w, spec, block, whole, largest)
+    if spec.scale_dtype == "float8_e8m0fnu":
+        found = microscaling.mx_for(w, spec, block, largest, "mx_even")
+    else:
+        found = _symmetric(w, spec, block, largest)
+    return found, found.scale
 
 
 def _mse_affine(w: jax.Array, spec: Spec, block: blocks.Block) -> Rounded:
@@ -133,7 +131,7 @@ def _mse_affine(w: jax.Array, spec: Spec, block: blocks.Block) -> Rounded:
 
     def error(low: jax.Array, high: jax.Array) -> jax.Array:
         found = _affine(w, spec, block, low, high)
-        return _squared_error(w, spec, block, found, found.scale)
+        return _squared_error(w, spec, block, width, found, found.scale)
 
     for low_moves, high_moves in ((1.0, 1.0), (0.0, 1.0), (1.0, 0.0)):
 
@@ -163,9 +161,9 @@ def _search(
 
 
 def _squared_error(
-    w: jax.Array, spec: Spec, block: blocks.Block, rounded: Rounded, scale: Any
+    w: jax.Array, spec: Spec, block: blocks.Block, unit: jax.Array, rounded: Rounded, scale: Any
 ) -> jax.Array:
-    """Of each block, summed; `scale` as it is held."""
+    """Of each block, summed, in units that neither overflow nor vanish; `scale` as it is held."""
     fmt = FORMATS[spec.format]
     zero = jnp.zeros_like(scale, jnp.float32)
     held: tuple[Any, Any] = rounded.zero_point, rounded.offset
@@ -176,7 +174,8 @@ def _squared_error(
         return (fmt.decode(codes, jnp.dtype(jnp.float32)) - start) * scale + offset
 
     values = blocks.apply(equation, rounded.codes, block, scale, start, offset)
-    return blocks.totals(jnp.square(values - w), block)
+    errors = blocks.apply(jnp.multiply, values - w, block, reciprocal(unit))
+    return blocks.totals(jnp.square(errors), block)
 
 
 SCALE_METHODS = {

@@ -21,6 +21,7 @@ FLOORS = (
     {
         "blocks",
         "exact",
+        "exporting",
         "ggml_rounding",
         "interpret",
         "kquants",
