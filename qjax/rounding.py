@@ -96,15 +96,14 @@ def mse(w: jax.Array, spec: Spec, block: blocks.Block, whole: blocks.Block) -> R
         return _mse_affine(w, spec, block)
     largest = blocks.largest(w, block)
     powers = spec.scale_dtype == "float8_e8m0fnu"
+    rule = lambda clip: _clipped(w, spec, block, whole, clip)
     (best,) = _search(
-        lambda clip: _squared_error(
-            w, spec, block, largest, *_clipped(w, spec, block, whole, clip)
-        ),
+        lambda clip: _squared_error(w, spec, block, largest, *rule(clip)),
         (largest,),
         lambda factor: (largest * factor,),
         _OCTAVES if powers else _CLIPS,
     )
-    return _clipped(w, spec, block, whole, best)[0]
+    return rule(best)[0]
 
 
 _CLIPS = np.linspace(0.98, 0.3, 35, dtype=np.float32)
