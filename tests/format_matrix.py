@@ -17,18 +17,18 @@ from jax import lax
 import qjax
 from qjax.spec import WHOLE_SPECS
 
-# Operations on [4, 6, n]. Whether codes are carried or opened is the business of test_structural;
+# Operations on [4, m, n]. Whether codes are carried or opened is the business of test_structural;
 # here only the numbers count.
 OPERATIONS: dict[str, Callable[[Any], Any]] = {
     "transpose: last to first": lambda w: w.transpose(2, 0, 1),
     "transpose: outer axes": lambda w: w.transpose(1, 0, 2),
     "transpose twice": lambda w: w.transpose(2, 1, 0).transpose(0, 2, 1),
-    "reshape: merge outer": lambda w: w.reshape(24, w.shape[2]),
-    "reshape: merge inner": lambda w: w.reshape(4, 6 * w.shape[2]),
+    "reshape: merge outer": lambda w: w.reshape(-1, w.shape[2]),
+    "reshape: merge inner": lambda w: w.reshape(4, -1),
     "reshape: flat": lambda w: w.reshape(-1),
-    "reshape: split last": lambda w: w.reshape(4, 6, w.shape[2] // 8, 8),
-    "reshape: split first": lambda w: w.reshape(2, 2, 6, w.shape[2]),
-    "reshape: unit axes": lambda w: w.reshape(1, 4, 6, 1, w.shape[2], 1),
+    "reshape: split last": lambda w: w.reshape(*w.shape[:2], -1, 8),
+    "reshape: split first": lambda w: w.reshape(2, 2, *w.shape[1:]),
+    "reshape: unit axes": lambda w: w.reshape(1, 4, -1, 1, w.shape[2], 1),
     "expand_dims": lambda w: w[:, None, :, None],
     "squeeze": lambda w: w[:1].squeeze(0),
     "slice outer": lambda w: w[1:3],
@@ -88,13 +88,13 @@ def _x(k: int) -> jax.Array:
 
 
 def examples(name: str) -> Iterator[tuple[str, qjax.QTensor]]:
-    """QTensors [4, 6, n] of a format, with blocks along the last axis, then along others."""
+    """QTensors [4, m, n] of a format, with blocks along the last axis, then along others."""
     rng = np.random.default_rng(0)
     normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
     if name in WHOLE_SPECS:
         n = 256 if WHOLE_SPECS[name].scale_method == "ggml" else 32
         yield "last", qjax.quantize(normal(4, 6, n), name, 2)
-        yield "middle", qjax.quantize(normal(4, n, 8), name, 1)
+        yield "middle", qjax.quantize(normal(4, n, 32), name, 1)
         return
     yield "last", qjax.quantize(normal(4, 6, 32), f"{name}_g8", 2)
     yield "last, ragged", qjax.quantize(normal(4, 6, 32), f"{name}_g5", 2)
