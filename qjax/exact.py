@@ -14,7 +14,10 @@ def divide(x: jax.Array, divisor: float | jax.Array) -> jax.Array:
     return x / jnp.where(jnp.isnan(x), jnp.ones_like(x), divisor)
 
 
-def rounded(product: jax.Array) -> jax.Array:
-    """A finite product, kept from being fused into the sum that uses it."""
-    largest = float(jnp.finfo(product.dtype).max)
-    return jnp.clip(product, -largest, largest)
+def rounded(x: jax.Array) -> jax.Array:
+    """A finite product or quotient, kept from being merged with what uses it.
+
+    XLA fuses `a * b + c` and rewrites `a / (b / c)` as `a * c / b`.
+    """
+    largest = float(jnp.finfo(x.dtype).max)
+    return jnp.clip(x, -largest, largest)

@@ -191,7 +191,7 @@ def _fit_affine(
         return _where((determinant > 0) & (found.error < best.error), found, best), None
 
     inverse = inverse_of(jnp.float32(top), low)
-    scale = 1 / inverse
+    scale = 1 / rounded(inverse)
     first = _AffineFit(error_of(inverse, low, scale, low), scale, low, inverse, low)
     widened = np.float32(0.1) * np.arange(rule.steps + 1, dtype=np.float32)
     numerators = np.float32(rule.start) + widened
@@ -298,7 +298,7 @@ def _fit_table(x: jax.Array) -> jax.Array:
             jnp.where(better, n, o) for n, o in zip((scale * qx, scale), best, strict=True)
         ), None
 
-    inverse = 1 / divide(divisor, -float(_TABLE[0]))
+    inverse = 1 / rounded(divide(divisor, -float(_TABLE[0])))
     qx, q2 = _sums(lambda x: moments(x, inverse), x)
     scale = qx / q2
     numerators = np.arange(-7, 8, dtype=np.float32) + _TABLE[0]
