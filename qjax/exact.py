@@ -1,7 +1,8 @@
 """Float32 arithmetic that rounds once per operation, also where XLA would rather not.
 
-Under jit XLA:CPU fuses `a * b + c` into one rounding and turns division by a constant into a
-multiplication. Where bytes must equal those of another library, these two keep both apart.
+Under jit XLA:CPU fuses `a * b + c` into one rounding and turns division by a constant, or by what
+is broadcast, into a multiplication. Where bytes must equal those of another library, these two
+functions keep the operations apart.
 """
 
 import jax

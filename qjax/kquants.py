@@ -73,7 +73,8 @@ def affine(x: jax.Array, rule: AffineRule) -> Affine:
     scales, d = _under_largest(scale, rule.sub_top)
     mins, dmin = _under_largest(low, rule.sub_top)
     step, floor = (d[:, None] * scales)[None], (dmin[:, None] * mins)[None]
-    again = jnp.clip(jnp.round((x + floor) / jnp.where(step == 0, 1, step)), 0, rule.top)
+    again = divide(x + floor, jnp.where(step == 0, 1, step))
+    again = jnp.clip(jnp.round(again), 0, rule.top)
     codes = jnp.where(step == 0, codes, again)
     good = _finite(x) & jnp.all(jnp.isfinite(scale), axis=1)
     d, dmin = (jnp.where(good, v, jnp.nan).astype(jnp.float16) for v in (d, dmin))
@@ -331,7 +332,8 @@ def _under_extreme(largest: jax.Array, empty: jax.Array, top: int) -> tuple[jax.
 
 def _again(x: jax.Array, step: jax.Array, codes: jax.Array, top: int) -> jax.Array:
     """Codes -top to top - 1 under the steps that are held; where a step is 0, `codes`."""
-    new = jnp.clip(jnp.round(x / jnp.where(step == 0, 1, step)[None]), -top, top - 1)
+    new = jnp.round(divide(x, jnp.where(step == 0, 1, step)[None]))
+    new = jnp.clip(new, -top, top - 1)
     return jnp.where(step[None] == 0, codes, new)
 
 
