@@ -23,6 +23,7 @@ FLOORS = (
         "exact",
         "interpret",
         "kquants",
+        "activation",
         "qtensor",
         "quantizing",
         "rounding",
