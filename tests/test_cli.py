@@ -105,7 +105,7 @@ def test_quantize_writes_what_it_says(quantized_folder):
     rows = {row["path"]: row for row in data["parameters"]}
     assert rows["params/embed/embedding"]["format"] == "int8 [256]"
     assert rows["params/layers_0/mlp/up/kernel"]["format"] == "int4 [64,1]"
-    assert rows["params/norm/scale"]["kept"] == "no matmul and no lookup uses it"
+    assert rows["params/norm/scale"]["kept"] == "no matmul and no lookup takes it directly"
     assert data["bytes"] == sum(row["bytes"] for row in data["parameters"])
     inspected = cli_json("inspect", path)
     assert inspected["kind"] == "qjax folder"

@@ -253,7 +253,7 @@ def at(data, *keys):
 # What is changed in the manifest, to what, and the field that the error names.
 LIES = {
     "another format": ((), "format", "zip", "format: must be 'qjax'"),
-    "a newer version": ((), "version", 2, "version: is 2.*update qjax"),
+    "a newer version": ((), "version", 3, "version: is 3.*update qjax"),
     "a version that is true": ((), "version", True, "version: is True"),
     "shards are no list": ((), "shards", "x", "shards: must be a list"),
     "a shard out of the folder": ((), "shards", ["../model.safetensors"], "qjax.json shards"),

@@ -43,7 +43,7 @@ def broken(q, **leaves):
             broken(Q, qvalue=Q.qvalue[0]),
             r"codes of shape \(12,\) cannot lie in blocks of \(32, 1\)",
         ),
-        (broken(Q, block=(0, 1)), r"cannot lie in blocks of \(0, 1\)"),
+        (broken(Q, block=(0, 1)), r"block must be a tuple of lengths, got \(0, 1\)"),
         (
             broken(Q, scale=Q.scale.T),
             r"scale has shape \(12, 2\), needed \(2, 12\) for codes of shape \(64, 12\) in "

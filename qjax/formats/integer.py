@@ -33,7 +33,7 @@ def integer(name: str, bits: int, low: int) -> Format:
     def encode(x: jax.Array) -> jax.Array:
         return (jnp.clip(jnp.round(x), low, high) - bias).astype(joined)
 
-    return Format(name, storage, decode, encode, float(low), float(high), bits)
+    return Format(name, storage, decode, encode, float(low), float(high), bits, integer=True)
 
 
 INTEGER = {
