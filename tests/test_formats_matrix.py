@@ -16,6 +16,7 @@ from jax import lax
 
 import qjax
 from qjax.formats import FORMATS
+from qjax.spec import WHOLE_SPECS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PARTS = 4
@@ -126,3 +127,16 @@ def test_transforms(name, spec):
     wanted = TRANSFORMS[name](lambda fn: fn)(dense(q), x)
     assert jax.tree.structure(got) == jax.tree.structure(wanted)
     assert relative_error(got, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_activations_of_either_kind(name):
+    """int8 and FP8 activations beside codes of any format, in one compilation."""
+    w = np.random.default_rng(0).standard_normal((256, 24)).astype(np.float32)
+    x = np.random.default_rng(1).standard_normal((3, 256)).astype(np.float32)
+    text = name if name in WHOLE_SPECS else f"{name}_g64"
+    tokens = [f"{text}/int8_token", f"{text}/fp8_e4m3_token"]
+    qs = [qjax.quantize(w, spec, 0) for spec in tokens]
+    got = jax.jit(qjax.quantized(lambda qs, x: [x @ q for q in qs]))(qs, x)
+    for y, q, bound in zip(got, qs, (0.02, 0.06), strict=True):
+        assert relative_error(y, x @ qjax.dequantize(q)) < bound
