@@ -1,5 +1,6 @@
 """FORMATS x structural operations, specs x transforms: the numbers of the dequantized weight."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -15,6 +16,7 @@ from helpers import dense, relative_error
 from jax import lax
 
 import qjax
+from qjax.activation import Activation
 from qjax.formats import FORMATS
 from qjax.spec import WHOLE_SPECS
 
@@ -134,9 +136,11 @@ def test_activations_of_either_kind(name):
     """int8 and FP8 activations beside codes of any format, in one compilation."""
     w = np.random.default_rng(0).standard_normal((256, 24)).astype(np.float32)
     x = np.random.default_rng(1).standard_normal((3, 256)).astype(np.float32)
-    text = name if name in WHOLE_SPECS else f"{name}_g64"
-    tokens = [f"{text}/int8_token", f"{text}/fp8_e4m3_token"]
-    qs = [qjax.quantize(w, spec, 0) for spec in tokens]
+    q = qjax.quantize(w, name if name in WHOLE_SPECS else f"{name}_g64", 0)
+    qs = [
+        dataclasses.replace(q, activation=Activation(qjax.Spec.parse(format)))
+        for format in ("int8", "fp8_e4m3")
+    ]
     got = jax.jit(qjax.quantized(lambda qs, x: [x @ q for q in qs]))(qs, x)
     for y, q, bound in zip(got, qs, (0.02, 0.06), strict=True):
         assert relative_error(y, x @ qjax.dequantize(q)) < bound
