@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 def divide(x: jax.Array, divisor: float | jax.Array) -> jax.Array:
     """`x / divisor`, correctly rounded: the divisor is made a runtime value of the shape of x."""
-    divisor = jnp.broadcast_to(jnp.asarray(divisor, x.dtype), x.shape)
-    return x / jnp.where(jnp.isnan(x), jnp.ones_like(x), divisor)
+    ones = jnp.ones_like(x)
+    return x / jnp.where(jnp.isnan(x), ones, ones * divisor)
 
 
 def rounded(x: jax.Array) -> jax.Array:
