@@ -316,6 +316,27 @@ def test_leaves_follow_onto_a_mesh():
         assert relative_error(got, fn(x, qjax.dequantize(q))) < 1e-5
 
 
+@pytest.mark.parametrize("layout", [P("t", None), P(None, "t")])
+@pytest.mark.parametrize("kind", KINDS)
+def test_explicit_axes(kind, layout):
+    mesh = jax.make_mesh((2,), ("t",), axis_types=(jax.sharding.AxisType.Explicit,))
+    q, x = held(normal(0, K, N), kind), normal(1, 5, K)
+    along = layout[0] == "t"
+    out = P() if along else P(None, "t")
+    fn = lambda x, w: jnp.einsum("bk,kn->bn", x, w, out_sharding=out)
+    with jax.set_mesh(mesh):
+        specs = qjax.partition_specs(q, layout, mesh)
+        place = jax.tree.map(
+            lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda s: type(s) is P
+        )
+        sharded = jax.device_put(q, place)
+        x_sharded = jax.device_put(x, NamedSharding(mesh, P(None, "t") if along else P()))
+        got = jax.jit(qjax.quantized(fn))(x_sharded, sharded)
+        opened = jax.jit(qjax.dequantize)(sharded)
+    assert opened.sharding.spec == layout
+    assert relative_error(got, x @ qjax.dequantize(q)) < 1e-5
+
+
 @pytest.mark.parametrize("shards", [P("t", None), P(None, "t")])
 def test_shard_map(shards):
     mesh = jax.make_mesh((2,), ("t",), axis_types=(jax.sharding.AxisType.Auto,))
