@@ -1,5 +1,6 @@
 """qjax: functional quantization for JAX."""
 
+import qjax.exporting as _exporting  # noqa: F401  registers QTensors with jax.export
 from qjax.qtensor import QTensor as QTensor
 from qjax.qtensor import dequantize as dequantize
 from qjax.qtensor import is_qtensor as is_qtensor

@@ -280,7 +280,10 @@ def concatenate(xs: Sequence[Any], dimension: int) -> Any:
     if not isinstance(first, QTensor):
         return _concatenate_arrays(xs, dimension)
     block = block_of(first)
-    if any(block_of(x) != block or x.shape[dimension] % block[dimension] for x in xs[:-1]):
+    ragged = any(x.shape[dimension] % block[dimension] for x in xs[:-1])
+    end = list(block)  # the last block may be shorter
+    end[dimension] = min(block[dimension], xs[-1].shape[dimension])
+    if ragged or [block_of(x) for x in xs] != [*[block] * (len(xs) - 1), tuple(end)]:
         raise CannotCarry("it is concatenated inside a block")
     if jax.tree.leaves(first.activation):
         raise CannotCarry("it is concatenated with something of another activation")

@@ -224,8 +224,8 @@ def test_a_failure_is_one_line_and_code_1(args, message, failure):
         (("paint",), "invalid choice: 'paint'"),
         (("quantize", TINY), "required: --spec, --output"),
         (
-            ("quantize", TINY, "--spec", "int5", "--output", "x"),
-            "'int5' starts with no known format",
+            ("quantize", TINY, "--spec", "int9", "--output", "x"),
+            "'int9' starts with no known format",
         ),
         (("quantize", TINY, "--spec", "int8", "--rule", "x", "--output", "x"), "PATTERN=SPEC"),
         (("quantize", TINY, "--spec", "int8", "--rule", "(=int8", "--output", "x"), "no regular"),

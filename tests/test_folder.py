@@ -271,7 +271,7 @@ LIES = {
     "the path of another": (("parameters", 0), "path", ["b"], "b: appears twice"),
     "a path below another": (("parameters", 1), "path", ["w", "x"], "lies below another"),
     "an empty path": (("parameters", 0), "path", [], "path: is empty"),
-    "an unknown format": (("parameters", 0), "qtensor", "int5", "w qtensor: is 'int5'"),
+    "an unknown format": (("parameters", 0), "qtensor", "int9", "w qtensor: is 'int9'"),
     "another format of planes": (("parameters", 0), "qtensor", "q5_k", "w: q5_k holds"),
     "a format of one plane": (("parameters", 0), "qtensor", "int4", "w qvalue: has 2 planes"),
     "a block of zero": (("parameters", 0), "block", [0, 1], "w block"),

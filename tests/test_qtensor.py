@@ -26,7 +26,7 @@ def broken(q, **leaves):
 @pytest.mark.parametrize(
     ("q", "message"),
     [
-        (broken(Q, format="int5"), "unknown format 'int5'; the formats are int8, int4"),
+        (broken(Q, format="int9"), "unknown format 'int9'; the formats are int8, int7"),
         (
             broken(Q, qvalue=Q.qvalue.astype(jnp.bfloat16)),
             "codes as int4, got bfloat16; a tree map",
