@@ -38,7 +38,9 @@ def main() -> None:
     for name, methods in SPECS.items():
         for method in methods:
             spec = qjax.Spec.parse(name)._replace(scale_method=method)
-            print(f"| `{name}` | `{method}` | {error(normal, spec):.3e} | {error(heavy, spec):.3e} |")
+            print(
+                f"| `{name}` | `{method}` | {error(normal, spec):.3e} | {error(heavy, spec):.3e} |"
+            )
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def main(address: str, process: int) -> None:
         for layout in LAYOUTS:
             check(spec, layout, mesh, w, x, alone, wanted)
             agreed += 1
-    sys.stdout.write(f"{agreed} layouts agree")
+    sys.stdout.write(f"{agreed} layouts agree\n")
 
 
 def check(spec, layout, mesh, w, x, alone, wanted) -> None:
