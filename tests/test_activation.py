@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -358,6 +359,14 @@ def test_saved_and_loaded(tmp_path):
     again = folder.read_folder(tmp_path / "q").params
     assert jax.tree.structure(again) == jax.tree.structure(tree)
     jax.tree.map(np.testing.assert_array_equal, again, tree)
+
+
+def test_exported_and_read_again():
+    q, x = held(normal(0, K, N), "all", "int4_g16"), normal(1, 5, K)
+    act = dataclasses.replace(q.activation, spec=TENSOR, threshold=6.0, scale=jnp.float32(0.03))
+    q, fn = dataclasses.replace(q, activation=act), jax.jit(qjax.quantized(jnp.matmul))
+    data = jax.export.export(fn)(x, q).serialize()
+    np.testing.assert_array_equal(jax.export.deserialize(data).call(x, q), fn(x, q))
 
 
 @pytest.mark.parametrize(
