@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -71,15 +71,26 @@ class QTensor:
             shape = "?"
         return f"QTensor({self.format}, shape={shape}, block={self.block}, dtype={self.dtype})"
 
-    def __jax_array__(self) -> NoReturn:
-        raise TypeError(
-            f"{self!r} reached a function that expects an array. Wrap the function that takes the "
-            "parameters: qjax.quantized(fn)(qparams, ...); or turn this weight back into an array "
-            "with qjax.dequantize"
-        )
+    def _refuse(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+        raise TypeError(f"{self!r} {_NO_ARRAY}")
 
-    def __array__(self, *_args: Any, **_kwargs: Any) -> NoReturn:
-        self.__jax_array__()
+    __jax_array__ = __array__ = __getitem__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __neg__ = __pow__ = _refuse
+    __matmul__ = __rmatmul__ = __truediv__ = __rtruediv__ = _refuse
+
+    if not TYPE_CHECKING:  # a missing attribute is an error to the type checker anyway
+
+        def __getattr__(self, name: str) -> NoReturn:
+            """Says of `w.T`, `w.astype` and their like what to do instead."""
+            teach = hasattr(jax.Array, name) and not name.startswith("_")
+            hint = f": {self!r} {_NO_ARRAY}" if teach else ""
+            raise AttributeError(f"a QTensor has no attribute {name!r}{hint}")
+
+
+_NO_ARRAY = (
+    "reached a function that expects an array. Wrap the function that takes the parameters: "
+    "qjax.quantized(fn)(qparams, ...); or turn this weight back into an array with qjax.dequantize"
+)
 
 
 def is_qtensor(leaf: Any) -> bool:
