@@ -1,0 +1,94 @@
+"""Layouts for CPUs: rows of output channels, `[n, k]`, so that a dot reads both operands along k.
+
+`NIBBLES`: two 4-bit codes to a byte. A group `[c_0 .. c_g-1]` of one channel lies as g / 2 bytes,
+byte i holding c_i in its low half and c_(i + g/2) in its high half ("planar"): both halves decode
+to runs of neighbors, so nothing is interleaved. Signed codes are stored plus 8.
+
+`BYTES`: one code to a byte, as it is.
+
+The last group is padded with zeros to the length of the others, an odd one by one more.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.quantized_matmul.layout import Layout
+from pallas_kernels.quantized_matmul.problem import Weight
+
+SIGN = 8  # what is added to a signed 4-bit code
+
+
+def padded_group(weight: Weight) -> int:
+    """Codes per group as `NIBBLES` holds them."""
+    group = min(weight.group, weight.k)
+    return group + group % 2
+
+
+def _nibbles_support(weight: Weight) -> str | None:
+    if weight.code not in ("int4", "uint4"):
+        return f"{weight.code} codes do not fit half a byte"
+    if weight.values is not None and (weight.code != "uint4" or len(weight.values) > 16):
+        return "a codebook of 4-bit codes is indexed by uint4 and has at most 16 values"
+    if weight.groups > 1 and weight.group % 2:
+        return f"groups of {weight.group} codes do not fill bytes"
+    return None
+
+
+def _pack_nibbles(codes: jax.Array, weight: Weight) -> jax.Array:
+    unsigned = codes.astype(jnp.int8) + jnp.int8(SIGN if weight.code == "int4" else 0)
+    group = padded_group(weight)
+    rows = _pad(unsigned.astype(jnp.uint8).T, weight.groups * group)
+    halves = rows.reshape(weight.n, weight.groups, 2, group // 2)
+    packed = halves[:, :, 0] | (halves[:, :, 1] << jnp.uint8(4))
+    return packed.reshape(weight.n, weight.groups * group // 2)
+
+
+def _unpack_nibbles(packed: jax.Array, weight: Weight) -> jax.Array:
+    group = padded_group(weight)
+    bytes_ = packed.reshape(weight.n, weight.groups, group // 2)
+    halves = jnp.stack([bytes_ & jnp.uint8(15), bytes_ >> jnp.uint8(4)], axis=2)
+    codes = halves.reshape(weight.n, weight.groups * group)[:, : weight.k].T.astype(jnp.int8)
+    return (codes - jnp.int8(SIGN if weight.code == "int4" else 0)).astype(weight.code)
+
+
+def _bytes_support(weight: Weight) -> str | None:
+    if jnp.dtype(weight.code) not in (jnp.int8, jnp.uint8):
+        return f"{weight.code} codes are no whole bytes"
+    return None
+
+
+def _pack_bytes(codes: jax.Array, weight: Weight) -> jax.Array:
+    return _pad(codes.T, weight.groups * min(weight.group, weight.k))
+
+
+def _unpack_bytes(rows: jax.Array, weight: Weight) -> jax.Array:
+    return rows[:, : weight.k].T
+
+
+def _pack_scale(scale: jax.Array, weight: Weight) -> jax.Array:
+    small = jnp.issubdtype(scale.dtype, jnp.integer) and jnp.iinfo(scale.dtype).bits < 8
+    return (scale.astype(jnp.uint8 if scale.dtype == jnp.uint4 else jnp.int8) if small else scale).T
+
+
+def _unpack_scale(scale: jax.Array, weight: Weight) -> jax.Array:
+    return scale.T
+
+
+def _pad(rows: jax.Array, length: int) -> jax.Array:
+    return jnp.pad(rows, ((0, 0), (0, length - rows.shape[1])))
+
+
+NIBBLES = Layout(
+    supports=_nibbles_support,
+    pack_codes=_pack_nibbles,
+    unpack_codes=_unpack_nibbles,
+    pack_scale=_pack_scale,
+    unpack_scale=_unpack_scale,
+    code_axes=("n", "k"),
+    scale_axes=("n", "k"),
+    tile=lambda weight: (weight.group, 1),
+    platforms=("cpu",),
+)
+BYTES = NIBBLES._replace(
+    supports=_bytes_support, pack_codes=_pack_bytes, unpack_codes=_unpack_bytes
+)
