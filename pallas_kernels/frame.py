@@ -15,7 +15,8 @@ class Device(NamedTuple):
     @classmethod
     def default(cls) -> "Device":
         """The device on which an uncommitted computation runs."""
-        (device,) = jax.numpy.zeros(()).devices()
+        chosen = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+        device = jax.devices(chosen)[0] if chosen is None or isinstance(chosen, str) else chosen
         return cls(device.platform, device.device_kind)
 
 

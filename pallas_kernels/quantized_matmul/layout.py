@@ -36,3 +36,14 @@ class Layout(NamedTuple):
     scale_axes: tuple[str, ...]
     tile: Callable[[Weight], tuple[int, int]]
     platforms: tuple[str, ...]
+
+    def shapes(self, weight: Weight) -> dict[str, jax.ShapeDtypeStruct]:
+        """The arrays in kernel order that a weight consists of."""
+        codes = jax.ShapeDtypeStruct((weight.k, weight.n), weight.code)
+        packed = {"codes": jax.eval_shape(lambda v: self.pack_codes(v, weight), codes)}
+        for name in ("scale", "zero", "offset"):
+            dtype = getattr(weight, name)
+            if dtype is not None:
+                scale = jax.ShapeDtypeStruct((weight.groups, weight.n), dtype)
+                packed[name] = jax.eval_shape(lambda v: self.pack_scale(v, weight), scale)
+        return packed

@@ -1,12 +1,13 @@
 """Layouts for CPUs: rows of output channels, `[n, k]`, so that a dot reads both operands along k.
 
-`NIBBLES`: two 4-bit codes to a byte. A group `[c_0 .. c_g-1]` of one channel lies as g / 2 bytes,
-byte i holding c_i in its low half and c_(i + g/2) in its high half ("planar"): both halves decode
-to runs of neighbors, so nothing is interleaved. Signed codes are stored plus 8.
+`NIBBLES`: two 4-bit codes to a byte. A run `[c_0 .. c_r-1]` of one channel, a group or an even part
+of one, lies as r / 2 bytes, byte i holding c_i in its low half and c_(i + r/2) in its high half
+("planar"): both halves decode to neighbors, so nothing is interleaved. Signed codes are stored
+plus 8.
 
 `BYTES`: one code to a byte, as it is.
 
-The last group is padded with zeros to the length of the others, an odd one by one more.
+The last group is padded with zeros to the length of the others, an odd single one by one more.
 """
 
 import jax
@@ -18,10 +19,16 @@ from pallas_kernels.quantized_matmul.problem import Weight
 SIGN = 8  # what is added to a signed 4-bit code
 
 
-def padded_group(weight: Weight) -> int:
-    """Codes per group as `NIBBLES` holds them."""
+def padded_group(weight: Weight, nibbles: bool) -> int:
+    """Codes per group as they lie in memory."""
     group = min(weight.group, weight.k)
-    return group + group % 2
+    return group + group % 2 if nibbles else group
+
+
+def run_length(weight: Weight) -> int:
+    """Codes per run of `NIBBLES`; short ones, so that a mesh can cut between them."""
+    group = padded_group(weight, nibbles=True)
+    return next((r for r in (128, 64, 32) if group % r == 0), group)
 
 
 def _nibbles_support(weight: Weight) -> str | None:
@@ -36,18 +43,17 @@ def _nibbles_support(weight: Weight) -> str | None:
 
 def _pack_nibbles(codes: jax.Array, weight: Weight) -> jax.Array:
     unsigned = codes.astype(jnp.int8) + jnp.int8(SIGN if weight.code == "int4" else 0)
-    group = padded_group(weight)
-    rows = _pad(unsigned.astype(jnp.uint8).T, weight.groups * group)
-    halves = rows.reshape(weight.n, weight.groups, 2, group // 2)
+    run = run_length(weight)
+    rows = _pad(unsigned.astype(jnp.uint8).T, weight.groups * padded_group(weight, nibbles=True))
+    halves = rows.reshape(weight.n, -1, 2, run // 2)
     packed = halves[:, :, 0] | (halves[:, :, 1] << jnp.uint8(4))
-    return packed.reshape(weight.n, weight.groups * group // 2)
+    return packed.reshape(weight.n, -1)
 
 
 def _unpack_nibbles(packed: jax.Array, weight: Weight) -> jax.Array:
-    group = padded_group(weight)
-    bytes_ = packed.reshape(weight.n, weight.groups, group // 2)
-    halves = jnp.stack([bytes_ & jnp.uint8(15), bytes_ >> jnp.uint8(4)], axis=2)
-    codes = halves.reshape(weight.n, weight.groups * group)[:, : weight.k].T.astype(jnp.int8)
+    runs = packed.reshape(weight.n, -1, run_length(weight) // 2)
+    halves = jnp.stack([runs & jnp.uint8(15), runs >> jnp.uint8(4)], axis=2)
+    codes = halves.reshape(weight.n, -1)[:, : weight.k].T.astype(jnp.int8)
     return (codes - jnp.int8(SIGN if weight.code == "int4" else 0)).astype(weight.code)
 
 
@@ -58,7 +64,7 @@ def _bytes_support(weight: Weight) -> str | None:
 
 
 def _pack_bytes(codes: jax.Array, weight: Weight) -> jax.Array:
-    return _pad(codes.T, weight.groups * min(weight.group, weight.k))
+    return _pad(codes.T, weight.groups * padded_group(weight, nibbles=False))
 
 
 def _unpack_bytes(rows: jax.Array, weight: Weight) -> jax.Array:
@@ -86,9 +92,12 @@ NIBBLES = Layout(
     unpack_scale=_unpack_scale,
     code_axes=("n", "k"),
     scale_axes=("n", "k"),
-    tile=lambda weight: (weight.group, 1),
+    tile=lambda weight: (weight.group if weight.groups > 1 else run_length(weight), 1),
     platforms=("cpu",),
 )
 BYTES = NIBBLES._replace(
-    supports=_bytes_support, pack_codes=_pack_bytes, unpack_codes=_unpack_bytes
+    supports=_bytes_support,
+    pack_codes=_pack_bytes,
+    unpack_codes=_unpack_bytes,
+    tile=lambda weight: (weight.group if weight.groups > 1 else 1, 1),
 )

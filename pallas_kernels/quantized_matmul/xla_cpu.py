@@ -20,7 +20,7 @@ from jax import lax
 
 from pallas_kernels.frame import Device
 from pallas_kernels.quantized_matmul.problem import Problem, Weight
-from pallas_kernels.quantized_matmul.rows import SIGN, padded_group
+from pallas_kernels.quantized_matmul.rows import SIGN, padded_group, run_length
 
 BLOCK = 1_400_000  # weights decoded at a time; 344 rows of 4096 were the best of 16 to 1376
 DIGIT_ROWS = 4  # up to so many rows of x three int8 rows each are faster than one float32 row
@@ -81,37 +81,32 @@ def _digits_dot(x: jax.Array, codes: jax.Array) -> jax.Array:
 
 
 def _blocked_dot(x: jax.Array, arrays: dict[str, jax.Array], problem: Problem) -> jax.Array:
-    weight = problem.weight
-    nibbles = problem.layout == "nibbles"
-    group = padded_group(weight) if nibbles else min(weight.group, weight.k)
-    x = _pad_groups(x, weight, group)
-    halves = 2 if nibbles else 1
-    length = group // halves
-    cut = x.reshape(x.shape[0], weight.groups, halves, length)
-    xs = [cut[:, :, i].reshape(x.shape[0], weight.groups * length) for i in range(halves)]
+    weight, nibbles = problem.weight, problem.layout == "nibbles"
+    m, group = x.shape[0], padded_group(weight, nibbles)
+    x = jnp.pad(x, ((0, 0), (0, weight.groups * group - weight.k)))
+    if nibbles:
+        run = run_length(weight)
+        halves = x.reshape(m, -1, 2, run // 2)
+        xs = [halves[:, :, 0].reshape(m, -1), halves[:, :, 1].reshape(m, -1)]
+        cut = (weight.groups, group // run, run // 2)
+    else:
+        xs, cut = [x], (weight.groups, 1, group)
     names = [n for n in ("codes", "scale", "zero", "offset") if n in arrays]
 
     def one(*block: jax.Array) -> jax.Array:
         part = dict(zip(names, block, strict=True))
-        codes = part["codes"].reshape(-1, weight.groups, length)
+        codes = part.pop("codes").reshape(-1, *cut)
         planes = (codes & jnp.uint8(15), codes >> jnp.uint8(4)) if nibbles else (codes,)
-        ws = [_decode(p, part, weight) for p in planes]
-        dots = [
-            _dot(a, w.reshape(w.shape[0], -1), jnp.float32) for a, w in zip(xs, ws, strict=True)
-        ]
+        ws = [_decode(p, part, weight).reshape(codes.shape[0], -1) for p in planes]
+        dots = [_dot(a, w, jnp.float32) for a, w in zip(xs, ws, strict=True)]
         return sum(dots[1:], dots[0])
 
-    return _over_rows(one, [arrays[n] for n in names], weight.n, x.shape[1])
-
-
-def _pad_groups(x: jax.Array, weight: Weight, group: int) -> jax.Array:
-    """The columns of x with every group of k as long as it lies in the weight."""
-    return jnp.pad(x, ((0, 0), (0, weight.groups * group - x.shape[1])))
+    return _over_rows(one, [arrays[n] for n in names], weight.n, weight.k)
 
 
 def _decode(codes: jax.Array, part: dict[str, jax.Array], weight: Weight) -> jax.Array:
-    """Float32 weights `[rows, groups, length]` from unsigned nibbles, or from whole codes."""
-    per_group = {n: part[n].astype(jnp.float32)[:, :, None] for n in part if n != "codes"}
+    """Float32 weights `[rows, groups, runs, length]` from unsigned nibbles, or from whole codes."""
+    per_group = {n: v.astype(jnp.float32)[:, :, None, None] for n, v in part.items()}
     if weight.values is not None:
         w = select(codes, weight.values)
     else:
