@@ -131,7 +131,6 @@ def linear(x: jax.Array, q: QTensor, op: Op, extra: tuple = ()) -> tuple[jax.Arr
     Scales that are constant along the contraction are applied to the result; all others to the
     weight before it. An `Activation` quantizes x while it runs.
     """
-    check(q)
     name = {Dot: "dot", RaggedDot: "ragged dot", Conv: "convolution"}[type(op)]
     constant = _constant_along(q, op)
     if q.activation is not None:
@@ -143,10 +142,11 @@ def linear(x: jax.Array, q: QTensor, op: Op, extra: tuple = ()) -> tuple[jax.Arr
     if constant and q.zero_point is None and q.offset is None:
         fmt = FORMATS[q.format]
         codes = fmt.decode(join_planes(fmt, q.qvalue), jnp.dtype(q.dtype))
-        y = op(x, codes, extra, jnp.float32) * op.place_weight_scale(_scale(q), q, x, extra)
-        return y.astype(op.out_dtype), f"{name} on codes, scale after"
+        scale = op.place_weight_scale(_scale(q), q, x, extra)
+        y = _times(op(x, codes, extra, jnp.float32), scale)
+        return lax.convert_element_type(y, op.out_dtype), f"{name} on codes, scale after"
     y = op(x, dequantize(q), extra, op.out_dtype)
-    return y.astype(op.out_dtype), f"dequantize in the graph, {name}"
+    return lax.convert_element_type(y, op.out_dtype), f"dequantize in the graph, {name}"
 
 
 def _constant_along(q: QTensor, op: Op) -> bool:
@@ -159,7 +159,12 @@ def _constant_along(q: QTensor, op: Op) -> bool:
 
 def _scale(q: QTensor) -> jax.Array:
     scale = dequantize(q.scale) if isinstance(q.scale, QTensor) else q.scale
-    return scale.astype(jnp.float32)
+    return lax.convert_element_type(scale, jnp.float32)
+
+
+def _times(y: jax.Array, scale: jax.Array) -> jax.Array:
+    """`y * scale`, broadcast by lax: a model has hundreds of these, and jnp's cost a jit each."""
+    return lax.mul(y, lax.broadcast_in_dim(scale, y.shape, range(y.ndim)))
 
 
 def _on_output(
@@ -180,12 +185,15 @@ def _on_output(
     rest = [a for a in contracted if a not in groups]
     free = [a for a in range(len(shape)) if a not in contracted and a not in batch]
     scale = blocks.expand(scale, [1 if a in contracted else s for a, s in enumerate(shape)], block)
-    scale = lax.transpose(scale, (*batch, *groups, *free, *rest))
+    order = (*batch, *groups, *free)
+    if list(order) != sorted(order):
+        scale = lax.transpose(scale, (*order, *rest))
+        order = tuple(range(len(order)))
+    sizes = [scale.shape[a] for a in order]
     first = len(batch) + len(groups)
     ones = (1,) * (other_ndim - len(contracted) - len(batch))
-    own = scale.shape[first : first + len(free)]
-    after = (*own, *ones) if side == 0 else (*ones, *own)
-    return scale.reshape((*scale.shape[:first], *after))
+    after = (*sizes[first:], *ones) if side == 0 else (*ones, *sizes[first:])
+    return lax.reshape(scale, (*sizes[:first], *after))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
@@ -204,12 +212,12 @@ def _dynamic(x: jax.Array, q: QTensor, extra: tuple, op: Op, spec: Spec) -> jax.
         accumulator, codes = jnp.int32, FORMATS[q.format].decode(codes, jnp.dtype(jnp.int8))
     if _constant_along(q, op):
         y = op(x_codes, codes, extra, accumulator).astype(jnp.float32)
-        y = y * op.place_weight_scale(_scale(q), q, x, extra)
+        y = _times(y, op.place_weight_scale(_scale(q), q, x, extra))
     elif isinstance(op, Dot) and op.out_sharding is None:
         y = _grouped_dot(x_codes, codes, q, op, accumulator)
     else:
         y = op(x_codes.astype(jnp.float32), dequantize(q).astype(jnp.float32), extra, jnp.float32)
-    return (y * op.place_x_scale(x_scale, x, q)).astype(op.out_dtype)
+    return _times(y, op.place_x_scale(x_scale, x, q)).astype(op.out_dtype)
 
 
 @_dynamic.defjvp
@@ -238,7 +246,7 @@ def _grouped_dot(x: Any, w: jax.Array, q: QTensor, dot: Dot, accumulator: Any) -
     numbers = tuple(s if side == 0 else s[::-1] for s in sides)
     y = dot._replace(dimension_numbers=numbers)(x, w, (), accumulator).astype(jnp.float32)
     groups = tuple(wa for wa in w_contract if wa in cut)
-    y = y * _on_output(_scale(q), q.shape, q.block, dot, side, x.ndim - len(groups), groups)
+    y = _times(y, _on_output(_scale(q), q.shape, q.block, dot, side, x.ndim - len(groups), groups))
     return y.sum(range(len(w_batch), len(w_batch) + len(groups)))
 
 

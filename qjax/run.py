@@ -143,8 +143,9 @@ def _evaluate(
     traced = tracing.trace(fn, [v for _, v in leaves], tree, _dense)
     if keep is not None:
         keep.append(traced.jaxpr)
+    frozen = iter(lax.stop_gradient([v for _, v in leaves if is_qtensor(v)]))
     boxes = [
-        Box(_frozen(v), tracing.param_path(p[2:]) if with_paths else None) if is_qtensor(v) else v
+        Box(next(frozen), tracing.param_path(p[2:]) if with_paths else None) if is_qtensor(v) else v
         for p, v in leaves
         if tracing.is_array(v) or is_qtensor(v)
     ]
@@ -158,10 +159,6 @@ def _dense(leaf: Any) -> Any:
     plane = leaf.qvalue[0] if isinstance(leaf.qvalue, tuple) else leaf.qvalue
     where = _compat.explicit_sharding(plane) if leaf.param_shape is None else None
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-
-
-def _frozen(q: QTensor) -> QTensor:
-    return jax.tree.map(lax.stop_gradient, q)
 
 
 def _table(record: Record | None) -> Table:

@@ -25,7 +25,7 @@ def integer(name: str, bits: int, low: int) -> Format:
     joined = jnp.uint8 if bits in PLANES or low >= 0 else jnp.int8
 
     def decode(codes: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        values = codes.astype(dtype)
+        values = jax.lax.convert_element_type(codes, dtype)
         return values + jnp.asarray(bias, dtype) if bias else values
 
     def encode(x: jax.Array) -> jax.Array:
