@@ -10,7 +10,8 @@ class Weight(NamedTuple):
       k, n: the contraction and the output channels.
       group: so many neighbors along k share a scale; the last group may be ragged. At least k: one
         scale per output channel.
-      code: dtype name of the logical codes: "int4", "uint4", "int8", "uint8".
+      code: dtype name of the logical codes: "int4", "uint4", "int8", "uint8", "float8_e4m3fn",
+        "float8_e5m2".
       scale: dtype name of the scales.
       zero, offset: dtype names, None where there are none.
       values: the codebook, one float32 value per code; None where the code is the value.

@@ -41,5 +41,5 @@ def value(codes: jax.Array, weight: Weight) -> jax.Array:
     """What logical codes stand for, in float32."""
     if weight.values is None:
         return codes.astype(jnp.float32)
-    table = jnp.asarray(weight.values, jnp.float32)
-    return table.at[codes.astype(jnp.uint8)].get(mode="clip")
+    cases = [jnp.full(codes.shape, v, jnp.float32) for v in weight.values]
+    return jax.lax.select_n(jnp.minimum(codes.astype(jnp.int32), len(cases) - 1), *cases)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from pallas_kernels.quantized_matmul.layout import Layout
 from pallas_kernels.quantized_matmul.problem import Weight
 
+MAX_VALUES = 64  # of a codebook: its tree of selects is part of the compiled program
 SIGN = 8  # what is added to a signed 4-bit code
 
 
@@ -58,8 +59,10 @@ def _unpack_nibbles(packed: jax.Array, weight: Weight) -> jax.Array:
 
 
 def _bytes_support(weight: Weight) -> str | None:
-    if jnp.dtype(weight.code) not in (jnp.int8, jnp.uint8):
+    if weight.code not in ("int8", "uint8", "float8_e4m3fn", "float8_e5m2"):
         return f"{weight.code} codes are no whole bytes"
+    if weight.values is not None and (weight.code != "uint8" or len(weight.values) > MAX_VALUES):
+        return f"a codebook is indexed by uint8 and has at most {MAX_VALUES} values"
     return None
 
 

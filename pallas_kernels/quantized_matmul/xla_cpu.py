@@ -118,13 +118,12 @@ def _decode(codes: jax.Array, part: dict[str, jax.Array], weight: Weight) -> jax
 
 
 def select(codes: jax.Array, values: Sequence[float]) -> jax.Array:
-    """`values[codes]` in float32. Sixteen values by a tree of selects, which are vector
-    instructions; XLA:CPU looks one element up at a time.
+    """`values[codes]` in float32 by a tree of selects, which are vector instructions; XLA:CPU
+    would look one element up at a time.
     """
-    if len(values) > 16:
-        return jnp.asarray(values, jnp.float32).at[codes].get(mode="clip")
-    level = [jnp.float32(v) for v in (*values, *(values[-1],) * (16 - len(values)))]
-    for bit in range(4):
+    bits = max(len(values) - 1, 1).bit_length()
+    level = [jnp.float32(v) for v in (*values, *(values[-1],) * ((1 << bits) - len(values)))]
+    for bit in range(bits):
         is_set = (codes & jnp.uint8(1 << bit)) != 0
         pairs = zip(level[::2], level[1::2], strict=True)
         level = [jnp.where(is_set, odd, even) for even, odd in pairs]
