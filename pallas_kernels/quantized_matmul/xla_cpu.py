@@ -91,7 +91,9 @@ def _blocked_dot(x: jax.Array, arrays: dict[str, jax.Array], problem: Problem) -
         cut = (weight.groups, group // run, run // 2)
     else:
         xs, cut = [x], (weight.groups, 1, group)
+    cut = tuple(s for i, s in enumerate(cut) if i != 1 or s != 1)  # extra axes cost time
     names = [n for n in ("codes", "scale", "zero", "offset") if n in arrays]
+    arrays = {**arrays, "codes": _after(x, arrays["codes"])}
 
     def one(*block: jax.Array) -> jax.Array:
         part = dict(zip(names, block, strict=True))
@@ -104,9 +106,25 @@ def _blocked_dot(x: jax.Array, arrays: dict[str, jax.Array], problem: Problem) -
     return _over_rows(one, [arrays[n] for n in names], weight.n, weight.k)
 
 
+def _after(x: jax.Array, codes: jax.Array) -> jax.Array:
+    """The same codes, which depend on x as far as XLA can see.
+
+    XLA runs first whatever depends on no other operation: it would decode all layers of a model
+    before the first matmul, and hold them all.
+    """
+    zero = lax.optimization_barrier(
+        lax.bitcast_convert_type(x[0, 0], jnp.uint32) >> jnp.uint32(31)
+    ) >> jnp.uint32(1)
+    bits = lax.bitcast_convert_type(codes, jnp.uint8)
+    return lax.bitcast_convert_type(bits ^ zero.astype(jnp.uint8), codes.dtype)
+
+
 def _decode(codes: jax.Array, part: dict[str, jax.Array], weight: Weight) -> jax.Array:
-    """Float32 weights `[rows, groups, runs, length]` from unsigned nibbles, or from whole codes."""
-    per_group = {n: v.astype(jnp.float32)[:, :, None, None] for n, v in part.items()}
+    """Float32 weights from unsigned nibbles or from whole codes, `[rows, groups, ...]`."""
+    shape = (*codes.shape[:2], *[1] * (codes.ndim - 2))
+    per_group = {
+        n: v.astype(jnp.float32).reshape(shape[0], -1, *shape[2:]) for n, v in part.items()
+    }
     if weight.values is not None:
         w = select(codes, weight.values)
     else:
