@@ -3,12 +3,10 @@
 XLA:CPU has a fast float32 dot and, for two rows or more against `[n, k]`, a fast int8 one; a dot
 with a convert in front of it at m = 1 is fifteen times slower. Hence:
 
-- int8 codes with one scale per channel and few rows: x is written as three int8 digits of base 254
-  (`x = s * (d0 + d1 / 254 + d2 / 254^2)`, an error of 2^-24 of the row's largest magnitude), the
-  digits are rows of one int8 dot, whose int32 sums are exact. Weights are read once, as bytes.
+- x that holds int8 codes, on int8 codes with one scale per channel: the int8 dot itself, a single
+  row padded to two.
 - everything else: the rows of the weight are decoded to float32, a few megabytes at a time so that
   they stay in the cache, each block followed by its float32 dot.
-- x that holds int8 codes, on int8 codes with one scale per channel: the int8 dot itself.
 """
 
 import math
@@ -23,7 +21,6 @@ from pallas_kernels.quantized_matmul.problem import Problem, Weight
 from pallas_kernels.quantized_matmul.rows import SIGN, padded_group, run_length
 
 BLOCK = 1_400_000  # weights decoded at a time; 344 rows of 4096 were the best of 16 to 1376
-DIGIT_ROWS = 4  # up to so many rows of x three int8 rows each are faster than one float32 row
 MAX_K = 2**31 // (127 * 128)  # int32 sums of int8 products are exact up to here
 
 
@@ -40,22 +37,17 @@ def supports(problem: Problem, device: Device) -> str | None:
 
 def run(x: jax.Array, arrays: dict[str, jax.Array], problem: Problem) -> jax.Array:
     """See the module; `[m, k] -> [m, n]`."""
-    if _is_integer_dot(problem.weight) and problem.x == "int8":
-        y = _integer_dot(x, arrays["codes"]).astype(jnp.float32) * _per_channel(arrays)
-    elif _is_integer_dot(problem.weight) and problem.m <= DIGIT_ROWS:
-        y = _digits_dot(x.astype(jnp.float32), arrays["codes"]) * _per_channel(arrays)
+    if problem.x == "int8" and _has_plain_channels(problem.weight):
+        scale = arrays["scale"].astype(jnp.float32).reshape(1, -1)
+        y = _integer_dot(x, arrays["codes"]).astype(jnp.float32) * scale
     else:
         y = _blocked_dot(x.astype(jnp.float32), arrays, problem)
     return y.astype(problem.out)
 
 
-def _is_integer_dot(weight: Weight) -> bool:
+def _has_plain_channels(weight: Weight) -> bool:
     plain = weight.zero is None and weight.offset is None and weight.values is None
     return weight.code == "int8" and weight.groups == 1 and plain and weight.k <= MAX_K
-
-
-def _per_channel(arrays: dict[str, jax.Array]) -> jax.Array:
-    return arrays["scale"].astype(jnp.float32).reshape(1, -1)
 
 
 def _integer_dot(x: jax.Array, codes: jax.Array) -> jax.Array:
@@ -63,21 +55,6 @@ def _integer_dot(x: jax.Array, codes: jax.Array) -> jax.Array:
     m = x.shape[0]
     x = jnp.pad(x, ((0, 1), (0, 0))) if m == 1 else x
     return _dot(x, codes, jnp.int32)[:m]
-
-
-def _digits_dot(x: jax.Array, codes: jax.Array) -> jax.Array:
-    m, k = x.shape
-    largest = jnp.max(jnp.abs(x), axis=1, keepdims=True)
-    scale = jnp.where(largest == 0, 1, largest / 127)
-    rest, digits = x / scale, []
-    for _ in range(3):
-        digit = jnp.round(rest)
-        digits.append(digit.astype(jnp.int8))
-        rest = (rest - digit) * 254
-    rows = jnp.stack(digits).reshape(3 * m, k)
-    sums = _dot(rows, codes, jnp.int32).astype(jnp.float32).reshape(3, m, -1)
-    y = (sums[0] + (sums[1] + sums[2] / 254) / 254) * scale
-    return jnp.where(jnp.isfinite(largest), y, jnp.nan)
 
 
 def _blocked_dot(x: jax.Array, arrays: dict[str, jax.Array], problem: Problem) -> jax.Array:
