@@ -272,6 +272,15 @@ def plan(
     return _plan(q, lead, k_axes, n_axes, wanted if layout is None else [layout])
 
 
+def why_not(q: QTensor, sites: Sequence[Site] = ()) -> str:
+    """Why `prepare` leaves `q` as it is; "prepare was not asked to" where it would not."""
+    try:
+        plan(q, sites)
+    except CannotCarry as why:
+        return str(why)
+    return "prepare was not asked to"
+
+
 def _plan(
     q: QTensor,
     lead: int,
