@@ -1,0 +1,561 @@
+"""Hopper, m <= 16: bfloat16 x by a 4-bit weight that is streamed once, in one launch.
+
+x is stationary: every warp keeps the x of its own stretch of k in registers, in operand order, and
+weights stream past it, 16 output channels at a time, through a ring in shared memory. A warp decodes
+its tiles straight into the A operands of `mma.m16n8k16` (`lop3` makes 128 + u of a code exactly, a
+bfloat16 subtraction takes the bias off, exactly), and scales the sum of each group in float32. The
+warps' sums meet in shared memory one step later, so that nobody waits; blocks of a cluster, which
+split k further, send theirs to the block that owns the channels. All sums are taken in fixed order.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import fragmented_array as fa
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, scf
+
+from pallas_kernels.quantized_matmul import hopper_layout as layout
+
+SHARED_MEMORY = 232448 - 1024  # bytes of a block, less what Mosaic keeps
+LAG = 2  # turns after which a cluster's sums are collected
+BF16, F32 = jnp.bfloat16, jnp.float32
+
+
+class Config(NamedTuple):
+    """How the work is cut.
+
+    Attributes:
+      depth: tiles along k whose x a warp keeps.
+      warpgroups: of a block; all split its share of k.
+      cluster: blocks that split k.
+      rows: 16-channel tiles of a turn.
+      steps: turns in the ring of a warpgroup.
+      blocks: clusters along n; each takes every so many-th turn. 0: one turn each.
+    """
+
+    depth: int = 2
+    warpgroups: int = 4
+    cluster: int = 1
+    rows: int = 1
+    steps: int = 4
+    blocks: int = 0
+
+
+class Shape(NamedTuple):
+    """What the kernel is built for: rows of x, tiles along n and k."""
+
+    m: int
+    n: int
+    k: int
+    group: int
+    zeros: bool
+
+    @property
+    def columns(self) -> int:
+        """Tiles of 8 rows of x."""
+        return -(-self.m // 8)
+
+    @property
+    def words(self) -> int:
+        return layout.words(self.group, self.zeros)
+
+
+class Plan(NamedTuple):
+    grid: int  # clusters along n
+    turns: int  # of a cluster, at most
+    box: int  # tiles along k of a warpgroup
+    shared: int  # bytes
+
+
+def plan(shape: Shape, config: Config) -> Plan | str:
+    """The sizes that follow from a config, or why it cannot run."""
+    c = config
+    parts, box = c.cluster * c.warpgroups, 4 * c.depth
+    if shape.m > 16:
+        return f"{shape.m} rows of x, takes at most 16"
+    if shape.n % c.rows:
+        return f"{shape.n} tiles of 16 channels do not divide into turns of {c.rows}"
+    if -(-shape.k // parts) > box or shape.k < box:
+        return f"{parts} warpgroups of {box} tiles do not cover {shape.k} along k"
+    grid = min(c.blocks or shape.n // c.rows, shape.n // c.rows)
+    turns = -(-(shape.n // c.rows) // grid)
+    shared = c.warpgroups * c.steps * c.rows * box * 4 * shape.words
+    sums = c.rows * 1024 * shape.columns // 2
+    shared += min(2, turns) * c.warpgroups * 4 * sums
+    if c.cluster > 1:
+        shared += -(-turns // c.cluster) * c.cluster * sums
+    if shared > SHARED_MEMORY:
+        return f"needs {shared} bytes of shared memory, has {SHARED_MEMORY}"
+    return Plan(grid, turns, box, shared)
+
+
+def kernel(shape: Shape, config: Config) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """`f(tiles [n, k, words] int32, x [m, 128 k] bfloat16) -> [m, 16 n] bfloat16`."""
+    sizes = plan(shape, config)
+    if isinstance(sizes, str):
+        raise ValueError(f"{config} cannot run {shape}: {sizes}")
+    c, words = config, shape.words
+    parts, buffers = c.cluster * c.warpgroups, min(2, sizes.turns)
+    owned = -(-sizes.turns // c.cluster)
+    sums_shape = (c.rows * 2 * shape.columns, 64)
+    scratch = {
+        "w_s": plgpu.SMEM((c.warpgroups * c.steps, c.rows, sizes.box, 2, words // 2), jnp.int32),
+        "full": plgpu.Barrier(num_arrivals=1, num_barriers=c.warpgroups * c.steps),
+        "sums": plgpu.SMEM((buffers, c.warpgroups * 4, *sums_shape), F32),
+        "summed": plgpu.Barrier(num_arrivals=c.warpgroups, num_barriers=buffers),
+        "taken": plgpu.Barrier(num_arrivals=c.warpgroups, num_barriers=buffers),
+    }
+    if c.cluster > 1:
+        scratch["slots"] = plgpu.SMEM((owned, c.cluster, *sums_shape), F32)
+        scratch["arrived"] = plgpu.SMEM((owned, 2), jnp.int32)
+
+    load_x, step = _load_x(shape, config), _step(shape, config)
+    push, exchange = _push(shape, config), _Exchange(c.cluster * sums_shape[0] * 256)
+    write_warps = _write(shape, config, 4 * c.warpgroups)
+    write_blocks = _write(shape, config, c.cluster)
+
+    def body(w, x, out, *, w_s, full, sums, summed, taken, slots=None, arrived=None):
+        block = lax.axis_index("n")
+        rank = lax.axis_index("k") if c.cluster > 1 else jnp.int32(0)
+        wg = lax.axis_index("wg") if c.warpgroups > 1 else jnp.int32(0)
+        first = jnp.minimum((rank * c.warpgroups + wg) * shape.k // parts, shape.k - sizes.box)
+        turns = (shape.n // c.rows - block + sizes.grid - 1) // sizes.grid
+
+        def channels(turn):
+            return out.at[:, pl.ds((block + turn * sizes.grid) * c.rows * layout.ROWS, layout.ROWS)]
+
+        def fetch(turn):
+            at = wg * c.steps + lax.rem(turn, jnp.int32(c.steps))
+            rows = pl.ds((block + turn * sizes.grid) * c.rows, c.rows)
+            plgpu.copy_gmem_to_smem(w.at[rows, pl.ds(first, sizes.box)], w_s.at[at], full.at[at])
+
+        def reduce(turn):
+            """Adds the warps' sums of a turn."""
+            buffer = lax.rem(turn, jnp.int32(buffers))
+            plgpu.barrier_wait(summed.at[buffer])
+            if c.cluster == 1:
+                write_warps(channels(turn), sums.at[buffer])
+            else:
+                at, owner = turn // c.cluster, lax.rem(turn, jnp.int32(c.cluster))
+                for r in range(c.cluster):  # the owner's rank must be known to the copy
+                    pl.when(owner == r)(
+                        lambda r=r: push[r](slots.at[at, rank], arrived.at[at], sums.at[buffer])
+                    )
+            plgpu.barrier_arrive(taken.at[buffer])
+
+        def collect(turn):
+            """Adds the blocks' sums of a turn, in the block that owns it."""
+
+            @pl.when((turn >= 0) & (lax.rem(turn, jnp.int32(c.cluster)) == rank))
+            def _():
+                exchange.wait(arrived.at[turn // c.cluster])
+                write_blocks(channels(turn), slots.at[turn // c.cluster])
+
+        if c.cluster > 1:
+            exchange.open(arrived)
+
+        def begin(turn, _):
+            pl.when(turn < turns)(lambda: fetch(turn))
+            return _
+
+        lax.fori_loop(0, c.steps, begin, jnp.int32(0))
+        kept = load_x(x)
+        if c.cluster > 1:
+            exchange.meet()
+
+        def one_turn(turn, _):
+            buffer = lax.rem(turn, jnp.int32(buffers))
+            at = wg * c.steps + lax.rem(turn, jnp.int32(c.steps))
+            plgpu.barrier_wait(full.at[at])
+            pl.when(turn >= buffers)(lambda: plgpu.barrier_wait(taken.at[buffer]))
+            step(w_s.at[at], sums.at[buffer, pl.ds(wg * 4, 4)], kept)
+            plgpu.barrier_arrive(summed.at[buffer])
+            pl.when(turn + c.steps < turns)(lambda: fetch(turn + c.steps))
+            pl.when(turn > 0)(lambda: reduce(turn - 1))
+            if c.cluster > 1:
+                collect(turn - 1 - LAG)
+            return _
+
+        lax.fori_loop(0, turns, one_turn, jnp.int32(0))
+        reduce(turns - 1)
+        if c.cluster > 1:
+            for back in range(LAG, -1, -1):
+                collect(turns - 1 - back)
+
+    options: dict[str, Any] = {}
+    if c.cluster > 1:
+        options |= {"cluster": (c.cluster,), "cluster_names": ("k",)}
+    if c.warpgroups > 1:
+        options |= {"num_threads": c.warpgroups, "thread_name": "wg"}
+    run = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((shape.m, layout.ROWS * shape.n), BF16),
+        scratch_types=scratch,
+        grid=(sizes.grid,),
+        grid_names=("n",),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        **options,
+    )
+    return lambda tiles, x: run(tiles.reshape(shape.n, shape.k, 2, words // 2), x)
+
+
+# What Pallas has no operation for, in Mosaic GPU. Of the lanes of a warp, lane = 4 r + c.
+
+
+def _i32(value: int) -> ir.Value:
+    kind = ir.IntegerType.get_signless(32)
+    return arith.constant(kind, ir.IntegerAttr.get(kind, value - (1 << 32) * (value >> 31)))
+
+
+def _zero() -> ir.Value:
+    return arith.constant(ir.F32Type.get(), ir.FloatAttr.get(ir.F32Type.get(), 0.0))
+
+
+def _add(x: ir.Value, n: int) -> ir.Value:
+    return arith.addi(x, _i32(n)) if n else x
+
+
+def _asm(kind: Any, code: str, constraints: str, *args: ir.Value, effects: bool = False) -> Any:
+    return llvm.inline_asm(kind, list(args), code, constraints, has_side_effects=effects)
+
+
+def _run(code: str, constraints: str, *args: ir.Value) -> None:
+    _asm(ir.Type.parse("!llvm.void"), code, constraints, *args, effects=True)
+
+
+def _lane() -> tuple[ir.Value, ir.Value]:
+    """(warp of the block, lane of the warp)."""
+    thread = utils.thread_idx()
+    return arith.shrui(thread, _i32(5)), arith.andi(thread, _i32(31))
+
+
+def _at(ref: ir.Value, offset: ir.Value, unit: ir.Type) -> ir.Value:
+    """A pointer `offset` units into a ref."""
+    base = utils.memref_ptr(ref)
+    return llvm.getelementptr(
+        base.type, base, [offset], [-2147483648], unit, llvm.GEPNoWrapFlags.none
+    )
+
+
+def _near(ref: ir.Value, byte: int = 0) -> ir.Value:
+    """The 32-bit address of a ref to shared memory."""
+    return _add(llvm.ptrtoint(ir.IntegerType.get_signless(32), utils.memref_ptr(ref)), byte)
+
+
+def _far(address: ir.Value, rank: int) -> ir.Value:
+    """The address of the same place in another block of the cluster."""
+    i32 = ir.IntegerType.get_signless(32)
+    return _asm(i32, "mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r", address, _i32(rank))
+
+
+def _load(ref: ir.Value, word: ir.Value, n: int, kind: ir.Type) -> list[ir.Value]:
+    """`n` neighboring 32-bit words of shared memory, as one vector load."""
+    vector = llvm.load(ir.VectorType.get((n,), kind), _at(ref, word, kind), alignment=4 * n)
+    return [llvm.extractelement(vector, _i32(i)) for i in range(n)]
+
+
+def _load_x(shape: Shape, config: Config):
+    """The x of each warp's k: int32 `[registers, thread]`, register `((j * 4 + b) * columns + col) *
+    4 + q` of a lane: bfloat16 pair q of the eight at k = 128 j + 32 b + 8 c of row 8 col + r.
+
+    Beyond the rows of x, and where the tiles belong to another warpgroup, it is 0.
+    """
+    box, parts = 4 * config.depth, config.cluster * config.warpgroups
+    count = config.depth * 16 * shape.columns
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(),),
+        return_type=plgpu.ShapeDtypeStruct(
+            (count, 128), jnp.int32, layout=plgpu.Layout.WG_STRIDED((count, 128), vec_size=1)
+        ),
+    )
+    def load_x(ctx, x):
+        i32, i64 = (ir.IntegerType.get_signless(n) for n in (32, 64))
+        four = llvm.StructType.get_literal([i32] * 4)
+        warp, lane = _lane()
+        rank = _asm(i32, "mov.u32 $0, %cluster_ctarank;", "=r") if config.cluster > 1 else _i32(0)
+        part = arith.addi(
+            arith.muli(rank, _i32(config.warpgroups)), arith.shrui(warp, _i32(2))
+        )
+        begin, end = (
+            arith.divui(arith.muli(_add(part, i), _i32(shape.k)), _i32(parts)) for i in (0, 1)
+        )
+        first = arith.minui(begin, _i32(shape.k - box))
+        tile = arith.addi(
+            first, arith.muli(arith.andi(warp, _i32(3)), _i32(config.depth))
+        )
+        r, c = arith.shrui(lane, _i32(2)), arith.andi(lane, _i32(3))
+        out = []
+        for j in range(config.depth):
+            own = _add(tile, j)
+            mine = arith.andi(
+                arith.cmpi(arith.CmpIPredicate.uge, own, begin),
+                arith.cmpi(arith.CmpIPredicate.ult, own, end),
+            )
+            for b in range(4):
+                for column in range(shape.columns):
+                    row = _add(r, 8 * column)
+                    there = arith.cmpi(arith.CmpIPredicate.ult, row, _i32(shape.m))
+                    live = arith.extui(i32, arith.andi(mine, there))
+                    offset = arith.addi(
+                        arith.muli(row, _i32(shape.k * layout.DEPTH)),
+                        _add(
+                            arith.addi(
+                                arith.muli(own, _i32(layout.DEPTH)), arith.muli(c, _i32(8))
+                            ),
+                            32 * b,
+                        ),
+                    )
+                    got = _asm(
+                        four,
+                        "{ .reg .pred p; setp.ne.b32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; "
+                        "mov.b32 $2, 0; mov.b32 $3, 0; "
+                        "@p ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4]; }",
+                        "=&r,=&r,=&r,=&r,l,r",
+                        _at(x, arith.extui(i64, offset), ir.BF16Type.get()),
+                        live,
+                    )
+                    out += [llvm.extractvalue(i32, got, [q]) for q in range(4)]
+        one = ir.VectorType.get((1,), i32)
+        registers = [
+            llvm.insertelement(llvm.mlir_undef(one), value, _i32(0)) for value in out
+        ]
+        return _registers(registers, (count, 128))
+
+    return load_x
+
+
+def _registers(values: list[ir.Value], shape: tuple[int, int]) -> fa.FragmentedArray:
+    import numpy as np
+
+    return fa.FragmentedArray(
+        _registers=np.array(values, dtype=object),
+        _layout=fa.WGStridedFragLayout(shape, vec_size=1),
+        _is_signed=True,
+    )
+
+
+def _step(shape: Shape, config: Config):
+    """Writes the sums of each warp over its k, `[warp, (row, column, half), 64]`: a lane's pair at
+    2 lane holds channel r + 8 half, rows 8 column + 2 c and the next of x.
+    """
+    words, columns = shape.words, shape.columns
+    groups, per_group = layout.DEPTH // shape.group, shape.group // 16
+    box, count = 4 * config.depth, config.depth * 16 * columns
+    kept = plgpu.Layout.WG_STRIDED((count, 128), vec_size=1)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), kept))
+    def step(ctx, w_s, sums_s, x):
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        four = llvm.StructType.get_literal([f32] * 4)
+        warp, lane = _lane()
+        warp = arith.andi(warp, _i32(3))
+        x_of = [llvm.extractelement(v, _i32(0)) for v in x.registers.flat]
+
+        def mma(a, b, c):
+            got = _asm(
+                four,
+                "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+                "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+                *a,
+                *b,
+                *c,
+            )
+            return [llvm.extractvalue(f32, got, [i]) for i in range(4)]
+
+        def operand(word, bias):
+            a = []
+            for p in range(4):
+                moved = arith.shrui(word, _i32(4 * p)) if p else word
+                code = "lop3.b32 $0, $1, 0x000F000F, 0x43004300, 0xEA;"
+                made = _asm(i32, code, "=r,r", moved)
+                a.append(_asm(i32, "sub.bf16x2 $0, $1, $2;", "=r,r,r", made, bias[p % 2]))
+            return a
+
+        lane_4 = arith.muli(lane, _i32(4))
+        r = arith.shrui(lane, _i32(2))
+        tile = arith.muli(arith.muli(warp, _i32(config.depth)), _i32(words))
+        for row in range(config.rows):
+            sums = [[_zero()] * 4 for _ in range(columns)]
+            for j in range(config.depth):
+                base = _add(tile, (row * box + j) * words)
+                codes = []
+                for half in range(2):
+                    codes += _load(w_s, arith.addi(base, _add(lane_4, half * 128)), 4, i32)
+                for group in range(groups):
+                    at = arith.addi(base, _add(r, layout.CODES + 8 * group))
+                    (word,) = _load(w_s, at, 1, i32)
+                    scale = [
+                        utils.bitcast(v, f32)
+                        for v in (arith.shli(word, _i32(16)), arith.andi(word, _i32(0xFFFF0000)))
+                    ]
+                    bias = [_i32(0x43084308)] * 2  # 136, of codes that were -8 .. 7
+                    if shape.zeros:
+                        (word,) = _load(w_s, _add(at, 8 * groups), 1, i32)
+                        bias = [
+                            _asm(i32, f"prmt.b32 $0, $1, 0, {select};", "=r,r", word)
+                            for select in ("0x1010", "0x3232")
+                        ]
+                    parts = [[_zero()] * 4 for _ in range(columns)]
+                    for i in range(group * per_group, (group + 1) * per_group):
+                        a = operand(codes[i], bias)
+                        for column in range(columns):
+                            at_x = ((j * 4 + i // 2) * columns + column) * 4 + 2 * (i % 2)
+                            parts[column] = mma(a, x_of[at_x : at_x + 2], parts[column])
+                    for total, part in zip(sums, parts, strict=True):
+                        for i in range(4):
+                            code = "fma.rn.f32 $0, $1, $2, $3;"
+                            total[i] = _asm(
+                                f32, code, "=f,f,f,f", scale[i // 2], part[i], total[i]
+                            )
+            for column in range(columns):
+                for half in range(2):
+                    line = (row * columns + column) * 2 + half
+                    place = arith.addi(
+                        arith.muli(warp, _i32(config.rows * 2 * columns * 64)),
+                        _add(arith.muli(lane, _i32(2)), line * 64),
+                    )
+                    _store_pair(sums_s, place, sums[column][2 * half : 2 * half + 2])
+
+    return step
+
+
+def _store_pair(ref: ir.Value, place: ir.Value, values: list[ir.Value]) -> None:
+    f32 = ir.F32Type.get()
+    vector = llvm.mlir_undef(ir.VectorType.get((2,), f32))
+    for i, value in enumerate(values):
+        vector = llvm.insertelement(vector, value, _i32(i))
+    llvm.store(vector, _at(ref, place, f32), alignment=8)
+
+
+def _each_total(
+    shape: Shape, config: Config, sums: ir.Value, count: int, use: Callable[..., None]
+) -> None:
+    """Adds `count` sums `[count, line, 64]` in order; warps take turns at the lines.
+
+    `use` is given the line, the lane and the pair of totals.
+    """
+    f32 = ir.F32Type.get()
+    lines, warps = config.rows * 2 * shape.columns, 4 * config.warpgroups
+    warp, lane = _lane()
+    for i in range(-(-lines // warps)):
+        line = _add(warp, i * warps)
+        live = arith.cmpi(arith.CmpIPredicate.ult, line, _i32(lines))
+        branch = scf.IfOp(live)
+        with ir.InsertionPoint(branch.then_block):
+            place = arith.addi(arith.muli(line, _i32(64)), arith.muli(lane, _i32(2)))
+            got = [_load(sums, _add(place, part * lines * 64), 2, f32) for part in range(count)]
+            total = got[0]
+            for part in got[1:]:
+                total = [arith.addf(t, v) for t, v in zip(total, part, strict=True)]
+            use(line, lane, total)
+            scf.yield_([])
+
+
+def _write(shape: Shape, config: Config, count: int):
+    """Adds `count` sums and writes them to bfloat16 `[m, channels]` of the result."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+    def write(ctx, out, sums):
+        i32, i64 = (ir.IntegerType.get_signless(n) for n in (32, 64))
+
+        def put(line, lane, total):
+            half = arith.andi(line, _i32(1))
+            rest = arith.shrui(line, _i32(1))
+            column = arith.remui(rest, _i32(shape.columns))
+            row = arith.divui(rest, _i32(shape.columns))
+            channel = arith.addi(
+                arith.muli(row, _i32(layout.ROWS)),
+                arith.addi(arith.muli(half, _i32(8)), arith.shrui(lane, _i32(2))),
+            )
+            m = arith.addi(
+                arith.muli(column, _i32(8)), arith.muli(arith.andi(lane, _i32(3)), _i32(2))
+            )
+            for i, value in enumerate(total):
+                there = _add(m, i)
+                offset = arith.addi(
+                    arith.muli(there, _i32(layout.ROWS * shape.n)), channel
+                )
+                live = arith.cmpi(arith.CmpIPredicate.ult, there, _i32(shape.m))
+                _run(
+                    "{ .reg .pred p; .reg .b16 h; setp.ne.b32 p, $2, 0; "
+                    "cvt.rn.bf16.f32 h, $1; @p st.global.b16 [$0], h; }",
+                    "l,f,r",
+                    _at(out, arith.extui(i64, offset), ir.BF16Type.get()),
+                    value,
+                    arith.extui(i32, live),
+                )
+
+        _each_total(shape, config, sums, count, put)
+
+    return write
+
+
+def _push(shape: Shape, config: Config):
+    """Per rank: adds the warps' sums and sends them to a slot of that block."""
+
+    def to(rank: int):
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.RefType()))
+        def push(ctx, slot, arrived, sums):
+            barrier, start = _far(_near(arrived), rank), _far(_near(slot), rank)
+
+            def send(line, lane, total):
+                byte = arith.addi(arith.muli(line, _i32(256)), arith.muli(lane, _i32(8)))
+                _run(
+                    "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 "
+                    "[$0], {$2, $3}, [$1];",
+                    "r,r,f,f",
+                    arith.addi(start, byte),
+                    barrier,
+                    *total,
+                )
+
+            _each_total(shape, config, sums, 4 * config.warpgroups, send)
+
+        return push
+
+    return [to(rank) for rank in range(config.cluster)]
+
+
+class _Exchange:
+    """Barriers on which the blocks of a cluster leave `size` bytes for each other, once."""
+
+    def __init__(self, size: int) -> None:
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+        def open_(ctx, barriers):
+            i32 = ir.IntegerType.get_signless(32)
+            live = arith.cmpi(arith.CmpIPredicate.eq, utils.thread_idx(), _i32(0))
+            for i in range(ir.MemRefType(barriers.type).shape[0]):
+                _run(
+                    "{ .reg .pred p; setp.ne.b32 p, $1, 0; "
+                    "@p mbarrier.init.shared::cta.b64 [$0], 1; "
+                    f"@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {size}; }}",
+                    "r,r",
+                    _near(barriers, 8 * i),
+                    arith.extui(i32, live),
+                )
+            _run("barrier.cluster.arrive.release.aligned;", "~{memory}")
+
+        @plgpu.inline_mgpu(arg_types=())
+        def meet(ctx):
+            _run("barrier.cluster.wait.acquire.aligned;", "~{memory}")
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+        def wait(ctx, barrier):
+            _run(
+                "{ .reg .pred p; AGAIN_${:uid}: "
+                "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [$0], 0; "
+                "@!p bra AGAIN_${:uid}; }",
+                "r,~{memory}",
+                _near(barrier),
+            )
+
+        self.open, self.meet, self.wait = open_, meet, wait
