@@ -1,11 +1,12 @@
 """Hopper, m <= 16: bfloat16 x by a 4-bit weight that is streamed once, in one launch.
 
 x is stationary: every warp keeps the x of its own stretch of k in registers, in operand order, and
-weights stream past it, 16 output channels at a time, through a ring in shared memory. A warp decodes
-its tiles straight into the A operands of `mma.m16n8k16` (`lop3` makes 128 + u of a code exactly, a
-bfloat16 subtraction takes the bias off, exactly), and scales the sum of each group in float32. The
-warps' sums meet in shared memory one step later, so that nobody waits; blocks of a cluster, which
-split k further, send theirs to the block that owns the channels. All sums are taken in fixed order.
+weights stream past it, 16 output channels at a time, through the warp's own ring in shared memory. A
+warp decodes its tiles straight into the A operands of `mma.m16n8k16`: `lop3` makes 128 + u of a code
+exactly. The bias comes off by way of the sums of x, which the warp takes once: the accumulator of a
+group starts at -bias * sum(x), and the group's scale is applied to it in float32. The warps' sums
+meet in shared memory; blocks of a cluster, which split k further, send theirs to the block that owns
+the channels. All sums are taken in fixed order.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import fragmented_array as fa
@@ -36,7 +38,7 @@ class Config(NamedTuple):
       warpgroups: of a block; all split its share of k.
       cluster: blocks that split k.
       rows: 16-channel tiles of a turn.
-      steps: turns in the ring of a warpgroup.
+      steps: turns in the ring of a warp.
       blocks: clusters along n; each takes every so many-th turn. 0: one turn each.
     """
 
@@ -105,23 +107,23 @@ def kernel(shape: Shape, config: Config) -> Callable[[jax.Array, jax.Array], jax
     parts, buffers = c.cluster * c.warpgroups, min(2, sizes.turns)
     owned = -(-sizes.turns // c.cluster)
     sums_shape = (c.rows * 2 * shape.columns, 64)
+    warps = 4 * c.warpgroups
     scratch = {
-        "w_s": plgpu.SMEM((c.warpgroups * c.steps, c.rows, sizes.box, 2, words // 2), jnp.int32),
-        "full": plgpu.Barrier(num_arrivals=1, num_barriers=c.warpgroups * c.steps),
-        "sums": plgpu.SMEM((buffers, c.warpgroups * 4, *sums_shape), F32),
-        "summed": plgpu.Barrier(num_arrivals=c.warpgroups, num_barriers=buffers),
-        "taken": plgpu.Barrier(num_arrivals=c.warpgroups, num_barriers=buffers),
+        "w_s": plgpu.SMEM((warps, c.steps, c.rows * c.depth * words), jnp.int32),
+        "full": plgpu.SMEM((warps, c.steps, 2), jnp.int32),
+        "sums": plgpu.SMEM((buffers, warps, *sums_shape), F32),
     }
     if c.cluster > 1:
         scratch["slots"] = plgpu.SMEM((owned, c.cluster, *sums_shape), F32)
         scratch["arrived"] = plgpu.SMEM((owned, 2), jnp.int32)
 
-    load_x, step = _load_x(shape, config), _step(shape, config)
+    load_x, step, meet = _load_x(shape, config), _step(shape, config), _meet()
+    ring = _Ring(shape, config)
     push, exchange = _push(shape, config), _Exchange(c.cluster * sums_shape[0] * 256)
-    write_warps = _write(shape, config, 4 * c.warpgroups)
+    write_warps = _write(shape, config, warps)
     write_blocks = _write(shape, config, c.cluster)
 
-    def body(w, x, out, *, w_s, full, sums, summed, taken, slots=None, arrived=None):
+    def body(w, x, out, *, w_s, full, sums, slots=None, arrived=None):
         block = lax.axis_index("n")
         rank = lax.axis_index("k") if c.cluster > 1 else jnp.int32(0)
         wg = lax.axis_index("wg") if c.warpgroups > 1 else jnp.int32(0)
@@ -132,23 +134,9 @@ def kernel(shape: Shape, config: Config) -> Callable[[jax.Array, jax.Array], jax
             return out.at[:, pl.ds((block + turn * sizes.grid) * c.rows * layout.ROWS, layout.ROWS)]
 
         def fetch(turn):
-            at = wg * c.steps + lax.rem(turn, jnp.int32(c.steps))
+            at = lax.rem(turn, jnp.int32(c.steps))
             rows = pl.ds((block + turn * sizes.grid) * c.rows, c.rows)
-            plgpu.copy_gmem_to_smem(w.at[rows, pl.ds(first, sizes.box)], w_s.at[at], full.at[at])
-
-        def reduce(turn):
-            """Adds the warps' sums of a turn."""
-            buffer = lax.rem(turn, jnp.int32(buffers))
-            plgpu.barrier_wait(summed.at[buffer])
-            if c.cluster == 1:
-                write_warps(channels(turn), sums.at[buffer])
-            else:
-                at, owner = turn // c.cluster, lax.rem(turn, jnp.int32(c.cluster))
-                for r in range(c.cluster):  # the owner's rank must be known to the copy
-                    pl.when(owner == r)(
-                        lambda r=r: push[r](slots.at[at, rank], arrived.at[at], sums.at[buffer])
-                    )
-            plgpu.barrier_arrive(taken.at[buffer])
+            ring.fetch(w.at[rows, pl.ds(first, sizes.box)], w_s.at[:, at], full.at[:, at])
 
         def collect(turn):
             """Adds the blocks' sums of a turn, in the block that owns it."""
@@ -158,36 +146,38 @@ def kernel(shape: Shape, config: Config) -> Callable[[jax.Array, jax.Array], jax
                 exchange.wait(arrived.at[turn // c.cluster])
                 write_blocks(channels(turn), slots.at[turn // c.cluster])
 
-        if c.cluster > 1:
-            exchange.open(arrived)
-
         def begin(turn, _):
             pl.when(turn < turns)(lambda: fetch(turn))
             return _
 
+        ring.open(full)
         lax.fori_loop(0, c.steps, begin, jnp.int32(0))
+        if c.cluster > 1:
+            exchange.open(arrived)
         kept = load_x(x)
         if c.cluster > 1:
             exchange.meet()
 
         def one_turn(turn, _):
-            buffer = lax.rem(turn, jnp.int32(buffers))
-            at = wg * c.steps + lax.rem(turn, jnp.int32(c.steps))
-            plgpu.barrier_wait(full.at[at])
-            pl.when(turn >= buffers)(lambda: plgpu.barrier_wait(taken.at[buffer]))
-            step(w_s.at[at], sums.at[buffer, pl.ds(wg * 4, 4)], kept)
-            plgpu.barrier_arrive(summed.at[buffer])
+            at, phase = lax.rem(turn, jnp.int32(c.steps)), turn // c.steps % 2
+            mine = sums.at[lax.rem(turn, jnp.int32(buffers))]
+            ring.wait(full.at[:, at], _thread_wide(phase))
+            step(w_s.at[:, at], mine, kept)
             pl.when(turn + c.steps < turns)(lambda: fetch(turn + c.steps))
-            pl.when(turn > 0)(lambda: reduce(turn - 1))
-            if c.cluster > 1:
-                collect(turn - 1 - LAG)
+            meet()  # also: whoever comes here has read the sums of the turn before
+            if c.cluster == 1:
+                write_warps(channels(turn), mine)
+                return _
+            own = turn // c.cluster
+            owner = _thread_wide(lax.rem(turn, jnp.int32(c.cluster)))
+            push(slots.at[own, rank], arrived.at[own], mine, owner)
+            collect(turn - LAG)
             return _
 
         lax.fori_loop(0, turns, one_turn, jnp.int32(0))
-        reduce(turns - 1)
         if c.cluster > 1:
-            for back in range(LAG, -1, -1):
-                collect(turns - 1 - back)
+            for back in range(LAG, 0, -1):
+                collect(turns - back)
 
     options: dict[str, Any] = {}
     if c.cluster > 1:
@@ -203,8 +193,15 @@ def kernel(shape: Shape, config: Config) -> Callable[[jax.Array, jax.Array], jax
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         **options,
     )
-    return lambda tiles, x: run(tiles.reshape(shape.n, shape.k, 2, words // 2), x)
+    return run
 
+
+def _thread_wide(scalar: jax.Array) -> jax.Array:
+    """A scalar as `SCALAR`, the one form in which inline code takes it."""
+    return jnp.broadcast_to(scalar, (128,))
+
+
+SCALAR = plgpu.Layout.WG_SPLAT((128,))
 
 # What Pallas has no operation for, in Mosaic GPU. Of the lanes of a warp, lane = 4 r + c.
 
@@ -249,10 +246,10 @@ def _near(ref: ir.Value, byte: int = 0) -> ir.Value:
     return _add(llvm.ptrtoint(ir.IntegerType.get_signless(32), utils.memref_ptr(ref)), byte)
 
 
-def _far(address: ir.Value, rank: int) -> ir.Value:
+def _far(address: ir.Value, rank: ir.Value) -> ir.Value:
     """The address of the same place in another block of the cluster."""
     i32 = ir.IntegerType.get_signless(32)
-    return _asm(i32, "mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r", address, _i32(rank))
+    return _asm(i32, "mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r", address, rank)
 
 
 def _load(ref: ir.Value, word: ir.Value, n: int, kind: ir.Type) -> list[ir.Value]:
@@ -261,19 +258,102 @@ def _load(ref: ir.Value, word: ir.Value, n: int, kind: ir.Type) -> list[ir.Value
     return [llvm.extractelement(vector, _i32(i)) for i in range(n)]
 
 
+def _meet():
+    @plgpu.inline_mgpu(arg_types=())
+    def meet(ctx):
+        _run("bar.sync 0;", "~{memory}")
+
+    return meet
+
+
+class _Ring:
+    """Each warp's own stages of weights, `[warp, step]`, and the barriers that say they are full."""
+
+    def __init__(self, shape: Shape, config: Config) -> None:
+        ref = plgpu.RefType()
+        count = config.depth * shape.words  # of a row of tiles, contiguous in both memories
+
+        @plgpu.inline_mgpu(arg_types=(ref,))
+        def open_(ctx, full):
+            warp, lane = _lane()
+            live = arith.cmpi(arith.CmpIPredicate.ult, lane, _i32(config.steps))
+            place = _add_bytes(_near(full), warp, config.steps * 8)
+            _run(
+                "{ .reg .pred p; setp.ne.b32 p, $1, 0; @p mbarrier.init.shared::cta.b64 [$0], 1; "
+                "fence.mbarrier_init.release.cluster; bar.warp.sync 0xFFFFFFFF; }",
+                "r,r,~{memory}",
+                _add_bytes(place, lane, 8),
+                _flag(live),
+            )
+
+        @plgpu.inline_mgpu(arg_types=(ref, ref, ref))
+        def fetch(ctx, w, w_s, full):
+            i64 = ir.IntegerType.get_signless(64)
+            warp, lane = _lane()
+            barrier = _add_bytes(_near(full), warp, config.steps * 8)
+            to = _add_bytes(_near(w_s), warp, config.steps * config.rows * count * 4)
+            source = arith.muli(arith.andi(warp, _i32(3)), _i32(count))
+            live = _flag(arith.cmpi(arith.CmpIPredicate.eq, lane, _i32(0)))
+            _run(
+                "{ .reg .pred p; bar.warp.sync 0xFFFFFFFF; setp.ne.b32 p, $1, 0; "
+                f"@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {config.rows * count * 4}; }}",
+                "r,r,~{memory}",
+                barrier,
+                live,
+            )
+            i32 = ir.IntegerType.get_signless(32)
+            for row in range(config.rows):
+                offset = _add(source, row * shape.k * shape.words)
+                _run(
+                    "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p cp.async.bulk.shared::cluster.global"
+                    f".mbarrier::complete_tx::bytes [$0], [$1], {count * 4}, [$2]; }}",
+                    "r,l,r,r,~{memory}",
+                    _add(to, row * count * 4),
+                    _at(w, arith.extui(i64, offset), i32),
+                    barrier,
+                    live,
+                )
+
+        @plgpu.inline_mgpu(arg_types=(ref, SCALAR))
+        def wait(ctx, full, phase):
+            warp, _ = _lane()
+            _run(
+                "{ .reg .pred p; AGAIN_${:uid}: "
+                "mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1; @!p bra AGAIN_${:uid}; }",
+                "r,r,~{memory}",
+                _add_bytes(_near(full), warp, config.steps * 8),
+                phase.registers.item(),
+            )
+
+        self.open, self.fetch, self.wait = open_, fetch, wait
+
+
+def _flag(condition: ir.Value) -> ir.Value:
+    return arith.extui(ir.IntegerType.get_signless(32), condition)
+
+
+def _add_bytes(address: ir.Value, index: ir.Value, size: int) -> ir.Value:
+    return arith.addi(address, arith.muli(index, _i32(size)))
+
+
 def _load_x(shape: Shape, config: Config):
     """The x of each warp's k: int32 `[registers, thread]`, register `((j * 4 + b) * columns + col) *
     4 + q` of a lane: bfloat16 pair q of the eight at k = 128 j + 32 b + 8 c of row 8 col + r.
 
-    Beyond the rows of x, and where the tiles belong to another warpgroup, it is 0.
+    Beyond the rows of x, and where the tiles belong to another warpgroup, it is 0. With it come
+    float32 `[2 groups columns, thread]`: what the sums of a group start from, or, with zero points,
+    minus the sums of x, of rows 8 col + 2 c and the next.
     """
     box, parts = 4 * config.depth, config.cluster * config.warpgroups
     count = config.depth * 16 * shape.columns
+    totals = config.depth * layout.DEPTH // shape.group * shape.columns * 2
+    kept_layout, totals_layout = _x_layouts(shape, config)
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(),),
-        return_type=plgpu.ShapeDtypeStruct(
-            (count, 128), jnp.int32, layout=plgpu.Layout.WG_STRIDED((count, 128), vec_size=1)
+        return_type=(
+            plgpu.ShapeDtypeStruct((count, 128), jnp.int32, layout=kept_layout),
+            plgpu.ShapeDtypeStruct((totals, 128), F32, layout=totals_layout),
         ),
     )
     def load_x(ctx, x):
@@ -323,23 +403,53 @@ def _load_x(shape: Shape, config: Config):
                         live,
                     )
                     out += [llvm.extractvalue(i32, got, [q]) for q in range(4)]
-        one = ir.VectorType.get((1,), i32)
-        registers = [
-            llvm.insertelement(llvm.mlir_undef(one), value, _i32(0)) for value in out
-        ]
-        return _registers(registers, (count, 128))
+        # bfloat16 pairs: -136, the bias of codes that were -8 .. 7; -1 where there are zero points
+        minus = [_i32(0xBF80BF80 if shape.zeros else 0xC308C308)] * 4
+        sums, per_group = [], shape.group // 16
+        for group in range(config.depth * layout.DEPTH // shape.group):
+            for column in range(shape.columns):
+                total = [_zero()] * 4
+                for i in range(group * per_group, (group + 1) * per_group):
+                    at = (i // 2 * shape.columns + column) * 4 + 2 * (i % 2)
+                    total = _mma(minus, out[at : at + 2], total)
+                sums += total[:2]
+        return _registers(out, i32), _registers(sums, ir.F32Type.get())
 
     return load_x
 
 
-def _registers(values: list[ir.Value], shape: tuple[int, int]) -> fa.FragmentedArray:
-    import numpy as np
+def _x_layouts(shape: Shape, config: Config) -> tuple[Any, Any]:
+    count = config.depth * 16 * shape.columns
+    totals = config.depth * layout.DEPTH // shape.group * shape.columns * 2
+    return tuple(plgpu.Layout.WG_STRIDED((n, 128), vec_size=1) for n in (count, totals))
 
+
+def _registers(values: list[ir.Value], kind: ir.Type) -> fa.FragmentedArray:
+    """One value of each thread per row of `[len(values), 128]`."""
+    one = ir.VectorType.get((1,), kind)
+    registers = np.empty(len(values), dtype=object)
+    for i, value in enumerate(values):
+        registers[i] = llvm.insertelement(llvm.mlir_undef(one), value, _i32(0))
     return fa.FragmentedArray(
-        _registers=np.array(values, dtype=object),
-        _layout=fa.WGStridedFragLayout(shape, vec_size=1),
-        _is_signed=True,
+        _registers=registers,
+        _layout=fa.WGStridedFragLayout((len(values), 128), vec_size=1),
+        _is_signed=None if isinstance(kind, ir.F32Type) else True,
     )
+
+
+def _mma(a: list[ir.Value], b: list[ir.Value], c: list[ir.Value]) -> list[ir.Value]:
+    """c + a b on the tensor cores: 16 x 16 by 16 x 8 bfloat16."""
+    f32 = ir.F32Type.get()
+    got = _asm(
+        llvm.StructType.get_literal([f32] * 4),
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+        "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+        *a,
+        *b,
+        *c,
+    )
+    return [llvm.extractvalue(f32, got, [i]) for i in range(4)]
 
 
 def _step(shape: Shape, config: Config):
@@ -348,74 +458,58 @@ def _step(shape: Shape, config: Config):
     """
     words, columns = shape.words, shape.columns
     groups, per_group = layout.DEPTH // shape.group, shape.group // 16
-    box, count = 4 * config.depth, config.depth * 16 * columns
-    kept = plgpu.Layout.WG_STRIDED((count, 128), vec_size=1)
+    kept, totals = _x_layouts(shape, config)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), kept))
-    def step(ctx, w_s, sums_s, x):
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), (kept, totals)))
+    def step(ctx, w_s, sums_s, kept):
+        x, x_totals = kept
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-        four = llvm.StructType.get_literal([f32] * 4)
         warp, lane = _lane()
-        warp = arith.andi(warp, _i32(3))
-        x_of = [llvm.extractelement(v, _i32(0)) for v in x.registers.flat]
+        x_of, flat = (
+            [llvm.extractelement(v, _i32(0)) for v in a.registers.flat] for a in (x, x_totals)
+        )
+        x_sums = [flat[i : i + 2] for i in range(0, len(flat), 2)]
 
-        def mma(a, b, c):
-            got = _asm(
-                four,
-                "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-                "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
-                "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
-                *a,
-                *b,
-                *c,
-            )
-            return [llvm.extractvalue(f32, got, [i]) for i in range(4)]
+        def operand(word):
+            code = "lop3.b32 $0, $1, 0x000F000F, 0x43004300, 0xEA;"
+            moved = [arith.shrui(word, _i32(4 * p)) if p else word for p in range(4)]
+            return [_asm(i32, code, "=r,r", v) for v in moved]
 
-        def operand(word, bias):
-            a = []
-            for p in range(4):
-                moved = arith.shrui(word, _i32(4 * p)) if p else word
-                code = "lop3.b32 $0, $1, 0x000F000F, 0x43004300, 0xEA;"
-                made = _asm(i32, code, "=r,r", moved)
-                a.append(_asm(i32, "sub.bf16x2 $0, $1, $2;", "=r,r,r", made, bias[p % 2]))
-            return a
+        def fma(a, b, c):
+            return _asm(f32, "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", a, b, c)
+
+        def halves(word):
+            low, high = arith.shli(word, _i32(16)), arith.andi(word, _i32(0xFFFF0000))
+            return [utils.bitcast(v, f32) for v in (low, high)]
 
         lane_4 = arith.muli(lane, _i32(4))
         r = arith.shrui(lane, _i32(2))
-        tile = arith.muli(arith.muli(warp, _i32(config.depth)), _i32(words))
+        tile = arith.muli(warp, _i32(config.steps * config.rows * config.depth * words))
         for row in range(config.rows):
             sums = [[_zero()] * 4 for _ in range(columns)]
             for j in range(config.depth):
-                base = _add(tile, (row * box + j) * words)
+                base = _add(tile, (row * config.depth + j) * words)
                 codes = []
                 for half in range(2):
                     codes += _load(w_s, arith.addi(base, _add(lane_4, half * 128)), 4, i32)
                 for group in range(groups):
                     at = arith.addi(base, _add(r, layout.CODES + 8 * group))
-                    (word,) = _load(w_s, at, 1, i32)
-                    scale = [
-                        utils.bitcast(v, f32)
-                        for v in (arith.shli(word, _i32(16)), arith.andi(word, _i32(0xFFFF0000)))
-                    ]
-                    bias = [_i32(0x43084308)] * 2  # 136, of codes that were -8 .. 7
-                    if shape.zeros:
-                        (word,) = _load(w_s, _add(at, 8 * groups), 1, i32)
-                        bias = [
-                            _asm(i32, f"prmt.b32 $0, $1, 0, {select};", "=r,r", word)
-                            for select in ("0x1010", "0x3232")
-                        ]
-                    parts = [[_zero()] * 4 for _ in range(columns)]
+                    scale = halves(_load(w_s, at, 1, i32)[0])
+                    start = x_sums[(j * groups + group) * columns :][:columns]
+                    parts = [[_zero()] * 4 if shape.zeros else [v[0], v[1]] * 2 for v in start]
                     for i in range(group * per_group, (group + 1) * per_group):
-                        a = operand(codes[i], bias)
+                        a = operand(codes[i])
                         for column in range(columns):
                             at_x = ((j * 4 + i // 2) * columns + column) * 4 + 2 * (i % 2)
-                            parts[column] = mma(a, x_of[at_x : at_x + 2], parts[column])
+                            parts[column] = _mma(a, x_of[at_x : at_x + 2], parts[column])
+                    if shape.zeros:
+                        bias = halves(_load(w_s, _add(at, 8 * groups), 1, i32)[0])
+                        for part, v in zip(parts, start, strict=True):
+                            for i in range(4):
+                                part[i] = fma(bias[i // 2], v[i % 2], part[i])
                     for total, part in zip(sums, parts, strict=True):
                         for i in range(4):
-                            code = "fma.rn.f32 $0, $1, $2, $3;"
-                            total[i] = _asm(
-                                f32, code, "=f,f,f,f", scale[i // 2], part[i], total[i]
-                            )
+                            total[i] = fma(scale[i // 2], part[i], total[i])
             for column in range(columns):
                 for half in range(2):
                     line = (row * columns + column) * 2 + half
@@ -441,11 +535,15 @@ def _each_total(
 ) -> None:
     """Adds `count` sums `[count, line, 64]` in order; warps take turns at the lines.
 
-    `use` is given the line, the lane and the pair of totals.
+    `use` is given the line, the lane and the pair of totals. Where there are fewer lines than warps,
+    they go to warps of different warpgroups and schedulers.
     """
     f32 = ir.F32Type.get()
     lines, warps = config.rows * 2 * shape.columns, 4 * config.warpgroups
     warp, lane = _lane()
+    quad, place = arith.shrui(warp, _i32(2)), arith.andi(warp, _i32(3))
+    turned = arith.andi(arith.subi(place, quad), _i32(3))
+    warp = arith.addi(arith.muli(turned, _i32(config.warpgroups)), quad)
     for i in range(-(-lines // warps)):
         line = _add(warp, i * warps)
         live = arith.cmpi(arith.CmpIPredicate.ult, line, _i32(lines))
@@ -500,29 +598,27 @@ def _write(shape: Shape, config: Config, count: int):
 
 
 def _push(shape: Shape, config: Config):
-    """Per rank: adds the warps' sums and sends them to a slot of that block."""
+    """Adds the warps' sums and sends them to a slot of the block that owns them."""
 
-    def to(rank: int):
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.RefType()))
-        def push(ctx, slot, arrived, sums):
-            barrier, start = _far(_near(arrived), rank), _far(_near(slot), rank)
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.RefType(), SCALAR))
+    def push(ctx, slot, arrived, sums, owner):
+        rank = owner.registers.item()
+        barrier, start = _far(_near(arrived), rank), _far(_near(slot), rank)
 
-            def send(line, lane, total):
-                byte = arith.addi(arith.muli(line, _i32(256)), arith.muli(lane, _i32(8)))
-                _run(
-                    "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 "
-                    "[$0], {$2, $3}, [$1];",
-                    "r,r,f,f",
-                    arith.addi(start, byte),
-                    barrier,
-                    *total,
-                )
+        def send(line, lane, total):
+            byte = arith.addi(arith.muli(line, _i32(256)), arith.muli(lane, _i32(8)))
+            _run(
+                "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 "
+                "[$0], {$2, $3}, [$1];",
+                "r,r,f,f",
+                arith.addi(start, byte),
+                barrier,
+                *total,
+            )
 
-            _each_total(shape, config, sums, 4 * config.warpgroups, send)
+        _each_total(shape, config, sums, 4 * config.warpgroups, send)
 
-        return push
-
-    return [to(rank) for rank in range(config.cluster)]
+    return push
 
 
 class _Exchange:
