@@ -37,8 +37,8 @@ class Config(NamedTuple):
       depth: tiles along k whose x a warp keeps.
       warpgroups: of a block; all split its share of k.
       cluster: blocks that split k.
-      rows: 16-channel tiles of a turn.
-      steps: turns in the ring of a warp.
+      rows: 16-channel tiles of a turn, after which the warps meet.
+      steps: 16-channel tiles in the ring of a warp.
       blocks: clusters along n; each takes every so many-th turn. 0: one turn each.
     """
 
@@ -88,7 +88,7 @@ def plan(shape: Shape, config: Config) -> Plan | str:
         return f"{parts} warpgroups of {box} tiles do not cover {shape.k} along k"
     grid = min(c.blocks or shape.n // c.rows, shape.n // c.rows)
     turns = -(-(shape.n // c.rows) // grid)
-    shared = c.warpgroups * c.steps * c.rows * box * 4 * shape.words
+    shared = c.warpgroups * c.steps * box * 4 * shape.words
     sums = c.rows * 1024 * shape.columns // 2
     shared += min(2, turns) * c.warpgroups * 4 * sums
     if c.cluster > 1:
@@ -109,7 +109,7 @@ def kernel(shape: Shape, config: Config) -> Callable[[jax.Array, jax.Array], jax
     sums_shape = (c.rows * 2 * shape.columns, 64)
     warps = 4 * c.warpgroups
     scratch = {
-        "w_s": plgpu.SMEM((warps, c.steps, c.rows * c.depth * words), jnp.int32),
+        "w_s": plgpu.SMEM((warps, c.steps, c.depth * words), jnp.int32),
         "full": plgpu.SMEM((warps, c.steps, 2), jnp.int32),
         "sums": plgpu.SMEM((buffers, warps, *sums_shape), F32),
     }
@@ -117,7 +117,8 @@ def kernel(shape: Shape, config: Config) -> Callable[[jax.Array, jax.Array], jax
         scratch["slots"] = plgpu.SMEM((owned, c.cluster, *sums_shape), F32)
         scratch["arrived"] = plgpu.SMEM((owned, 2), jnp.int32)
 
-    load_x, step, meet = _load_x(shape, config), _step(shape, config), _meet()
+    load_x, meet = _load_x(shape, config), _meet()
+    step = [_step(shape, config, row) for row in range(c.rows)]
     ring = _Ring(shape, config)
     push, exchange = _push(shape, config), _Exchange(c.cluster * sums_shape[0] * 256)
     write_warps = _write(shape, config, warps)
@@ -133,10 +134,10 @@ def kernel(shape: Shape, config: Config) -> Callable[[jax.Array, jax.Array], jax
         def channels(turn):
             return out.at[:, pl.ds((block + turn * sizes.grid) * c.rows * layout.ROWS, layout.ROWS)]
 
-        def fetch(turn):
-            at = lax.rem(turn, jnp.int32(c.steps))
-            rows = pl.ds((block + turn * sizes.grid) * c.rows, c.rows)
-            ring.fetch(w.at[rows, pl.ds(first, sizes.box)], w_s.at[:, at], full.at[:, at])
+        def fetch(tile):
+            at = lax.rem(tile, jnp.int32(c.steps))
+            row = (block + tile // c.rows * sizes.grid) * c.rows + lax.rem(tile, jnp.int32(c.rows))
+            ring.fetch(w.at[row, pl.ds(first, sizes.box)], w_s.at[:, at], full.at[:, at])
 
         def collect(turn):
             """Adds the blocks' sums of a turn, in the block that owns it."""
@@ -146,8 +147,8 @@ def kernel(shape: Shape, config: Config) -> Callable[[jax.Array, jax.Array], jax
                 exchange.wait(arrived.at[turn // c.cluster])
                 write_blocks(channels(turn), slots.at[turn // c.cluster])
 
-        def begin(turn, _):
-            pl.when(turn < turns)(lambda: fetch(turn))
+        def begin(tile, _):
+            pl.when(tile < turns * c.rows)(lambda: fetch(tile))
             return _
 
         ring.open(full)
@@ -159,11 +160,14 @@ def kernel(shape: Shape, config: Config) -> Callable[[jax.Array, jax.Array], jax
             exchange.meet()
 
         def one_turn(turn, _):
-            at, phase = lax.rem(turn, jnp.int32(c.steps)), turn // c.steps % 2
             mine = sums.at[lax.rem(turn, jnp.int32(buffers))]
-            ring.wait(full.at[:, at], _thread_wide(phase))
-            step(w_s.at[:, at], mine, kept)
-            pl.when(turn + c.steps < turns)(lambda: fetch(turn + c.steps))
+            for row in range(c.rows):
+                tile = turn * c.rows + row
+                at = lax.rem(tile, jnp.int32(c.steps))
+                ring.wait(full.at[:, at], _thread_wide(tile // c.steps % 2))
+                step[row](w_s.at[:, at], mine, kept)
+                ahead = tile + c.steps
+                pl.when(ahead < turns * c.rows)(lambda ahead=ahead: fetch(ahead))
             meet()  # also: whoever comes here has read the sums of the turn before
             if c.cluster == 1:
                 write_warps(channels(turn), mine)
@@ -291,28 +295,25 @@ class _Ring:
             i64 = ir.IntegerType.get_signless(64)
             warp, lane = _lane()
             barrier = _add_bytes(_near(full), warp, config.steps * 8)
-            to = _add_bytes(_near(w_s), warp, config.steps * config.rows * count * 4)
+            to = _add_bytes(_near(w_s), warp, config.steps * count * 4)
             source = arith.muli(arith.andi(warp, _i32(3)), _i32(count))
             live = _flag(arith.cmpi(arith.CmpIPredicate.eq, lane, _i32(0)))
             _run(
                 "{ .reg .pred p; bar.warp.sync 0xFFFFFFFF; setp.ne.b32 p, $1, 0; "
-                f"@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {config.rows * count * 4}; }}",
+                f"@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {count * 4}; }}",
                 "r,r,~{memory}",
                 barrier,
                 live,
             )
-            i32 = ir.IntegerType.get_signless(32)
-            for row in range(config.rows):
-                offset = _add(source, row * shape.k * shape.words)
-                _run(
-                    "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p cp.async.bulk.shared::cluster.global"
-                    f".mbarrier::complete_tx::bytes [$0], [$1], {count * 4}, [$2]; }}",
-                    "r,l,r,r,~{memory}",
-                    _add(to, row * count * 4),
-                    _at(w, arith.extui(i64, offset), i32),
-                    barrier,
-                    live,
-                )
+            _run(
+                "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p cp.async.bulk.shared::cluster.global"
+                f".mbarrier::complete_tx::bytes [$0], [$1], {count * 4}, [$2]; }}",
+                "r,l,r,r,~{memory}",
+                to,
+                _at(w, arith.extui(i64, source), ir.IntegerType.get_signless(32)),
+                barrier,
+                live,
+            )
 
         @plgpu.inline_mgpu(arg_types=(ref, SCALAR))
         def wait(ctx, full, phase):
@@ -361,16 +362,12 @@ def _load_x(shape: Shape, config: Config):
         four = llvm.StructType.get_literal([i32] * 4)
         warp, lane = _lane()
         rank = _asm(i32, "mov.u32 $0, %cluster_ctarank;", "=r") if config.cluster > 1 else _i32(0)
-        part = arith.addi(
-            arith.muli(rank, _i32(config.warpgroups)), arith.shrui(warp, _i32(2))
-        )
+        part = arith.addi(arith.muli(rank, _i32(config.warpgroups)), arith.shrui(warp, _i32(2)))
         begin, end = (
             arith.divui(arith.muli(_add(part, i), _i32(shape.k)), _i32(parts)) for i in (0, 1)
         )
         first = arith.minui(begin, _i32(shape.k - box))
-        tile = arith.addi(
-            first, arith.muli(arith.andi(warp, _i32(3)), _i32(config.depth))
-        )
+        tile = arith.addi(first, arith.muli(arith.andi(warp, _i32(3)), _i32(config.depth)))
         r, c = arith.shrui(lane, _i32(2)), arith.andi(lane, _i32(3))
         out = []
         for j in range(config.depth):
@@ -387,9 +384,7 @@ def _load_x(shape: Shape, config: Config):
                     offset = arith.addi(
                         arith.muli(row, _i32(shape.k * layout.DEPTH)),
                         _add(
-                            arith.addi(
-                                arith.muli(own, _i32(layout.DEPTH)), arith.muli(c, _i32(8))
-                            ),
+                            arith.addi(arith.muli(own, _i32(layout.DEPTH)), arith.muli(c, _i32(8))),
                             32 * b,
                         ),
                     )
@@ -452,9 +447,9 @@ def _mma(a: list[ir.Value], b: list[ir.Value], c: list[ir.Value]) -> list[ir.Val
     return [llvm.extractvalue(f32, got, [i]) for i in range(4)]
 
 
-def _step(shape: Shape, config: Config):
-    """Writes the sums of each warp over its k, `[warp, (row, column, half), 64]`: a lane's pair at
-    2 lane holds channel r + 8 half, rows 8 column + 2 c and the next of x.
+def _step(shape: Shape, config: Config, row: int):
+    """Writes the sums of each warp over its k, of one tile of a turn, `[warp, (row, column, half),
+    64]`: a lane's pair at 2 lane holds channel r + 8 half, rows 8 column + 2 c and the next of x.
     """
     words, columns = shape.words, shape.columns
     groups, per_group = layout.DEPTH // shape.group, shape.group // 16
@@ -484,40 +479,39 @@ def _step(shape: Shape, config: Config):
 
         lane_4 = arith.muli(lane, _i32(4))
         r = arith.shrui(lane, _i32(2))
-        tile = arith.muli(warp, _i32(config.steps * config.rows * config.depth * words))
-        for row in range(config.rows):
-            sums = [[_zero()] * 4 for _ in range(columns)]
-            for j in range(config.depth):
-                base = _add(tile, (row * config.depth + j) * words)
-                codes = []
-                for half in range(2):
-                    codes += _load(w_s, arith.addi(base, _add(lane_4, half * 128)), 4, i32)
-                for group in range(groups):
-                    at = arith.addi(base, _add(r, layout.CODES + 8 * group))
-                    scale = halves(_load(w_s, at, 1, i32)[0])
-                    start = x_sums[(j * groups + group) * columns :][:columns]
-                    parts = [[_zero()] * 4 if shape.zeros else [v[0], v[1]] * 2 for v in start]
-                    for i in range(group * per_group, (group + 1) * per_group):
-                        a = operand(codes[i])
-                        for column in range(columns):
-                            at_x = ((j * 4 + i // 2) * columns + column) * 4 + 2 * (i % 2)
-                            parts[column] = _mma(a, x_of[at_x : at_x + 2], parts[column])
-                    if shape.zeros:
-                        bias = halves(_load(w_s, _add(at, 8 * groups), 1, i32)[0])
-                        for part, v in zip(parts, start, strict=True):
-                            for i in range(4):
-                                part[i] = fma(bias[i // 2], v[i % 2], part[i])
-                    for total, part in zip(sums, parts, strict=True):
+        tile = arith.muli(warp, _i32(config.steps * config.depth * words))
+        sums = [[_zero()] * 4 for _ in range(columns)]
+        for j in range(config.depth):
+            base = _add(tile, j * words)
+            codes = []
+            for half in range(2):
+                codes += _load(w_s, arith.addi(base, _add(lane_4, half * 128)), 4, i32)
+            for group in range(groups):
+                at = arith.addi(base, _add(r, layout.CODES + 8 * group))
+                scale = halves(_load(w_s, at, 1, i32)[0])
+                start = x_sums[(j * groups + group) * columns :][:columns]
+                parts = [[_zero()] * 4 if shape.zeros else [v[0], v[1]] * 2 for v in start]
+                for i in range(group * per_group, (group + 1) * per_group):
+                    a = operand(codes[i])
+                    for column in range(columns):
+                        at_x = ((j * 4 + i // 2) * columns + column) * 4 + 2 * (i % 2)
+                        parts[column] = _mma(a, x_of[at_x : at_x + 2], parts[column])
+                if shape.zeros:
+                    bias = halves(_load(w_s, _add(at, 8 * groups), 1, i32)[0])
+                    for part, v in zip(parts, start, strict=True):
                         for i in range(4):
-                            total[i] = fma(scale[i // 2], part[i], total[i])
-            for column in range(columns):
-                for half in range(2):
-                    line = (row * columns + column) * 2 + half
-                    place = arith.addi(
-                        arith.muli(warp, _i32(config.rows * 2 * columns * 64)),
-                        _add(arith.muli(lane, _i32(2)), line * 64),
-                    )
-                    _store_pair(sums_s, place, sums[column][2 * half : 2 * half + 2])
+                            part[i] = fma(bias[i // 2], v[i % 2], part[i])
+                for total, part in zip(sums, parts, strict=True):
+                    for i in range(4):
+                        total[i] = fma(scale[i // 2], part[i], total[i])
+        for column in range(columns):
+            for half in range(2):
+                line = (row * columns + column) * 2 + half
+                place = arith.addi(
+                    arith.muli(warp, _i32(config.rows * 2 * columns * 64)),
+                    _add(arith.muli(lane, _i32(2)), line * 64),
+                )
+                _store_pair(sums_s, place, sums[column][2 * half : 2 * half + 2])
 
     return step
 
@@ -579,9 +573,7 @@ def _write(shape: Shape, config: Config, count: int):
             )
             for i, value in enumerate(total):
                 there = _add(m, i)
-                offset = arith.addi(
-                    arith.muli(there, _i32(layout.ROWS * shape.n)), channel
-                )
+                offset = arith.addi(arith.muli(there, _i32(layout.ROWS * shape.n)), channel)
                 live = arith.cmpi(arith.CmpIPredicate.ult, there, _i32(shape.m))
                 _run(
                     "{ .reg .pred p; .reg .b16 h; setp.ne.b32 p, $2, 0; "
