@@ -1,5 +1,8 @@
 """qjax: functional quantization for JAX."""
 
+from qjax.prepared import Prepared as Prepared
+from qjax.prepared import prepare as prepare
+from qjax.prepared import unprepare as unprepare
 from qjax.qtensor import QTensor as QTensor
 from qjax.qtensor import dequantize as dequantize
 from qjax.qtensor import is_qtensor as is_qtensor

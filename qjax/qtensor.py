@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -22,9 +23,52 @@ class Activation:
     spec: Spec = dataclasses.field(metadata={"static": True})
 
 
+class Quantized:
+    """A weight in low precision, held in several arrays but one leaf to everything in qjax:
+    a QTensor, or what `prepare` makes of one.
+    """
+
+    format: str
+    dtype: np.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def check(self, path: str = "") -> None:
+        """Raises ValueError, naming `path` and the remedy, if the arrays belie the rest."""
+        raise NotImplementedError
+
+    def dequantized(self) -> jax.Array:
+        """The array that it stands for."""
+        raise NotImplementedError
+
+    def specs(self, entries: Sequence[Any], shards: Sequence[int], path: str) -> Any:
+        """The PartitionSpecs of its arrays, for the entries and shards of each axis."""
+        raise NotImplementedError
+
+    def __jax_array__(self) -> NoReturn:
+        raise TypeError(
+            f"{self!r} reached a function that expects an array. Wrap the function that takes the "
+            "parameters: qjax.quantized(fn)(qparams, ...); or turn this weight back into an array "
+            "with qjax.dequantize"
+        )
+
+    def __array__(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+        self.__jax_array__()
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
-class QTensor:
+class QTensor(Quantized):
     """An array in low precision: `x = (decode(qvalue) - zero_point) * scale + offset`, by blocks.
 
     Invariants, checked on first use and never by the constructor (tree maps put anything into
@@ -61,14 +105,6 @@ class QTensor:
             return stored
         return stored[: len(stored) - len(self.block)] + self.param_shape
 
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
-
     def __repr__(self) -> str:
         try:
             shape = self.shape
@@ -76,30 +112,29 @@ class QTensor:
             shape = "?"
         return f"QTensor({self.format}, shape={shape}, block={self.block}, dtype={self.dtype})"
 
-    def __jax_array__(self) -> NoReturn:
-        raise TypeError(
-            f"{self!r} reached a function that expects an array. Wrap the function that takes the "
-            "parameters: qjax.quantized(fn)(qparams, ...); or turn this weight back into an array "
-            "with qjax.dequantize"
-        )
+    def check(self, path: str = "") -> None:
+        check(self, path)
 
-    def __array__(self, *_args: Any, **_kwargs: Any) -> NoReturn:
-        self.__jax_array__()
+    def dequantized(self) -> jax.Array:
+        return dequantize(self)
 
 
 def is_qtensor(leaf: Any) -> bool:
-    """Whether `leaf` is a QTensor: the `is_leaf` of every tree map over quantized parameters."""
-    return isinstance(leaf, QTensor)
+    """Whether `leaf` is a QTensor, prepared or not: the `is_leaf` of every tree map over quantized
+    parameters.
+    """
+    return isinstance(leaf, Quantized)
 
 
-def dequantize(q: QTensor) -> jax.Array:
+def dequantize(q: Quantized) -> jax.Array:
     """The array that a QTensor stands for.
 
     `x = (decode(qvalue) - zero_point) * scale + offset`, evaluated block-wise in float32, each
     operation rounded once, and the result rounded to `q.dtype`.
 
     Args:
-      q: a QTensor of any format; scales and offsets that are QTensors are dequantized first.
+      q: a QTensor of any format, prepared or not; scales and offsets that are QTensors are
+        dequantized first.
 
     Returns:
       An array of `q.shape` and `q.dtype`.
@@ -114,6 +149,8 @@ def dequantize(q: QTensor) -> jax.Array:
       >>> qjax.dequantize(q).tolist()
       [[1.0, -2.0], [127.0, 254.0]]
     """
+    if not isinstance(q, QTensor):
+        return q.dequantized()
     check(q)
     return _dequantize(q)
 
