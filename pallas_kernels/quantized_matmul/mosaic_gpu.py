@@ -1,40 +1,31 @@
-"""Hopper, m <= 16: bfloat16 x by a 4-bit weight that is streamed once, in one launch.
-
-x is stationary: every warp keeps the x of its own stretch of k in registers, in operand order, and
-weights stream past it, 16 output channels at a time, through the warp's own ring in shared memory. A
-warp decodes its tiles straight into the A operands of `mma.m16n8k16`: `lop3` makes 128 + u of a code
-exactly. The bias comes off by way of the sums of x, which the warp takes once: the accumulator of a
-group starts at -bias * sum(x), and the group's scale is applied to it in float32. The warps' sums
-meet in shared memory; blocks of a cluster, which split k further, send theirs to the block that owns
-the channels. All sums are taken in fixed order.
+"""Hopper through Pallas Mosaic GPU: what it supports, and how the work is cut. No GPU is needed to
+ask; the kernel is in `hopper_kernel` and imported when it runs.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import itertools
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu import fragmented_array as fa
-from jax.experimental.mosaic.gpu import utils
-from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, scf
 
-from pallas_kernels.quantized_matmul import hopper_layout as layout
+from pallas_kernels.frame import Device
+from pallas_kernels.quantized_matmul import hopper_layout
+from pallas_kernels.quantized_matmul.problem import Problem, Weight
 
-SHARED_MEMORY = 232448 - 1024  # bytes of a block, less what Mosaic keeps
-LAG = 2  # turns after which a cluster's sums are collected
-BF16, F32 = jnp.bfloat16, jnp.float32
+SHARED_MEMORY = 232448 - 2048  # bytes of a block, less what Mosaic keeps
+MULTIPROCESSORS = 132
+FAST_REGISTERS = 4  # depth times eighths of m: more do not fit beside the rest of a warp's values
+MAX_ROWS = 16
+TABLES = pathlib.Path(__file__).parent / "tables"
 
 
 class Config(NamedTuple):
     """How the work is cut.
 
     Attributes:
-      depth: tiles along k whose x a warp keeps.
+      depth: tiles of 128 along k whose x a warp keeps.
       warpgroups: of a block; all split its share of k.
       cluster: blocks that split k.
       rows: 16-channel tiles of a turn, after which the warps meet.
@@ -50,600 +41,128 @@ class Config(NamedTuple):
     blocks: int = 0
 
 
-class Shape(NamedTuple):
-    """What the kernel is built for: rows of x, tiles along n and k."""
-
-    m: int
-    n: int
-    k: int
-    group: int
-    zeros: bool
-
-    @property
-    def columns(self) -> int:
-        """Tiles of 8 rows of x."""
-        return -(-self.m // 8)
-
-    @property
-    def words(self) -> int:
-        return layout.words(self.group, self.zeros)
-
-
 class Plan(NamedTuple):
+    """Sizes that follow from a config."""
+
+    tiles_n: int  # of 16 channels
+    tiles_k: int
     grid: int  # clusters along n
     turns: int  # of a cluster, at most
     box: int  # tiles along k of a warpgroup
     shared: int  # bytes
 
 
-def plan(shape: Shape, config: Config) -> Plan | str:
+def tile_words(weight: Weight) -> int:
+    """32-bit words of a tile: codes, scales, and zero points or offsets."""
+    extra = (weight.zero is not None) + (weight.offset is not None)
+    return hopper_layout.CODES + hopper_layout.scale_words(weight) * (1 + extra)
+
+
+def columns(m: int) -> int:
+    """Tiles of 8 rows of x."""
+    return -(-m // 8)
+
+
+def plan(m: int, weight: Weight, config: Config) -> Plan | str:
     """The sizes that follow from a config, or why it cannot run."""
     c = config
+    n, k = -(-weight.n // hopper_layout.ROWS), -(-weight.k // hopper_layout.DEPTH)
     parts, box = c.cluster * c.warpgroups, 4 * c.depth
-    if shape.m > 16:
-        return f"{shape.m} rows of x, takes at most 16"
-    if shape.n % c.rows:
-        return f"{shape.n} tiles of 16 channels do not divide into turns of {c.rows}"
-    if -(-shape.k // parts) > box or shape.k < box:
-        return f"{parts} warpgroups of {box} tiles do not cover {shape.k} along k"
-    grid = min(c.blocks or shape.n // c.rows, shape.n // c.rows)
-    turns = -(-(shape.n // c.rows) // grid)
-    shared = c.warpgroups * c.steps * box * 4 * shape.words
-    sums = c.rows * 1024 * shape.columns // 2
+    if n % c.rows:
+        return f"{n} tiles of 16 channels do not divide into turns of {c.rows}"
+    if -(-k // parts) > box or k < box:
+        return f"{parts} warpgroups of {box} tiles do not cover {k} along k"
+    grid = min(c.blocks or n // c.rows, n // c.rows)
+    turns = -(-(n // c.rows) // grid)
+    sums = c.rows * 512 * columns(m)
+    shared = c.warpgroups * c.steps * box * 4 * tile_words(weight)
     shared += min(2, turns) * c.warpgroups * 4 * sums
     if c.cluster > 1:
         shared += -(-turns // c.cluster) * c.cluster * sums
     if shared > SHARED_MEMORY:
         return f"needs {shared} bytes of shared memory, has {SHARED_MEMORY}"
-    return Plan(grid, turns, box, shared)
+    return Plan(n, k, grid, turns, box, shared)
 
 
-def kernel(shape: Shape, config: Config) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """`f(tiles [n, k, words] int32, x [m, 128 k] bfloat16) -> [m, 16 n] bfloat16`."""
-    sizes = plan(shape, config)
-    if isinstance(sizes, str):
-        raise ValueError(f"{config} cannot run {shape}: {sizes}")
-    c, words = config, shape.words
-    parts, buffers = c.cluster * c.warpgroups, min(2, sizes.turns)
-    owned = -(-sizes.turns // c.cluster)
-    sums_shape = (c.rows * 2 * shape.columns, 64)
-    warps = 4 * c.warpgroups
-    scratch = {
-        "w_s": plgpu.SMEM((warps, c.steps, c.depth * words), jnp.int32),
-        "full": plgpu.SMEM((warps, c.steps, 2), jnp.int32),
-        "sums": plgpu.SMEM((buffers, warps, *sums_shape), F32),
-    }
-    if c.cluster > 1:
-        scratch["slots"] = plgpu.SMEM((owned, c.cluster, *sums_shape), F32)
-        scratch["arrived"] = plgpu.SMEM((owned, 2), jnp.int32)
+def configs(m: int, weight: Weight) -> Iterator[tuple[float, Config]]:
+    """Configs that can run, each with a guess at its worth (the share of the peak).
 
-    load_x, meet = _load_x(shape, config), _meet()
-    step = [_step(shape, config, row) for row in range(c.rows)]
-    ring = _Ring(shape, config)
-    push, exchange = _push(shape, config), _Exchange(c.cluster * sums_shape[0] * 256)
-    write_warps = _write(shape, config, warps)
-    write_blocks = _write(shape, config, c.cluster)
-
-    def body(w, x, out, *, w_s, full, sums, slots=None, arrived=None):
-        block = lax.axis_index("n")
-        rank = lax.axis_index("k") if c.cluster > 1 else jnp.int32(0)
-        wg = lax.axis_index("wg") if c.warpgroups > 1 else jnp.int32(0)
-        first = jnp.minimum((rank * c.warpgroups + wg) * shape.k // parts, shape.k - sizes.box)
-        turns = (shape.n // c.rows - block + sizes.grid - 1) // sizes.grid
-
-        def channels(turn):
-            return out.at[:, pl.ds((block + turn * sizes.grid) * c.rows * layout.ROWS, layout.ROWS)]
-
-        def fetch(tile):
-            at = lax.rem(tile, jnp.int32(c.steps))
-            row = (block + tile // c.rows * sizes.grid) * c.rows + lax.rem(tile, jnp.int32(c.rows))
-            ring.fetch(w.at[row, pl.ds(first, sizes.box)], w_s.at[:, at], full.at[:, at])
-
-        def collect(turn):
-            """Adds the blocks' sums of a turn, in the block that owns it."""
-
-            @pl.when((turn >= 0) & (lax.rem(turn, jnp.int32(c.cluster)) == rank))
-            def _():
-                exchange.wait(arrived.at[turn // c.cluster])
-                write_blocks(channels(turn), slots.at[turn // c.cluster])
-
-        def begin(tile, _):
-            pl.when(tile < turns * c.rows)(lambda: fetch(tile))
-            return _
-
-        ring.open(full)
-        lax.fori_loop(0, c.steps, begin, jnp.int32(0))
-        if c.cluster > 1:
-            exchange.open(arrived)
-        kept = load_x(x)
-        if c.cluster > 1:
-            exchange.meet()
-
-        def one_turn(turn, _):
-            mine = sums.at[lax.rem(turn, jnp.int32(buffers))]
-            for row in range(c.rows):
-                tile = turn * c.rows + row
-                at = lax.rem(tile, jnp.int32(c.steps))
-                ring.wait(full.at[:, at], _thread_wide(tile // c.steps % 2))
-                step[row](w_s.at[:, at], mine, kept)
-                ahead = tile + c.steps
-                pl.when(ahead < turns * c.rows)(lambda ahead=ahead: fetch(ahead))
-            meet()  # also: whoever comes here has read the sums of the turn before
-            if c.cluster == 1:
-                write_warps(channels(turn), mine)
-                return _
-            own = turn // c.cluster
-            owner = _thread_wide(lax.rem(turn, jnp.int32(c.cluster)))
-            push(slots.at[own, rank], arrived.at[own], mine, owner)
-            collect(turn - LAG)
-            return _
-
-        lax.fori_loop(0, turns, one_turn, jnp.int32(0))
-        if c.cluster > 1:
-            for back in range(LAG, 0, -1):
-                collect(turns - back)
-
-    options: dict[str, Any] = {}
-    if c.cluster > 1:
-        options |= {"cluster": (c.cluster,), "cluster_names": ("k",)}
-    if c.warpgroups > 1:
-        options |= {"num_threads": c.warpgroups, "thread_name": "wg"}
-    run = plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((shape.m, layout.ROWS * shape.n), BF16),
-        scratch_types=scratch,
-        grid=(sizes.grid,),
-        grid_names=("n",),
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        **options,
-    )
-    return run
-
-
-def _thread_wide(scalar: jax.Array) -> jax.Array:
-    """A scalar as `SCALAR`, the one form in which inline code takes it."""
-    return jnp.broadcast_to(scalar, (128,))
-
-
-SCALAR = plgpu.Layout.WG_SPLAT((128,))
-
-# What Pallas has no operation for, in Mosaic GPU. Of the lanes of a warp, lane = 4 r + c.
-
-
-def _i32(value: int) -> ir.Value:
-    kind = ir.IntegerType.get_signless(32)
-    return arith.constant(kind, ir.IntegerAttr.get(kind, value - (1 << 32) * (value >> 31)))
-
-
-def _zero() -> ir.Value:
-    return arith.constant(ir.F32Type.get(), ir.FloatAttr.get(ir.F32Type.get(), 0.0))
-
-
-def _add(x: ir.Value, n: int) -> ir.Value:
-    return arith.addi(x, _i32(n)) if n else x
-
-
-def _asm(kind: Any, code: str, constraints: str, *args: ir.Value, effects: bool = False) -> Any:
-    return llvm.inline_asm(kind, list(args), code, constraints, has_side_effects=effects)
-
-
-def _run(code: str, constraints: str, *args: ir.Value) -> None:
-    _asm(ir.Type.parse("!llvm.void"), code, constraints, *args, effects=True)
-
-
-def _lane() -> tuple[ir.Value, ir.Value]:
-    """(warp of the block, lane of the warp)."""
-    thread = utils.thread_idx()
-    return arith.shrui(thread, _i32(5)), arith.andi(thread, _i32(31))
-
-
-def _at(ref: ir.Value, offset: ir.Value, unit: ir.Type) -> ir.Value:
-    """A pointer `offset` units into a ref."""
-    base = utils.memref_ptr(ref)
-    return llvm.getelementptr(
-        base.type, base, [offset], [-2147483648], unit, llvm.GEPNoWrapFlags.none
-    )
-
-
-def _near(ref: ir.Value, byte: int = 0) -> ir.Value:
-    """The 32-bit address of a ref to shared memory."""
-    return _add(llvm.ptrtoint(ir.IntegerType.get_signless(32), utils.memref_ptr(ref)), byte)
-
-
-def _far(address: ir.Value, rank: ir.Value) -> ir.Value:
-    """The address of the same place in another block of the cluster."""
-    i32 = ir.IntegerType.get_signless(32)
-    return _asm(i32, "mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r", address, rank)
-
-
-def _load(ref: ir.Value, word: ir.Value, n: int, kind: ir.Type) -> list[ir.Value]:
-    """`n` neighboring 32-bit words of shared memory, as one vector load."""
-    vector = llvm.load(ir.VectorType.get((n,), kind), _at(ref, word, kind), alignment=4 * n)
-    return [llvm.extractelement(vector, _i32(i)) for i in range(n)]
-
-
-def _meet():
-    @plgpu.inline_mgpu(arg_types=())
-    def meet(ctx):
-        _run("bar.sync 0;", "~{memory}")
-
-    return meet
-
-
-class _Ring:
-    """Each warp's own stages of weights, `[warp, step]`, and the barriers that say they are full."""
-
-    def __init__(self, shape: Shape, config: Config) -> None:
-        ref = plgpu.RefType()
-        count = config.depth * shape.words  # of a row of tiles, contiguous in both memories
-
-        @plgpu.inline_mgpu(arg_types=(ref,))
-        def open_(ctx, full):
-            warp, lane = _lane()
-            live = arith.cmpi(arith.CmpIPredicate.ult, lane, _i32(config.steps))
-            place = _add_bytes(_near(full), warp, config.steps * 8)
-            _run(
-                "{ .reg .pred p; setp.ne.b32 p, $1, 0; @p mbarrier.init.shared::cta.b64 [$0], 1; "
-                "fence.mbarrier_init.release.cluster; bar.warp.sync 0xFFFFFFFF; }",
-                "r,r,~{memory}",
-                _add_bytes(place, lane, 8),
-                _flag(live),
-            )
-
-        @plgpu.inline_mgpu(arg_types=(ref, ref, ref))
-        def fetch(ctx, w, w_s, full):
-            i64 = ir.IntegerType.get_signless(64)
-            warp, lane = _lane()
-            barrier = _add_bytes(_near(full), warp, config.steps * 8)
-            to = _add_bytes(_near(w_s), warp, config.steps * count * 4)
-            source = arith.muli(arith.andi(warp, _i32(3)), _i32(count))
-            live = _flag(arith.cmpi(arith.CmpIPredicate.eq, lane, _i32(0)))
-            _run(
-                "{ .reg .pred p; bar.warp.sync 0xFFFFFFFF; setp.ne.b32 p, $1, 0; "
-                f"@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {count * 4}; }}",
-                "r,r,~{memory}",
-                barrier,
-                live,
-            )
-            _run(
-                "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p cp.async.bulk.shared::cluster.global"
-                f".mbarrier::complete_tx::bytes [$0], [$1], {count * 4}, [$2]; }}",
-                "r,l,r,r,~{memory}",
-                to,
-                _at(w, arith.extui(i64, source), ir.IntegerType.get_signless(32)),
-                barrier,
-                live,
-            )
-
-        @plgpu.inline_mgpu(arg_types=(ref, SCALAR))
-        def wait(ctx, full, phase):
-            warp, _ = _lane()
-            _run(
-                "{ .reg .pred p; AGAIN_${:uid}: "
-                "mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1; @!p bra AGAIN_${:uid}; }",
-                "r,r,~{memory}",
-                _add_bytes(_near(full), warp, config.steps * 8),
-                phase.registers.item(),
-            )
-
-        self.open, self.fetch, self.wait = open_, fetch, wait
-
-
-def _flag(condition: ir.Value) -> ir.Value:
-    return arith.extui(ir.IntegerType.get_signless(32), condition)
-
-
-def _add_bytes(address: ir.Value, index: ir.Value, size: int) -> ir.Value:
-    return arith.addi(address, arith.muli(index, _i32(size)))
-
-
-def _load_x(shape: Shape, config: Config):
-    """The x of each warp's k: int32 `[registers, thread]`, register `((j * 4 + b) * columns + col) *
-    4 + q` of a lane: bfloat16 pair q of the eight at k = 128 j + 32 b + 8 c of row 8 col + r.
-
-    Beyond the rows of x, and where the tiles belong to another warpgroup, it is 0. With it come
-    float32 `[2 groups columns, thread]`: what the sums of a group start from, or, with zero points,
-    minus the sums of x, of rows 8 col + 2 c and the next.
+    The guess multiplies how evenly the work falls on the multiprocessors, how much of k is padding,
+    how many bytes are on their way at a time, and how much x is read beside the weight.
     """
-    box, parts = 4 * config.depth, config.cluster * config.warpgroups
-    count = config.depth * 16 * shape.columns
-    totals = config.depth * layout.DEPTH // shape.group * shape.columns * 2
-    kept_layout, totals_layout = _x_layouts(shape, config)
-
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(),),
-        return_type=(
-            plgpu.ShapeDtypeStruct((count, 128), jnp.int32, layout=kept_layout),
-            plgpu.ShapeDtypeStruct((totals, 128), F32, layout=totals_layout),
-        ),
-    )
-    def load_x(ctx, x):
-        i32, i64 = (ir.IntegerType.get_signless(n) for n in (32, 64))
-        four = llvm.StructType.get_literal([i32] * 4)
-        warp, lane = _lane()
-        rank = _asm(i32, "mov.u32 $0, %cluster_ctarank;", "=r") if config.cluster > 1 else _i32(0)
-        part = arith.addi(arith.muli(rank, _i32(config.warpgroups)), arith.shrui(warp, _i32(2)))
-        begin, end = (
-            arith.divui(arith.muli(_add(part, i), _i32(shape.k)), _i32(parts)) for i in (0, 1)
-        )
-        first = arith.minui(begin, _i32(shape.k - box))
-        tile = arith.addi(first, arith.muli(arith.andi(warp, _i32(3)), _i32(config.depth)))
-        r, c = arith.shrui(lane, _i32(2)), arith.andi(lane, _i32(3))
-        out = []
-        for j in range(config.depth):
-            own = _add(tile, j)
-            mine = arith.andi(
-                arith.cmpi(arith.CmpIPredicate.uge, own, begin),
-                arith.cmpi(arith.CmpIPredicate.ult, own, end),
+    n, k = -(-weight.n // hopper_layout.ROWS), -(-weight.k // hopper_layout.DEPTH)
+    sizes = itertools.product((1, 2, 3, 4), (1, 2, 3, 4), (1, 2, 4, 8), (1, 2, 4), (1, 2))
+    for depth, warpgroups, cluster, rows, resident in sizes:
+        if depth * columns(m) > FAST_REGISTERS or not 2 <= warpgroups * resident <= 4 or n % rows:
+            continue
+        # clusters of 4 and 8 do not fill every processing cluster of the chip
+        usable = MULTIPROCESSORS - {1: 0, 2: 0, 4: 16, 8: 12}[cluster]
+        at_once = usable * resident // cluster
+        turns = -(-(n // rows) // at_once)
+        blocks = -(-(n // rows) // turns)
+        for steps in (16, 12, 8, 6, 5, 4, 3, 2, 1):
+            config = Config(depth, warpgroups, cluster, rows, steps, blocks)
+            sized = plan(m, weight, config)
+            if isinstance(sized, str) or steps > turns * rows:
+                continue
+            if sized.shared > (SHARED_MEMORY + 2048) // resident - 2048:
+                continue
+            even = (
+                n
+                / (blocks * turns * rows)
+                * min(1.0, blocks * cluster / (MULTIPROCESSORS * resident))
             )
-            for b in range(4):
-                for column in range(shape.columns):
-                    row = _add(r, 8 * column)
-                    there = arith.cmpi(arith.CmpIPredicate.ult, row, _i32(shape.m))
-                    live = arith.extui(i32, arith.andi(mine, there))
-                    offset = arith.addi(
-                        arith.muli(row, _i32(shape.k * layout.DEPTH)),
-                        _add(
-                            arith.addi(arith.muli(own, _i32(layout.DEPTH)), arith.muli(c, _i32(8))),
-                            32 * b,
-                        ),
-                    )
-                    got = _asm(
-                        four,
-                        "{ .reg .pred p; setp.ne.b32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; "
-                        "mov.b32 $2, 0; mov.b32 $3, 0; "
-                        "@p ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4]; }",
-                        "=&r,=&r,=&r,=&r,l,r",
-                        _at(x, arith.extui(i64, offset), ir.BF16Type.get()),
-                        live,
-                    )
-                    out += [llvm.extractvalue(i32, got, [q]) for q in range(4)]
-        # bfloat16 pairs: -136, the bias of codes that were -8 .. 7; -1 where there are zero points
-        minus = [_i32(0xBF80BF80 if shape.zeros else 0xC308C308)] * 4
-        sums, per_group = [], shape.group // 16
-        for group in range(config.depth * layout.DEPTH // shape.group):
-            for column in range(shape.columns):
-                total = [_zero()] * 4
-                for i in range(group * per_group, (group + 1) * per_group):
-                    at = (i // 2 * shape.columns + column) * 4 + 2 * (i % 2)
-                    total = _mma(minus, out[at : at + 2], total)
-                sums += total[:2]
-        return _registers(out, i32), _registers(sums, ir.F32Type.get())
-
-    return load_x
+            useful = k / (cluster * warpgroups * 4 * depth)
+            waiting = resident * warpgroups * steps * sized.box * 4 * tile_words(weight)
+            x_bytes = blocks * weight.k * m * 2
+            all_bytes = n * k * 4 * tile_words(weight)
+            worth = even * (0.5 + 0.5 * useful) * (0.6 + 0.4 * min(1.0, waiting / 90_000))
+            worth *= {1: 1.0, 2: 0.97, 4: 0.85, 8: 0.85}[cluster] * (1.05 if rows > 1 else 1.0)
+            yield worth / (1 + 0.15 * x_bytes / all_bytes), config
+            break
 
 
-def _x_layouts(shape: Shape, config: Config) -> tuple[Any, Any]:
-    count = config.depth * 16 * shape.columns
-    totals = config.depth * layout.DEPTH // shape.group * shape.columns * 2
-    return tuple(plgpu.Layout.WG_STRIDED((n, 128), vec_size=1) for n in (count, totals))
-
-
-def _registers(values: list[ir.Value], kind: ir.Type) -> fa.FragmentedArray:
-    """One value of each thread per row of `[len(values), 128]`."""
-    one = ir.VectorType.get((1,), kind)
-    registers = np.empty(len(values), dtype=object)
-    for i, value in enumerate(values):
-        registers[i] = llvm.insertelement(llvm.mlir_undef(one), value, _i32(0))
-    return fa.FragmentedArray(
-        _registers=registers,
-        _layout=fa.WGStridedFragLayout((len(values), 128), vec_size=1),
-        _is_signed=None if isinstance(kind, ir.F32Type) else True,
-    )
-
-
-def _mma(a: list[ir.Value], b: list[ir.Value], c: list[ir.Value]) -> list[ir.Value]:
-    """c + a b on the tensor cores: 16 x 16 by 16 x 8 bfloat16."""
-    f32 = ir.F32Type.get()
-    got = _asm(
-        llvm.StructType.get_literal([f32] * 4),
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
-        "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
-        *a,
-        *b,
-        *c,
-    )
-    return [llvm.extractvalue(f32, got, [i]) for i in range(4)]
-
-
-def _step(shape: Shape, config: Config, row: int):
-    """Writes the sums of each warp over its k, of one tile of a turn, `[warp, (row, column, half),
-    64]`: a lane's pair at 2 lane holds channel r + 8 half, rows 8 column + 2 c and the next of x.
+def choose_config(m: int, weight: Weight, kind: str) -> Config | None:
+    """An exact row of the device's table, else the row of the next larger m, else the best guess;
+    None if no config can run.
     """
-    words, columns = shape.words, shape.columns
-    groups, per_group = layout.DEPTH // shape.group, shape.group // 16
-    kept, totals = _x_layouts(shape, config)
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), (kept, totals)))
-    def step(ctx, w_s, sums_s, kept):
-        x, x_totals = kept
-        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-        warp, lane = _lane()
-        x_of, flat = (
-            [llvm.extractelement(v, _i32(0)) for v in a.registers.flat] for a in (x, x_totals)
-        )
-        x_sums = [flat[i : i + 2] for i in range(0, len(flat), 2)]
-
-        def operand(word):
-            code = "lop3.b32 $0, $1, 0x000F000F, 0x43004300, 0xEA;"
-            moved = [arith.shrui(word, _i32(4 * p)) if p else word for p in range(4)]
-            return [_asm(i32, code, "=r,r", v) for v in moved]
-
-        def fma(a, b, c):
-            return _asm(f32, "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", a, b, c)
-
-        def halves(word):
-            low, high = arith.shli(word, _i32(16)), arith.andi(word, _i32(0xFFFF0000))
-            return [utils.bitcast(v, f32) for v in (low, high)]
-
-        lane_4 = arith.muli(lane, _i32(4))
-        r = arith.shrui(lane, _i32(2))
-        tile = arith.muli(warp, _i32(config.steps * config.depth * words))
-        sums = [[_zero()] * 4 for _ in range(columns)]
-        for j in range(config.depth):
-            base = _add(tile, j * words)
-            codes = []
-            for half in range(2):
-                codes += _load(w_s, arith.addi(base, _add(lane_4, half * 128)), 4, i32)
-            for group in range(groups):
-                at = arith.addi(base, _add(r, layout.CODES + 8 * group))
-                scale = halves(_load(w_s, at, 1, i32)[0])
-                start = x_sums[(j * groups + group) * columns :][:columns]
-                parts = [[_zero()] * 4 if shape.zeros else [v[0], v[1]] * 2 for v in start]
-                for i in range(group * per_group, (group + 1) * per_group):
-                    a = operand(codes[i])
-                    for column in range(columns):
-                        at_x = ((j * 4 + i // 2) * columns + column) * 4 + 2 * (i % 2)
-                        parts[column] = _mma(a, x_of[at_x : at_x + 2], parts[column])
-                if shape.zeros:
-                    bias = halves(_load(w_s, _add(at, 8 * groups), 1, i32)[0])
-                    for part, v in zip(parts, start, strict=True):
-                        for i in range(4):
-                            part[i] = fma(bias[i // 2], v[i % 2], part[i])
-                for total, part in zip(sums, parts, strict=True):
-                    for i in range(4):
-                        total[i] = fma(scale[i // 2], part[i], total[i])
-        for column in range(columns):
-            for half in range(2):
-                line = (row * columns + column) * 2 + half
-                place = arith.addi(
-                    arith.muli(warp, _i32(config.rows * 2 * columns * 64)),
-                    _add(arith.muli(lane, _i32(2)), line * 64),
-                )
-                _store_pair(sums_s, place, sums[column][2 * half : 2 * half + 2])
-
-    return step
+    path = TABLES / f"{kind.replace(' ', '_')}.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    fits = [
+        r
+        for r in rows
+        if (r["k"], r["n"], r["words"]) == (weight.k, weight.n, tile_words(weight)) and r["m"] >= m
+    ]
+    for row in sorted(fits, key=lambda r: r["m"]):
+        config = Config(*row["config"])
+        if not isinstance(plan(m, weight, config), str):
+            return config
+    return max(configs(m, weight), default=(0.0, None))[1]
 
 
-def _store_pair(ref: ir.Value, place: ir.Value, values: list[ir.Value]) -> None:
-    f32 = ir.F32Type.get()
-    vector = llvm.mlir_undef(ir.VectorType.get((2,), f32))
-    for i, value in enumerate(values):
-        vector = llvm.insertelement(vector, value, _i32(i))
-    llvm.store(vector, _at(ref, place, f32), alignment=8)
+def supports(problem: Problem, device: Device) -> str | None:
+    """bfloat16, m <= 16, weights in the layout "hopper4", on an H100 or H200 with jax 0.11."""
+    if not any(name in device.kind for name in ("H100", "H200")):
+        return f"it is compiled for H100 and H200, not for {device.kind}"
+    if tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11):
+        return f"it needs jax 0.11 or newer, this is {jax.__version__}"
+    if problem.layout != "hopper4":
+        return f"the weight lies in layout {problem.layout}, not hopper4"
+    if problem.x != "bfloat16" or problem.out not in ("bfloat16", "float32"):
+        return f"x is {problem.x} and the result {problem.out}, it takes and gives bfloat16"
+    if problem.m > MAX_ROWS:
+        return f"x has {problem.m} rows, it takes at most {MAX_ROWS}"
+    if problem.weight.k % 8:
+        return f"k = {problem.weight.k} is no multiple of 8, so rows of x are not aligned"
+    if next(configs(problem.m, problem.weight), None) is None:
+        return f"no way to cut k = {problem.weight.k}, n = {problem.weight.n} fits the chip"
+    return None
 
 
-def _each_total(
-    shape: Shape, config: Config, sums: ir.Value, count: int, use: Callable[..., None]
-) -> None:
-    """Adds `count` sums `[count, line, 64]` in order; warps take turns at the lines.
+def run(x: jax.Array, arrays: dict[str, jax.Array], problem: Problem) -> jax.Array:
+    """`x @ w` of one device."""
+    from pallas_kernels.quantized_matmul import hopper_kernel  # needs a jax with Mosaic GPU
 
-    `use` is given the line, the lane and the pair of totals. Where there are fewer lines than warps,
-    they go to warps of different warpgroups and schedulers.
-    """
-    f32 = ir.F32Type.get()
-    lines, warps = config.rows * 2 * shape.columns, 4 * config.warpgroups
-    warp, lane = _lane()
-    quad, place = arith.shrui(warp, _i32(2)), arith.andi(warp, _i32(3))
-    turned = arith.andi(arith.subi(place, quad), _i32(3))
-    warp = arith.addi(arith.muli(turned, _i32(config.warpgroups)), quad)
-    for i in range(-(-lines // warps)):
-        line = _add(warp, i * warps)
-        live = arith.cmpi(arith.CmpIPredicate.ult, line, _i32(lines))
-        branch = scf.IfOp(live)
-        with ir.InsertionPoint(branch.then_block):
-            place = arith.addi(arith.muli(line, _i32(64)), arith.muli(lane, _i32(2)))
-            got = [_load(sums, _add(place, part * lines * 64), 2, f32) for part in range(count)]
-            total = got[0]
-            for part in got[1:]:
-                total = [arith.addf(t, v) for t, v in zip(total, part, strict=True)]
-            use(line, lane, total)
-            scf.yield_([])
-
-
-def _write(shape: Shape, config: Config, count: int):
-    """Adds `count` sums and writes them to bfloat16 `[m, channels]` of the result."""
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
-    def write(ctx, out, sums):
-        i32, i64 = (ir.IntegerType.get_signless(n) for n in (32, 64))
-
-        def put(line, lane, total):
-            half = arith.andi(line, _i32(1))
-            rest = arith.shrui(line, _i32(1))
-            column = arith.remui(rest, _i32(shape.columns))
-            row = arith.divui(rest, _i32(shape.columns))
-            channel = arith.addi(
-                arith.muli(row, _i32(layout.ROWS)),
-                arith.addi(arith.muli(half, _i32(8)), arith.shrui(lane, _i32(2))),
-            )
-            m = arith.addi(
-                arith.muli(column, _i32(8)), arith.muli(arith.andi(lane, _i32(3)), _i32(2))
-            )
-            for i, value in enumerate(total):
-                there = _add(m, i)
-                offset = arith.addi(arith.muli(there, _i32(layout.ROWS * shape.n)), channel)
-                live = arith.cmpi(arith.CmpIPredicate.ult, there, _i32(shape.m))
-                _run(
-                    "{ .reg .pred p; .reg .b16 h; setp.ne.b32 p, $2, 0; "
-                    "cvt.rn.bf16.f32 h, $1; @p st.global.b16 [$0], h; }",
-                    "l,f,r",
-                    _at(out, arith.extui(i64, offset), ir.BF16Type.get()),
-                    value,
-                    arith.extui(i32, live),
-                )
-
-        _each_total(shape, config, sums, count, put)
-
-    return write
-
-
-def _push(shape: Shape, config: Config):
-    """Adds the warps' sums and sends them to a slot of the block that owns them."""
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.RefType(), SCALAR))
-    def push(ctx, slot, arrived, sums, owner):
-        rank = owner.registers.item()
-        barrier, start = _far(_near(arrived), rank), _far(_near(slot), rank)
-
-        def send(line, lane, total):
-            byte = arith.addi(arith.muli(line, _i32(256)), arith.muli(lane, _i32(8)))
-            _run(
-                "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 "
-                "[$0], {$2, $3}, [$1];",
-                "r,r,f,f",
-                arith.addi(start, byte),
-                barrier,
-                *total,
-            )
-
-        _each_total(shape, config, sums, 4 * config.warpgroups, send)
-
-    return push
-
-
-class _Exchange:
-    """Barriers on which the blocks of a cluster leave `size` bytes for each other, once."""
-
-    def __init__(self, size: int) -> None:
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-        def open_(ctx, barriers):
-            i32 = ir.IntegerType.get_signless(32)
-            live = arith.cmpi(arith.CmpIPredicate.eq, utils.thread_idx(), _i32(0))
-            for i in range(ir.MemRefType(barriers.type).shape[0]):
-                _run(
-                    "{ .reg .pred p; setp.ne.b32 p, $1, 0; "
-                    "@p mbarrier.init.shared::cta.b64 [$0], 1; "
-                    f"@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {size}; }}",
-                    "r,r",
-                    _near(barriers, 8 * i),
-                    arith.extui(i32, live),
-                )
-            _run("barrier.cluster.arrive.release.aligned;", "~{memory}")
-
-        @plgpu.inline_mgpu(arg_types=())
-        def meet(ctx):
-            _run("barrier.cluster.wait.acquire.aligned;", "~{memory}")
-
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-        def wait(ctx, barrier):
-            _run(
-                "{ .reg .pred p; AGAIN_${:uid}: "
-                "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [$0], 0; "
-                "@!p bra AGAIN_${:uid}; }",
-                "r,~{memory}",
-                _near(barrier),
-            )
-
-        self.open, self.meet, self.wait = open_, meet, wait
+    config = choose_config(problem.m, problem.weight, Device.default().kind)
+    assert config is not None, "supports() found one"
+    return hopper_kernel.kernel(problem, config)(x, arrays)
