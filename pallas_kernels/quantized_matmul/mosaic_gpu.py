@@ -14,7 +14,7 @@ from pallas_kernels.frame import Device
 from pallas_kernels.quantized_matmul import hopper_layout
 from pallas_kernels.quantized_matmul.problem import Problem, Weight
 
-SHARED_MEMORY = 232448 - 2048  # bytes of a block, less what Mosaic keeps
+SHARED_MEMORY = 232448 - 4096  # bytes of a block, less what Mosaic keeps and aligns
 MULTIPROCESSORS = 132
 FAST_REGISTERS = 4  # depth times eighths of m: more do not fit beside the rest of a warp's values
 MAX_ROWS = 16
@@ -105,7 +105,7 @@ def configs(m: int, weight: Weight) -> Iterator[tuple[float, Config]]:
             sized = plan(m, weight, config)
             if isinstance(sized, str) or steps > turns * rows:
                 continue
-            if sized.shared > (SHARED_MEMORY + 2048) // resident - 2048:
+            if sized.shared > (SHARED_MEMORY + 4096) // resident - 4096:
                 continue
             even = (
                 n
