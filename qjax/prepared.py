@@ -469,7 +469,7 @@ def _unpack(p: Prepared) -> QTensor:
         if isinstance(held, QTensor):
             fields[FIELDS[name]] = _narrow(held, dict(p.nested)[name])
         elif name != "codes":
-            back = _over(len(lead), lambda v: order.unpack_scale(v, weight))(held)
+            back = _over(len(lead), lambda v: order.unpack_scale(v, weight, name))(held)
             fields[FIELDS[name]] = back.astype(getattr(weight, name))
     codes = _over(len(lead), lambda v: order.unpack_codes(v, weight))(p.arrays["codes"])
     plain = QTensor(
