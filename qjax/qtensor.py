@@ -82,7 +82,8 @@ class QTensor:
 
         def __getattr__(self, name: str) -> NoReturn:
             """Says of `w.T`, `w.astype` and their like what to do instead."""
-            teach = hasattr(jax.Array, name) and not name.startswith("_")
+            ours = name.startswith("_") or hasattr(type(self), name)  # a property that failed
+            teach = hasattr(jax.Array, name) and not ours
             hint = f": {self!r} {_NO_ARRAY}" if teach else ""
             raise AttributeError(f"a QTensor has no attribute {name!r}{hint}")
 
