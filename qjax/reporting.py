@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.qtensor import QTensor, dequantize, is_qtensor
+from qjax.qtensor import QTensor, check, dequantize, is_qtensor
 from qjax.recipe import Recipe
 from qjax.sizes import nbytes
 from qjax.spec import Spec
@@ -93,6 +93,8 @@ def report(
     decisions = None if recipe is None else decide(originals or named, Recipe.of(recipe), sites)
     rows = []
     for path, value in named.items():
+        if is_qtensor(value):
+            check(value, path)
         kept = decisions[path].kept if decisions is not None and not is_qtensor(value) else ""
         sqnr = (
             _sqnr(originals[path], value) if originals is not None and is_qtensor(value) else None
