@@ -1,6 +1,9 @@
 """qjax: functional quantization for JAX."""
 
 import qjax.exporting as _exporting  # noqa: F401  registers QTensors with jax.export
+from qjax.prepared import Prepared as Prepared
+from qjax.prepared import prepare as prepare
+from qjax.prepared import unprepare as unprepare
 from qjax.qtensor import QTensor as QTensor
 from qjax.qtensor import dequantize as dequantize
 from qjax.qtensor import is_qtensor as is_qtensor

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,11 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
-from qjax import activation, blocks, structural
+from pallas_kernels.dispatch import choose
+from pallas_kernels.quantized_matmul.op import quantized_matmul
+from pallas_kernels.quantized_matmul.problem import Problem
+from qjax import _compat, activation, blocks, prepared, structural
 from qjax.activation import Activation
 from qjax.formats import FORMATS, join_planes, split_planes
-from qjax.qtensor import QTensor, check, dequantize
+from qjax.prepared import Prepared
+from qjax.qtensor import QTensor, Quantized, dequantize
 from qjax.rounding import SCALE_METHODS
 
 Axes = tuple[int, ...]
@@ -71,7 +77,7 @@ class Dot(NamedTuple):
     def place_weight_scale(self, scale: jax.Array, q: QTensor, x: jax.Array, extra: tuple) -> Any:
         return _on_output(scale, q.shape, q.block, self, self.weight_side, x.ndim)
 
-    def place_x_scale(self, scale: jax.Array, x: jax.Array, q: QTensor) -> jax.Array:
+    def place_x_scale(self, scale: jax.Array, x: jax.Array, q: Quantized) -> jax.Array:
         return _on_output(scale, x.shape, self.token(x), self, 1 - self.weight_side, q.ndim)
 
 
@@ -112,7 +118,7 @@ class RaggedDot(NamedTuple):
         groups, _, n = q.shape
         return self.per_row(blocks.expand(scale, (groups, 1, n), q.block)[:, 0], x, extra)
 
-    def place_x_scale(self, scale: jax.Array, x: jax.Array, q: QTensor) -> jax.Array:
+    def place_x_scale(self, scale: jax.Array, x: jax.Array, q: Quantized) -> jax.Array:
         return scale
 
 
@@ -159,7 +165,7 @@ class Conv(NamedTuple):
         flat = blocks.expand(scale, full, q.block).reshape(-1)
         return self._along(flat, self.dimension_numbers.out_spec[1], x.ndim)
 
-    def place_x_scale(self, scale: jax.Array, x: jax.Array, q: QTensor) -> jax.Array:
+    def place_x_scale(self, scale: jax.Array, x: jax.Array, q: Quantized) -> jax.Array:
         return self._along(scale.reshape(-1), self.dimension_numbers.out_spec[0], x.ndim)
 
     @staticmethod
@@ -170,12 +176,16 @@ class Conv(NamedTuple):
 Op = Dot | RaggedDot | Conv
 
 
-def linear(x: jax.Array, q: QTensor, op: Op, extra: tuple = ()) -> tuple[jax.Array, str]:
-    """A matmul or convolution of an array and a QTensor, and the name of the path it took.
+def linear(x: jax.Array, q: Quantized, op: Op, extra: tuple = ()) -> tuple[jax.Array, str]:
+    """A matmul or convolution of an array and a weight, and the name of the path it took.
 
-    Scales that are constant along the contraction are applied to the result; all others to the
-    weight before it. An `Activation` brings x into the coordinates of the weight, and quantizes it.
+    A prepared weight runs on the kernel that `pallas_kernels.dispatch` chooses. Otherwise scales
+    that are constant along the contraction are applied to the result; all others to the weight
+    before it. An `Activation` brings x into the coordinates of the weight, and quantizes it.
     """
+    if isinstance(q, Prepared):
+        return _prepared_linear(x, q, op, extra)
+    assert isinstance(q, QTensor)
     name = {Dot: "dot", RaggedDot: "ragged dot", Conv: "convolution"}[type(op)]
     if activation.changes_coordinates(q.activation):
         changed = _in_coordinates(x, q, op, extra)
@@ -281,8 +291,97 @@ def _on_output(
     return lax.reshape(scale, (*sizes[:first], *after))
 
 
+def _prepared_linear(x: jax.Array, p: Prepared, op: Op, extra: tuple) -> tuple[jax.Array, str]:
+    reason = _unfit(x, p, op)
+    if reason is not None or not isinstance(op, Dot):
+        y = op(x, dequantize(p), extra, op.out_dtype)
+        return lax.convert_element_type(y, op.out_dtype), f"dequantized in the call: {reason}"
+    how = f"{_implementation(x, p, op)} on {p.layout}"
+    if p.activation is not None:
+        assert p.activation.spec is not None
+        return _dynamic(x, p, extra, op), f"{p.activation.spec.format}_token, {how}"
+    return _prepared_dot(x, p, op, op.out_dtype), how
+
+
+def _unfit(x: jax.Array, p: Prepared, op: Op) -> str | None:
+    """Why a prepared weight cannot be multiplied as it lies."""
+    if not isinstance(op, Dot):
+        return "kernels run plain matmuls only"
+    lead, (contracted, batch) = len(p.lead), op.axes(op.weight_side)
+    if any(a >= lead for a in batch):
+        return "the matmul runs in parallel over an axis that was prepared as k or n"
+    if sorted(contracted) != sorted(lead + a for a in p.k_axes):
+        return "it was prepared for another contraction"
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return f"the other operand is {x.dtype}"
+    return None
+
+
+def _implementation(x: jax.Array, p: Prepared, dot: Dot) -> str:
+    weight, lead = p.local().weight, math.prod(p.lead)
+    dtype = x.dtype
+    if p.activation is not None and p.activation.spec is not None:
+        dtype = "int8" if p.activation.spec.format == "int8" else "float32"
+    m = math.prod(x.shape) // max(weight.k * lead, 1)
+    problem = Problem(m, weight, p.layout, jnp.dtype(dtype).name, jnp.dtype(dot.out_dtype).name)
+    return choose("quantized_matmul", problem)
+
+
+def _prepared_dot(x: jax.Array, p: Prepared, dot: Dot, out: Any) -> jax.Array:
+    """`dot` on the kernel: x as `[*layers, m, k]`, and the result's axes back where they belong.
+
+    An axis of layers that x does not have is mapped over with all of x.
+    """
+    side = dot.weight_side
+    (w_contract, w_batch), (x_contract, x_batch) = dot.axes(side), dot.axes(1 - side)
+    of_w = dict(zip((*w_contract, *w_batch), (*x_contract, *x_batch), strict=True))
+    free = [a for a in range(x.ndim) if a not in (*x_contract, *x_batch)]
+
+    def run(x: jax.Array, p: Prepared) -> jax.Array:
+        lead, rows, weight = len(p.lead), [x.shape[a] for a in free], p.weight
+        shared = [a for a in range(lead) if a in of_w]
+        order = [*(of_w[a] for a in shared), *free, *(of_w[lead + a] for a in p.k_axes)]
+        layers = [p.lead[a] for a in shared]
+        x = lax.transpose(x, order).reshape(*layers, math.prod(rows), weight.k)
+        call: Any = lambda x, arrays: quantized_matmul(x, arrays, weight, p.layout, out=out)
+        for a in reversed(range(lead)):
+            call = jax.vmap(call, (0 if a in of_w else None, 0))
+        y = call(x, p.operands()).reshape(*p.lead, *rows, *(p.inner[a] for a in p.n_axes))
+        first = lead + len(rows)
+        channels = [a for a in range(lead) if a not in of_w]
+        channels += [first + p.n_axes.index(a) for a in sorted(p.n_axes)]
+        middle = list(range(lead, first))
+        after = [*channels, *middle] if side == 0 else [*middle, *channels]
+        return lax.transpose(y, [*w_batch, *after])
+
+    where = _out_sharding(x, p, dot)
+    if where is None:
+        return run(x, p.local())
+    under_auto: Any = jax.sharding.auto_axes(run, out_sharding=where)
+    return under_auto(x, p.local())
+
+
+def _out_sharding(x: jax.Array, p: Prepared, dot: Dot) -> Any:
+    """The sharding of the result where the mesh has Explicit axes: kernels run under Auto ones."""
+    of_x, of_p = _compat.explicit_sharding(x), p.explicit_sharding()
+    if of_x is None and of_p is None:
+        return None
+    if dot.out_sharding is not None:
+        return dot.out_sharding
+    parts = []
+    for side, v, where in ((dot.weight_side, p, of_p), (1 - dot.weight_side, x, of_x)):
+        spec = [None] * v.ndim if where is None else [*where.spec, *[None] * v.ndim]
+        contracted, batch = dot.axes(side)
+        free = [spec[a] for a in range(v.ndim) if a not in (*contracted, *batch)]
+        parts.append(([spec[a] for a in batch], free))
+    layers = [a or b for a, b in zip(parts[0][0], parts[1][0], strict=True)]
+    frees = parts if dot.weight_side == 0 else parts[::-1]
+    mesh = (of_x or of_p).mesh  # pyright: ignore[reportOptionalMemberAccess]
+    return NamedSharding(mesh, PartitionSpec(*layers, *frees[0][1], *frees[1][1]))
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
-def _dynamic(x: jax.Array, q: QTensor, extra: tuple, op: Op) -> jax.Array:
+def _dynamic(x: jax.Array, q: Any, extra: tuple, op: Op) -> jax.Array:
     """`x` rounded as the activation of q says, times q; sums in int32 for integers.
 
     Straight-through: the tangent of x is that of the product with `dequantize(q)`.
@@ -298,6 +397,11 @@ def _dynamic(x: jax.Array, q: QTensor, extra: tuple, op: Op) -> jax.Array:
             jnp.where(outlier, jnp.zeros_like(x), x),
         )
     x_codes, x_scale = _codes_of(x.astype(jnp.float32), act, op, extra)
+    if isinstance(q, Prepared):
+        assert isinstance(op, Dot)
+        whole = jnp.issubdtype(x_codes.dtype, jnp.integer)
+        y = _prepared_dot(x_codes if whole else x_codes.astype(jnp.float32), q, op, jnp.float32)
+        return _times(y, op.place_x_scale(x_scale, x, q)).astype(op.out_dtype)
     way = _way(q, op)
     if way == "on dequantized weights":
         y = op(x_codes.astype(jnp.float32), dequantize(q).astype(jnp.float32), extra, jnp.float32)
@@ -390,9 +494,12 @@ def _cut_axes(x: jax.Array, block: dict[int, int]) -> tuple[jax.Array, list[int]
 
 
 def take(
-    q: QTensor, indices: jax.Array, dims: lax.GatherDimensionNumbers, slice_sizes: Any, mode: Any
+    q: Quantized, indices: jax.Array, dims: lax.GatherDimensionNumbers, slice_sizes: Any, mode: Any
 ) -> tuple[jax.Array, str]:
     """Looks up rows of codes and dequantizes only those."""
-    check(q)
+    if isinstance(q, Prepared):
+        rows = prepared.take(q, indices, dims, slice_sizes, mode)
+        return rows, f"look up codes, dequantize rows, on {q.layout}"
+    assert isinstance(q, QTensor)
     rows = structural.take(q, indices, dims, slice_sizes, mode)
     return dequantize(rows), "look up codes, dequantize rows"

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import jax
@@ -13,10 +14,55 @@ from qjax import activation, blocks, exact
 from qjax.activation import Activation as Activation
 from qjax.formats import FORMATS, Codes, join_planes
 
+_NO_ARRAY = (
+    "reached a function that expects an array. Wrap the function that takes the parameters: "
+    "qjax.quantized(fn)(qparams, ...); or turn this weight back into an array with qjax.dequantize"
+)
+
+
+class Quantized:
+    """A weight in low precision, held in several arrays but one leaf to everything in qjax:
+    a QTensor, or what `prepare` makes of one.
+    """
+
+    format: str
+    dtype: np.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def check(self, path: str = "") -> None:
+        """Raises ValueError, naming `path` and the remedy, if the arrays belie the rest."""
+        raise NotImplementedError
+
+    def dequantized(self) -> jax.Array:
+        """The array that it stands for."""
+        raise NotImplementedError
+
+    def specs(self, entries: Sequence[Any], shards: Sequence[int], path: str) -> Any:
+        """The PartitionSpecs of its arrays, for the entries and shards of each axis."""
+        raise NotImplementedError
+
+    def _refuse(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+        raise TypeError(f"{self!r} {_NO_ARRAY}")
+
+    __jax_array__ = __array__ = __getitem__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __neg__ = __pow__ = _refuse
+    __matmul__ = __rmatmul__ = __truediv__ = __rtruediv__ = _refuse
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
-class QTensor:
+class QTensor(Quantized):
     """An array in low precision: `x = (decode(qvalue) - zero_point) * scale + offset`, by blocks.
 
     Invariants, checked on first use and never by the constructor (tree maps put anything into
@@ -56,14 +102,6 @@ class QTensor:
             return stored
         return stored[: max(len(stored) - len(self.block), 0)] + self.param_shape
 
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
-
     def __repr__(self) -> str:
         try:
             shape = self.shape
@@ -71,35 +109,30 @@ class QTensor:
             shape = "?"
         return f"QTensor({self.format}, shape={shape}, block={self.block}, dtype={self.dtype})"
 
-    def _refuse(self, *_args: Any, **_kwargs: Any) -> NoReturn:
-        raise TypeError(f"{self!r} {_NO_ARRAY}")
+    def check(self, path: str = "") -> None:
+        check(self, path)
 
-    __jax_array__ = __array__ = __getitem__ = _refuse
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __neg__ = __pow__ = _refuse
-    __matmul__ = __rmatmul__ = __truediv__ = __rtruediv__ = _refuse
+    def dequantized(self) -> jax.Array:
+        return dequantize(self)
 
     if not TYPE_CHECKING:  # a missing attribute is an error to the type checker anyway
 
         def __getattr__(self, name: str) -> NoReturn:
             """Says of `w.T`, `w.astype` and their like what to do instead."""
-            ours = name.startswith("_") or hasattr(type(self), name)  # a property that failed
-            teach = hasattr(jax.Array, name) and not ours
+            known = hasattr(type(self), name)  # a property that raised: say nothing of ours
+            teach = hasattr(jax.Array, name) and not known and not name.startswith("_")
             hint = f": {self!r} {_NO_ARRAY}" if teach else ""
             raise AttributeError(f"a QTensor has no attribute {name!r}{hint}")
 
 
-_NO_ARRAY = (
-    "reached a function that expects an array. Wrap the function that takes the parameters: "
-    "qjax.quantized(fn)(qparams, ...); or turn this weight back into an array with qjax.dequantize"
-)
-
-
 def is_qtensor(leaf: Any) -> bool:
-    """Whether `leaf` is a QTensor: the `is_leaf` of every tree map over quantized parameters."""
-    return isinstance(leaf, QTensor)
+    """Whether `leaf` is a QTensor, prepared or not: the `is_leaf` of every tree map over quantized
+    parameters.
+    """
+    return isinstance(leaf, Quantized)
 
 
-def dequantize(q: QTensor) -> jax.Array:
+def dequantize(q: Quantized) -> jax.Array:
     """The array that a QTensor stands for.
 
     `x = (decode(qvalue) - zero_point) * scale + offset`, evaluated block-wise in float32, each
@@ -107,7 +140,8 @@ def dequantize(q: QTensor) -> jax.Array:
     weight is undone before: the result is in the model's coordinates.
 
     Args:
-      q: a QTensor of any format; scales and offsets that are QTensors are dequantized first.
+      q: a QTensor of any format, prepared or not; scales and offsets that are QTensors are
+        dequantized first.
 
     Returns:
       An array of `q.shape` and `q.dtype`.
@@ -122,6 +156,8 @@ def dequantize(q: QTensor) -> jax.Array:
       >>> qjax.dequantize(q).tolist()
       [[1.0, -2.0], [127.0, 254.0]]
     """
+    if not isinstance(q, QTensor):
+        return q.dequantized()
     check(q)
     return _dequantize(q)
 
@@ -181,8 +217,8 @@ def check(q: QTensor, path: str = "") -> None:
 
 def check_leaf(leaf: Any, path: str) -> None:
     """`check` for a leaf of a parameter tree, which may be an array; anything else is refused."""
-    if isinstance(leaf, QTensor):
-        check(leaf, path)
+    if isinstance(leaf, Quantized):
+        leaf.check(path)
     elif not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
         raise ValueError(f"{path}: must be an array or a QTensor, got {type(leaf).__name__}")
 

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.qtensor import QTensor, check, dequantize, is_qtensor
+from qjax.prepared import Prepared, why_not
+from qjax.qtensor import QTensor, dequantize, is_qtensor
 from qjax.recipe import Recipe
 from qjax.sizes import nbytes
 from qjax.spec import Spec
@@ -71,7 +72,7 @@ def report(
       params: the parameters that it was given, for the signal-to-quantization-noise ratio,
         SQNR = 10 log10(sum w^2 / sum (w - w_q)^2) in dB.
       recipe, sites: what it was given, for the reason why each parameter that is not quantized was
-        kept.
+        kept. In a prepared tree every QTensor is listed with the reason why it was not prepared.
 
     Returns:
       A Report; print it, or read its rows.
@@ -90,12 +91,15 @@ def report(
     if originals is not None and originals.keys() != named.keys():
         odd = sorted(originals.keys() ^ named.keys())[0]
         raise ValueError(f"params and qparams are different trees: {odd!r} is in one only")
+    some_prepared = any(isinstance(v, Prepared) for v in named.values())
     decisions = None if recipe is None else decide(originals or named, Recipe.of(recipe), sites)
     rows = []
     for path, value in named.items():
         if is_qtensor(value):
-            check(value, path)
+            value.check(path)
         kept = decisions[path].kept if decisions is not None and not is_qtensor(value) else ""
+        if some_prepared and isinstance(value, QTensor):
+            kept = f"not prepared: {why_not(value, (sites or {}).get(path, ()))}"
         sqnr = (
             _sqnr(originals[path], value) if originals is not None and is_qtensor(value) else None
         )
@@ -112,6 +116,8 @@ def _named(params: Any) -> dict[str, Any]:
 
 
 def _format(value: Any) -> str:
+    if isinstance(value, Prepared):
+        return f"{value.format} [{','.join(map(str, value.block))}] in {value.layout}"
     if isinstance(value, QTensor):
         return f"{value.format} [{','.join(map(str, value.block))}]"
     return str(getattr(value, "dtype", type(value).__name__))

@@ -10,9 +10,10 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding
 
-from qjax import _compat, ops, sharding, structural, tracing
+from qjax import _compat, ops, prepared, sharding, structural, tracing
 from qjax.interpret import Decline, Table, interpret
-from qjax.qtensor import QTensor, check, dequantize, is_qtensor
+from qjax.prepared import Prepared
+from qjax.qtensor import Quantized, dequantize, is_qtensor
 
 
 class Use(NamedTuple):
@@ -43,9 +44,9 @@ class Explanation(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Box:
-    """A QTensor on its way through a jaxpr; `path` is set only while explaining."""
+    """A quantized weight on its way through a jaxpr; `path` is set only while explaining."""
 
-    tensor: QTensor
+    tensor: Quantized
     path: str | None = dataclasses.field(metadata={"static": True})
 
 
@@ -139,7 +140,7 @@ def _evaluate(
         return fn(*args, **kwargs)
     for path, leaf in leaves:
         if is_qtensor(leaf):
-            check(leaf, tracing.param_path(path[2:]))
+            leaf.check(tracing.param_path(path[2:]))
     traced = tracing.trace(fn, [v for _, v in leaves], tree, _dense)
     if keep is not None:
         keep.append(traced.jaxpr)
@@ -156,6 +157,8 @@ def _evaluate(
 def _dense(leaf: Any) -> Any:
     if not is_qtensor(leaf):
         return leaf
+    if isinstance(leaf, Prepared):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.explicit_sharding())
     plane = leaf.qvalue[0] if isinstance(leaf.qvalue, tuple) else leaf.qvalue
     where = _compat.explicit_sharding(plane) if leaf.param_shape is None else None
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
@@ -171,7 +174,8 @@ def _table(record: Record | None) -> Table:
         return dequantize(box.tensor)
 
     def slice_leading(box: Box) -> Box | None:
-        cut = structural.slice_leading(box.tensor)
+        by: Any = prepared if isinstance(box.tensor, Prepared) else structural
+        cut = by.slice_leading(box.tensor)
         return None if cut is None else dataclasses.replace(box, tensor=cut)
 
     def shard(box: Box, spec: Any, mesh: Any) -> tuple[Box, Box] | None:
@@ -194,8 +198,14 @@ def _carry(
     path = (
         "+".join(dict.fromkeys(p for p in paths if p is not None)) if paths[0] is not None else None
     )
+    held = [v.tensor if isinstance(v, Box) else v for v in inputs]
+    name = eqn.primitive.name
+    if any(isinstance(v, Prepared) for v in held) and name not in prepared.ANY:
+        if name not in prepared.STRUCTURAL or not isinstance(held[0], Prepared):
+            return Decline(f"{name} does not carry a prepared weight")
+        rule = prepared.STRUCTURAL[name]
     try:
-        outputs = rule(eqn.params, [v.tensor if isinstance(v, Box) else v for v in inputs])
+        outputs = rule(eqn.params, held)
     except structural.CannotCarry as why:
         return Decline(str(why))
     return [

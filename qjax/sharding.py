@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from qjax import activation, blocks
 from qjax.formats import FORMATS
-from qjax.qtensor import QTensor, check_leaf, dequantize, is_qtensor
+from qjax.qtensor import QTensor, Quantized, check_leaf, dequantize, is_qtensor
 from qjax.tracing import param_path
 
 
@@ -59,8 +59,10 @@ def leaf_specs(value: Any, spec: PartitionSpec, mesh: Any, path: str = "") -> An
     """The PartitionSpecs of one array or QTensor whose dense weight has `spec`."""
     entries = _entries(spec, len(value.shape), path)
     shards = [_count(e, mesh, path) for e in entries]
-    if not isinstance(value, QTensor):
+    if not isinstance(value, Quantized):
         return PartitionSpec(*entries)
+    if not isinstance(value, QTensor):
+        return value.specs(entries, shards, path)
     if value.param_shape is not None:
         if any(n > 1 for n in shards):
             raise ValueError(f"{path}: {value!r} has another shape than its weight: replicate it")
@@ -103,14 +105,20 @@ def _activation_specs(q: QTensor, entries: Sequence[Any]) -> Any:
     return activation.on_leaves(q.activation, spec)
 
 
-def shard_map_operand(q: QTensor, spec: PartitionSpec, mesh: Any) -> tuple[QTensor, Any] | None:
+def shard_map_operand(q: Quantized, spec: PartitionSpec, mesh: Any) -> tuple[Any, Any] | None:
     """`q` and the PartitionSpecs with which it enters a shard_map; None if a shard cuts a block.
 
     A scale that is a QTensor is dequantized where a shard would cut its own blocks.
     """
+    entries = _entries(spec, q.ndim, "")
+    shards = [_count(e, mesh, "") for e in entries]
+    if not isinstance(q, QTensor):
+        try:
+            return q, q.specs(entries, shards, "")
+        except ValueError:
+            return None
     if q.param_shape is not None:
         return None
-    shards = [_count(e, mesh, "") for e in _entries(spec, q.ndim, "")]
     if q.activation is not None and any(shards[a] > 1 for a in q.activation.axis):
         return None
     for size, b, n in zip(q.shape, _block(q), shards, strict=True):
@@ -119,7 +127,7 @@ def shard_map_operand(q: QTensor, spec: PartitionSpec, mesh: Any) -> tuple[QTens
     specs = leaf_specs(q, spec, mesh)
     if "uint1" in FORMATS[q.format].storage and specs.qvalue != (specs.qvalue[0],) * 2:
         return None
-    inner = _scale_spec(q, _entries(spec, q.ndim, ""), shards)
+    inner = _scale_spec(q, entries, shards)
     nested = {n: v for n in ("scale", "offset") if isinstance(v := getattr(q, n), QTensor)}
     cut = {n: v for n, v in nested.items() if shard_map_operand(v, inner, mesh) is None}
     q = dataclasses.replace(q, **{n: dequantize(v) for n, v in cut.items()})

@@ -121,7 +121,7 @@ def unstack(tree: Any) -> tuple[Any, ...]:
             raise ValueError(f"{path}: leading axis of length {length}, the others have {count}")
     ready = []
     for path, leaf in leaves:
-        cut = structural.slice_leading(leaf) if is_qtensor(leaf) else leaf
+        cut = structural.slice_leading(leaf) if isinstance(leaf, QTensor) else leaf
         if cut is None:
             raise ValueError(f"{param_path(path)}: {leaf!r} has blocks that span its leading axis")
         ready.append(cut)
@@ -138,7 +138,7 @@ def _is_chosen(path: str, leaf: Any, trainable: Trainable) -> bool:
 
 
 def _is_float(leaf: Any) -> bool:
-    if isinstance(leaf, QTensor) or not hasattr(leaf, "dtype"):
+    if is_qtensor(leaf) or not hasattr(leaf, "dtype"):
         return False
     return jnp.issubdtype(leaf.dtype, jnp.floating)
 

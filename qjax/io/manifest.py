@@ -20,7 +20,7 @@ from qjax.activation import LEAVES as ACTIVATION_LEAVES
 from qjax.activation import Activation
 from qjax.formats import FORMATS
 from qjax.io import packing, safetensors
-from qjax.qtensor import QTensor, check
+from qjax.qtensor import QTensor, Quantized, check
 from qjax.rounding import SCALE_METHODS
 from qjax.spec import Spec
 
@@ -81,6 +81,10 @@ def describe(tree: Any) -> Described:
 
     def node(value: Any, name: str) -> dict[str, Any]:
         if not isinstance(value, QTensor):
+            if isinstance(value, Quantized):
+                raise ValueError(
+                    f"{name}: {value!r} is in a kernel's order; qjax.unprepare it first"
+                )
             return array(value, name)
         check(value, name)
         planes = value.qvalue if isinstance(value.qvalue, tuple) else (value.qvalue,)

@@ -1,0 +1,46 @@
+"""Which implementation runs a problem, and why not the others."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pallas_kernels.frame import Device, Implementation
+from pallas_kernels.quantized_matmul import mosaic_gpu, reference, xla_cpu
+
+# op -> name -> implementation, best first; the reference is last and takes everything.
+IMPLEMENTATIONS: Mapping[str, Mapping[str, Implementation]] = {
+    "quantized_matmul": {
+        "mosaic_gpu": Implementation(mosaic_gpu.run, mosaic_gpu.supports),
+        "xla_cpu": Implementation(xla_cpu.run, xla_cpu.supports),
+        "reference": Implementation(reference.run, reference.supports),
+    },
+}
+
+
+def choose(
+    op: str, problem: Any, device: Device | None = None, implementation: str | None = None
+) -> str:
+    """The name of the implementation that runs `problem`.
+
+    Args:
+      op: a key of `IMPLEMENTATIONS`.
+      problem: of that op.
+      device: where it runs; None for the default device.
+      implementation: a name, which is taken or refused, never replaced; None for the first one that
+        supports the problem.
+
+    Raises:
+      ValueError: if the named implementation is unknown or does not support the problem.
+    """
+    rows = IMPLEMENTATIONS[op]
+    device = Device.default() if device is None else device
+    if implementation is None:
+        return next(name for name, row in rows.items() if row.supports(problem, device) is None)
+    if implementation not in rows:
+        raise ValueError(f"{op} has no implementation {implementation!r}, only {', '.join(rows)}")
+    reason = rows[implementation].supports(problem, device)
+    if reason is not None:
+        raise ValueError(
+            f"{op}: {implementation} cannot run {problem} on {device.kind}: {reason}; "
+            "implementation=None takes the best one that can"
+        )
+    return implementation
