@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import flax.linen as nn
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
@@ -552,7 +553,7 @@ def sharded_model() -> tuple[nn.Module, Any, Any, jax.Array]:
 
 
 def qwix_sharded() -> str:
-    """Case 27: as in the tests of MaxText and tunix, shardings come from the abstract tree."""
+    """Case 27: the shardings that the abstract tree of the quantized model carries."""
     import qwix
 
     mesh, model, variables, x = sharded_model()
@@ -696,7 +697,7 @@ def dot_dtypes(jaxpr: Any) -> str:
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
             return " x ".join(str(v.aval.dtype) for v in eqn.invars)
-        for inner in jax.core.jaxprs_in_params(eqn.params):
+        for inner in jax.extend.core.jaxprs_in_params(eqn.params):
             if found := dot_dtypes(inner):
                 return found
     return ""

@@ -215,6 +215,14 @@ def check(q: QTensor, path: str = "") -> None:
             )
 
 
+def check_leaf(leaf: Any, path: str) -> None:
+    """`check` for a leaf of a parameter tree, which may be an array; anything else is refused."""
+    if isinstance(leaf, Quantized):
+        leaf.check(path)
+    elif not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        raise ValueError(f"{path}: must be an array or a QTensor, got {type(leaf).__name__}")
+
+
 def _check_static(q: QTensor, where: str) -> None:
     """What no leaf tells: someone replaced a static field."""
     lengths = {"block": q.block, "param_shape": () if q.param_shape is None else q.param_shape}

@@ -95,6 +95,8 @@ def report(
     decisions = None if recipe is None else decide(originals or named, Recipe.of(recipe), sites)
     rows = []
     for path, value in named.items():
+        if is_qtensor(value):
+            value.check(path)
         kept = decisions[path].kept if decisions is not None and not is_qtensor(value) else ""
         if some_prepared and isinstance(value, QTensor):
             kept = f"not prepared: {why_not(value, (sites or {}).get(path, ()))}"

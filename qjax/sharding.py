@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from qjax import activation, blocks
 from qjax.formats import FORMATS
-from qjax.qtensor import QTensor, Quantized, dequantize, is_qtensor
+from qjax.qtensor import QTensor, Quantized, check_leaf, dequantize, is_qtensor
 from qjax.tracing import param_path
 
 
@@ -46,7 +46,9 @@ def partition_specs(qparams: Any, dense_specs: Any, mesh: Mesh | AbstractMesh) -
         spec = spec.spec if isinstance(spec, NamedSharding) else spec or PartitionSpec()
 
         def one(inner: Any, value: Any) -> Any:
-            return leaf_specs(value, spec, mesh, param_path((*path, *inner)))
+            name = param_path((*path, *inner))
+            check_leaf(value, name)
+            return leaf_specs(value, spec, mesh, name)
 
         return jax.tree_util.tree_map_with_path(one, subtree, is_leaf=is_qtensor)
 

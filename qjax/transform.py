@@ -1,13 +1,13 @@
 """quantize_params: a parameter pytree in, a quantized one out."""
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from qjax.qtensor import is_qtensor
+from qjax.qtensor import dequantize, is_qtensor
 from qjax.quantizing import quantize
 from qjax.recipe import Recipe, Rule
 from qjax.sites import Site
@@ -61,6 +61,50 @@ def quantize_params(params: Any, recipe: Recipe | Spec | str, sites: Sites | Non
     return jax.tree.unflatten(
         tree, [_apply(path, v, decisions[path]) for path, (_, v) in zip(paths, leaves, strict=True)]
     )
+
+
+def requantize_params(
+    params: Any,
+    recipe: Recipe | Spec | str,
+    sites: Sites | None = None,
+    progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
+) -> tuple[Any, dict[str, Decision]]:
+    """`quantize_params` where QTensors are quantized anew: the weights of a file held in codes.
+
+    One weight after the other is dequantized, so that no float copy of all of them is made; codes
+    that the recipe keeps stay as they are.
+
+    Args:
+      params: a pytree of arrays and QTensors.
+      recipe, sites: as for `quantize_params`.
+      progress: hands on the weights one by one, and may show how far it is.
+
+    Returns:
+      The quantized pytree, and by path what was decided.
+
+    Raises:
+      ValueError: as `quantize_params`.
+
+    Example:
+      >>> params = {"w": qjax.quantize(jnp.ones((8, 4)), "int8", axis=0)}
+      >>> recipe = qjax.Recipe(qjax.Rule("w", "int4", axis=0))
+      >>> requantize_params(params, recipe)[0]["w"].format
+      'int4'
+    """
+    leaves, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qtensor)
+    named = {param_path(p): leaf for p, leaf in leaves}
+    dense = {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_qtensor(leaf) else leaf
+        for path, leaf in named.items()
+    }
+    decisions = decide(dense, Recipe.of(recipe), sites)
+
+    def one(path: str, leaf: Any) -> Any:
+        again = decisions[path].spec is not None and is_qtensor(leaf)
+        return _apply(path, dequantize(leaf) if again else leaf, decisions[path])
+
+    done = [one(path, leaf) for path, leaf in progress(list(named.items()))]
+    return jax.tree.unflatten(tree, done), decisions
 
 
 def decide(params: Mapping[str, Any], recipe: Recipe, sites: Sites | None) -> dict[str, Decision]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from qjax import structural
-from qjax.qtensor import QTensor, is_qtensor
+from qjax.qtensor import QTensor, check_leaf, is_qtensor
 from qjax.tracing import param_path
 
 Trainable = str | Callable[[str, Any], bool] | None
@@ -89,6 +89,8 @@ def stack(trees: Sequence[Any]) -> Any:
         raise ValueError("stack needs at least one tree")
 
     def join(path: Any, *leaves: Any) -> Any:
+        for leaf in leaves:
+            check_leaf(leaf, param_path(path))
         kinds = {_kind(leaf) for leaf in leaves}
         if len(kinds) > 1:
             held = " and ".join(dict.fromkeys(map(_describe, leaves)))
@@ -110,6 +112,8 @@ def unstack(tree: Any) -> tuple[Any, ...]:
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_qtensor)
     if not leaves:
         raise ValueError("unstack needs a tree with at least one array")
+    for path, leaf in leaves:
+        check_leaf(leaf, param_path(path))
     lengths = {param_path(path): (leaf.shape[0] if leaf.ndim else None) for path, leaf in leaves}
     count = next(iter(lengths.values()))
     for path, length in lengths.items():

@@ -343,10 +343,10 @@ def test_every_field_of_the_manifest_is_needed(saved, key):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"", "is no manifest"),
-        (b"\xff\xfe", "is no manifest"),
-        (b"[" * 100_000, "is no manifest"),
-        (b"[1]", "format"),
+        (b"", "is not JSON"),
+        (b"\xff\xfe", "is not UTF-8"),
+        (b"[" * 100_000, "is nested too deeply"),
+        (b"[1]", "must be an object"),
         (b'{"format": "qjax", "format": "qjax"}', "'format' appears twice"),
     ],
 )

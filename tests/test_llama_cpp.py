@@ -8,16 +8,15 @@ logged: add ``-o log_cli=true --log-cli-level=INFO``.
 
 # ruff: noqa: RUF001
 
-import json
 import logging
 import os
 import pathlib
-import urllib.request
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from llama_server import LlamaServer
 
 import qjax
 import qjax.models
@@ -41,51 +40,6 @@ GREEDY = 24
 LOG = logging.getLogger(__name__)
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def llama_cpp():
-    """`llama_cpp(path)` starts a server on a file; its requests are `tokenize` and `complete`."""
-    xllamacpp = pytest.importorskip("xllamacpp", reason="needs the extra `peers`")
-
-    class Server:
-        def __init__(self, path):
-            params = xllamacpp.CommonParams()
-            params.model.path = str(path)
-            params.n_ctx = 1024
-            params.n_parallel = 1
-            params.warmup = False
-            params.verbosity = 0
-            params.port = 0
-            params.fit_params = False
-            params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-            params.cache_type_k = xllamacpp.ggml_type.GGML_TYPE_F32
-            params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-            params.cpuparams.n_threads = os.cpu_count()
-            self.server = xllamacpp.Server(params)
-
-        def post(self, route, **body):
-            request = urllib.request.Request(
-                self.server.listening_address + route,
-                json.dumps(body).encode(),
-                {"Content-Type": "application/json"},
-            )
-            with urllib.request.urlopen(request) as answer:
-                return json.load(answer)
-
-        def tokenize(self, text):
-            answer = self.post("/tokenize", content=text, add_special=True, parse_special=True)
-            return answer["tokens"]
-
-        def complete(self, ids, n_predict, n_probs):
-            body = {"prompt": ids, "n_predict": n_predict, "n_probs": n_probs, "temperature": 0}
-            answer = self.post("/completion", **body)
-            return [
-                {entry["id"]: entry["logprob"] for entry in step["top_logprobs"]}
-                for step in answer["completion_probabilities"]
-            ]
-
-    return Server
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -130,11 +84,11 @@ def dense(leaf):
     return qjax.dequantize(leaf) if qjax.is_qtensor(leaf) else leaf
 
 
-def test_logits_and_greedy_tokens(checkpoint, float_copy, llama_cpp):
+def test_logits_and_greedy_tokens(checkpoint, float_copy):
     model, qparams, tokens = qjax.models.load(checkpoint)
     params = jax.tree.map(dense, qparams, is_leaf=qjax.is_qtensor)
     ids = tokens.encode(PROMPT)
-    judge = llama_cpp(float_copy)
+    judge = LlamaServer(float_copy, n_ctx=1024)
     assert ids == judge.tokenize(PROMPT)
 
     def difference(prefix, logits):
@@ -201,9 +155,9 @@ def random_texts(count):
     return ["".join(rng.choice(pool, rng.integers(1, 60))) for _ in range(count)]
 
 
-def test_token_ids(checkpoint, llama_cpp):
+def test_token_ids(checkpoint):
     ours = tokenizer.from_gguf(gguf.read(checkpoint).metadata, str(checkpoint))
-    judge = llama_cpp(checkpoint)
+    judge = LlamaServer(checkpoint, n_ctx=1024)
     source = pathlib.Path(gguf.__file__).read_text()
     for text in (*TEXTS, source, *random_texts(200)):
         assert ours.encode(text) == judge.tokenize(text), repr(text)

@@ -2,11 +2,11 @@
 
 import json
 import pathlib
-import urllib.request
 
 import numpy as np
 import pytest
 import tokenizers
+from llama_server import LlamaServer
 from tokenizers import models, pre_tokenizers, trainers
 
 from qjax.io import gguf
@@ -184,32 +184,15 @@ def write_model(path, metadata):
 @pytest.mark.slow
 @pytest.mark.parametrize("pre", tokenizer.PRE_TOKENIZERS)
 def test_every_pre_tokenizer_cuts_as_llama_cpp_does(pre, tmp_path):
-    xllamacpp = pytest.importorskip("xllamacpp", reason="needs the extra `peers`")
     path = tmp_path / "vocabulary.gguf"
     metadata = byte_level(pre)
     write_model(path, metadata)
-    params = xllamacpp.CommonParams()
-    params.model.path = str(path)
-    params.n_ctx = 64
-    params.n_parallel = 1
-    params.warmup = False
-    params.verbosity = 0
-    params.port = 0
-    params.fit_params = False
-    server = xllamacpp.Server(params)
-
-    def theirs(text):
-        body = json.dumps({"content": text, "add_special": True, "parse_special": True}).encode()
-        url = f"{server.listening_address}/tokenize"
-        head = {"Content-Type": "application/json"}
-        with urllib.request.urlopen(urllib.request.Request(url, body, head)) as answer:
-            return json.load(answer)["tokens"]
-
+    theirs = LlamaServer(path)
     ours = tokenizer.from_gguf(metadata)
     rng = np.random.default_rng(0)
     random = ["".join(rng.choice(list(TEXT), rng.integers(1, 50))) for _ in range(200)]
     for text in (TEXT, "", " ", "\n \n", "<|end|>a<|end|>", *random):
-        assert ours.encode(text) == theirs(text), repr(text)
+        assert ours.encode(text) == theirs.tokenize(text), repr(text)
 
 
 def test_a_tokenizer_json_is_read():

@@ -16,7 +16,6 @@ What the padding to whole tiles adds has scale 0.
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from pallas_kernels.quantized_matmul.layout import Layout
@@ -26,8 +25,16 @@ ROWS, DEPTH = 16, 128  # channels and k of a tile
 CODES = ROWS * DEPTH // 8  # words of its codes
 SIXTEEN = ("bfloat16", "float16")
 
-# Where nibble p of a word goes: its k by (p // 2 mod 2, p // 4), its channel by p mod 2.
-_SHIFTS = np.arange(8, dtype=np.uint32).reshape(2, 2, 2).transpose(1, 0, 2) * 4
+
+def _shifts() -> jax.Array:
+    """Bits that nibble p is shifted by, along (p // 2 mod 2, p // 4, p mod 2), the last axes
+    of nine.
+
+    An iota, since custom_partitioning takes no constants.
+    """
+    shape = (1, 1, 1, 1, 1, 1, 2, 2, 2)
+    p2, p4, p1 = (lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in (6, 7, 8))
+    return p1 * 4 + p2 * 8 + p4 * 16
 
 
 def scale_words(weight: Weight) -> int:
@@ -65,7 +72,7 @@ def _pack_codes(codes: jax.Array, weight: Weight) -> jax.Array:
     # k tile, i // 2, c, i mod 2, p // 2 mod 2, p // 4; n tile, p mod 2, r
     cut = whole.reshape(deep, 4, 4, 2, 2, 2, rows, 2, 8)
     cut = cut.transpose(6, 0, 1, 8, 2, 3, 4, 5, 7)
-    word = jnp.sum(cut << _SHIFTS, axis=(-3, -2, -1), dtype=jnp.uint32)
+    word = jnp.sum(cut << _shifts(), axis=(-3, -2, -1), dtype=jnp.uint32)
     word = word.reshape(rows, deep, 2, 2, 8, 4, 2)  # half, i // 2 mod 2, r, c, i mod 2
     word = word.transpose(0, 1, 2, 4, 5, 3, 6).reshape(rows, deep, CODES)
     return lax.bitcast_convert_type(word, jnp.int32)
@@ -75,7 +82,7 @@ def _unpack_codes(words: jax.Array, weight: Weight) -> jax.Array:
     rows, deep, _ = words.shape
     word = lax.bitcast_convert_type(words, jnp.uint32).reshape(rows, deep, 2, 8, 4, 2, 2)
     word = word.transpose(0, 1, 2, 5, 3, 4, 6).reshape(rows, deep, 4, 8, 4, 2)
-    cut = (word[..., None, None, None] >> _SHIFTS) & jnp.uint32(15)
+    cut = (word[..., None, None, None] >> _shifts()) & jnp.uint32(15)
     codes = cut.transpose(1, 2, 4, 5, 6, 7, 0, 8, 3).reshape(deep * DEPTH, rows * ROWS)
     codes = codes[: weight.k, : weight.n].astype(jnp.int32) + lowest(weight)
     return codes.astype(jnp.int8).astype(weight.code)

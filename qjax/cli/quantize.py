@@ -5,23 +5,19 @@ from __future__ import annotations
 import argparse
 import collections
 import os
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from rich.console import Console
 
 from qjax.cli.common import Output, load_model, mebibytes, progress_console, table, tracked
-from qjax.models import Decoder
 from qjax.models.saved import save_folder
-from qjax.qtensor import dequantize, is_qtensor
-from qjax.quantizing import quantize
+from qjax.qtensor import is_qtensor
 from qjax.recipe import Recipe, Rule, is_gathered
 from qjax.reporting import report
 from qjax.sites import find_sites
 from qjax.spec import Spec
-from qjax.tracing import param_path
-from qjax.transform import decide
+from qjax.transform import requantize_params
 
 
 def run(args: argparse.Namespace) -> Output:
@@ -29,7 +25,13 @@ def run(args: argparse.Namespace) -> Output:
     if os.path.exists(args.output) and not args.force:
         raise ValueError(f"{args.output}: exists; choose another --output, or give --force")
     model, params, tokenizer = load_model(args.model)
-    qparams, kept = _quantize(model, params, _recipe(args.spec, args.rule))
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params, is_leaf=is_qtensor
+    )
+    sites = find_sites(model.apply, shapes, jax.ShapeDtypeStruct((1, 2), jnp.int32))
+    progress = lambda weights: tracked(weights, "Quantizing")
+    recipe = _recipe(args.spec, args.rule)
+    qparams, decisions = requantize_params(params, recipe, sites, progress)
     del params
     with progress_console().status(f"Writing {args.output}"):
         save_folder(args.output, model, qparams, tokenizer, overwrite=args.force)
@@ -45,7 +47,7 @@ def run(args: argparse.Namespace) -> Output:
                 "format": row.format,
                 "bits_per_weight": row.bits_per_weight,
                 "bytes": row.nbytes,
-                "kept": kept[row.path],
+                "kept": decisions[row.path].kept,
             }
             for row in found.rows
         ],
@@ -54,7 +56,7 @@ def run(args: argparse.Namespace) -> Output:
     def show(console: Console) -> None:
         groups = collections.defaultdict(list)
         for row in found.rows:
-            groups[row.format, kept[row.path]].append(row)
+            groups[row.format, decisions[row.path].kept].append(row)
         rows = [
             (fmt, len(group), mebibytes(sum(r.nbytes for r in group)), why and f"kept: {why}")
             for (fmt, why), group in groups.items()
@@ -79,30 +81,3 @@ def _recipe(spec: Spec, rules: list[Rule]) -> Recipe:
     """The rules first; then what a bare spec means, looked-up tables kept."""
     rest = (Rule(".*", None, where=is_gathered, optional=True), Rule(".*", spec, optional=True))
     return Recipe(*rules, *rest)
-
-
-def _quantize(model: Decoder, params: Any, recipe: Recipe) -> tuple[Any, dict[str, str]]:
-    """Quantizes one weight after the other; codes of the file that the recipe keeps stay as is.
-
-    A weight that the file holds in codes is dequantized on its own, so that no float copy of the
-    model is made. Returns the parameters, and path to the reason why it was kept ("" if not).
-    """
-    leaves, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qtensor)
-    named = {param_path(keys): leaf for keys, leaf in leaves}
-    dense = {k: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for k, leaf in named.items()}
-    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    sites = find_sites(model.apply, jax.tree.unflatten(tree, dense.values()), tokens)
-    decisions = decide(dense, recipe, sites)
-
-    def one(path: str, leaf: Any) -> Any:
-        decision = decisions[path]
-        if decision.spec is None:
-            return leaf
-        w = dequantize(leaf) if is_qtensor(leaf) else leaf
-        try:
-            return quantize(w, decision.spec, decision.axis, batch_axis=decision.batch_axis)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-
-    done = [one(path, leaf) for path, leaf in tracked(list(named.items()), "Quantizing")]
-    return jax.tree.unflatten(tree, done), {k: d.kept for k, d in decisions.items()}

@@ -8,7 +8,6 @@ in its own dtype, codes of less than a byte packed into uint8 (see `qjax.io.pack
 
 from __future__ import annotations
 
-import collections
 import json
 import os
 import pathlib
@@ -20,9 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qjax.io import manifest, packing, safetensors
+from qjax.io.strict_json import read_object
 
 MANIFEST = "qjax.json"
-VERSION = 2
 
 _MAX_MANIFEST = 1 << 28  # bytes; a model of 100,000 tensors takes 2**26
 _SHARD_BYTES = 1 << 32
@@ -87,7 +86,7 @@ def write_folder(
     text = json.dumps(
         {
             "format": "qjax",
-            "version": VERSION,
+            "version": manifest.VERSION,
             "shards": shards,
             "files": sorted(files),
             "metadata": dict(metadata or {}),
@@ -179,25 +178,8 @@ def _read_manifest(folder: pathlib.Path) -> dict[str, Any]:
     if size > _MAX_MANIFEST:
         raise ValueError(f"{path}: has {size} bytes, at most {_MAX_MANIFEST} are read")
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = dict(pairs)
-        if len(keys) != len(pairs):
-            ((twice, _),) = collections.Counter(key for key, _ in pairs).most_common(1)
-            raise ValueError(f"the key {twice[:80]!r} appears twice")
-        return keys
-
-    try:
-        fields = json.loads(path.read_bytes().decode(), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: is no manifest: {error}") from None
-    if not isinstance(fields, dict) or fields.get("format") != "qjax":
-        raise ValueError(f"{path}: format: must be 'qjax'")
-    version = fields.get("version")
-    if version != VERSION or isinstance(version, bool):
-        raise ValueError(
-            f"{path}: version: is {str(version)[:80]}, this version of qjax reads {VERSION}; "
-            "update qjax or write the folder again"
-        )
+    fields = read_object(path.read_bytes(), str(path))
+    manifest.check_version(fields, str(path), "write the folder again")
     if fields.keys() != _FIELDS:
         odd = min(fields.keys() ^ _FIELDS)
         raise ValueError(f"{path}: {odd}: {'is unknown' if odd in fields else 'is missing'}")

@@ -28,7 +28,21 @@ from qjax.spec import Spec
 DTYPES: dict[str, np.dtype] = {
     dtype.name: dtype for dtype in (*safetensors.DTYPES.values(), *packing.BITS)
 }
+VERSION = 2  # of what is described here
 _MAX_DEPTH = 8  # of scales that are QTensors; formats in use have two
+
+
+def check_version(fields: Any, where: str, again: str) -> dict[str, Any]:
+    """The fields of what qjax wrote; `again` is how to have it in this version."""
+    if not isinstance(fields, dict) or fields.get("format") != "qjax":
+        raise ValueError(f"{where}: format: must be 'qjax'; qjax did not write this")
+    version = fields.get("version")
+    if version != VERSION or isinstance(version, bool):
+        raise ValueError(
+            f"{where}: version: is {str(version)[:80]}, this version of qjax reads {VERSION}; "
+            f"update qjax or {again}"
+        )
+    return fields
 
 
 class Described(NamedTuple):

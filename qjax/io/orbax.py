@@ -23,8 +23,6 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from qjax.io import manifest
 from qjax.io.packing import BITS
 
-VERSION = 2
-
 _BYTE = np.dtype(np.uint8)
 
 
@@ -45,7 +43,7 @@ def save_args(tree: Any) -> ocp.args.PyTreeSave:
     """
     described = manifest.describe(tree)
     arrays = {name: _stored(value) for name, value in described.arrays.items()}
-    metadata = {"format": "qjax", "version": VERSION, "parameters": described.entries}
+    metadata = {"format": "qjax", "version": manifest.VERSION, "parameters": described.entries}
     return ocp.args.PyTreeSave(arrays, custom_metadata=metadata)
 
 
@@ -128,15 +126,10 @@ def _leaves(path: str | os.PathLike[str]) -> Any:
         raise ValueError(f"{path}: is no folder; give the one that was saved to")
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         item = checkpointer.metadata(os.path.abspath(path)).item_metadata
-    fields = None if item is None else item.custom_metadata
-    if item is None or not isinstance(fields, dict) or fields.get("format") != "qjax":
-        raise ValueError(f"{path}: format: must be 'qjax'; qjax.io.orbax did not write this")
-    version = fields.get("version")
-    if version != VERSION or isinstance(version, bool):
-        raise ValueError(
-            f"{path}: version: is {str(version)[:80]}, this version of qjax reads {VERSION}; "
-            "update qjax or save the checkpoint again"
-        )
+    fields = manifest.check_version(
+        None if item is None else item.custom_metadata, str(path), "save the checkpoint again"
+    )
+    assert item is not None
     holding = manifest.Holding(_form, lambda _, name, shape, dtype: _Leaf(name, shape, dtype))
     return manifest.restore(fields.get("parameters"), item.tree, str(path), holding)
 

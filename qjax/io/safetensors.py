@@ -10,7 +10,6 @@ believed before it was checked, and a file that lies gives a ``ValueError`` nami
 
 from __future__ import annotations
 
-import collections
 import json
 import math
 import os
@@ -22,6 +21,8 @@ from typing import Any, NoReturn
 
 import ml_dtypes
 import numpy as np
+
+from qjax.io.strict_json import read_object
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -72,7 +73,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str,
     if length > min(size - 8, _MAX_HEADER):
         limit = f"of at most {_MAX_HEADER} bytes, the file has {size}"
         _fail(name, "header length", f"is {length}, a header fits the file and is {limit}")
-    header = _parse_json(name, "header", data[8 : 8 + length].tobytes())
+    header = read_object(data[8 : 8 + length].tobytes(), f"{name}: header")
     metadata = header.pop(_METADATA, {})
     _check_metadata(name, metadata)
     body = data[8 + length :]
@@ -191,34 +192,6 @@ def _fail(path: str, field: str, message: str) -> NoReturn:
     raise ValueError(f"{path}: {field}: {message}")
 
 
-def _parse_json(path: str, field: str, raw: bytes) -> dict[str, Any]:
-    """Parses a JSON object and refuses a key that appears twice."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = dict(pairs)
-        if len(keys) != len(pairs):
-            ((twice, _),) = collections.Counter(key for key, _ in pairs).most_common(1)
-            _fail(path, field, f"the key {_short(twice)} appears twice")
-        return keys
-
-    def integer(digits: str) -> int:
-        if len(digits) > 20:
-            _fail(path, field, f"holds an integer of {len(digits)} digits")
-        return int(digits)
-
-    try:
-        value = json.loads(raw.decode(), object_pairs_hook=unique, parse_int=integer)
-    except UnicodeDecodeError as error:
-        _fail(path, field, f"is not UTF-8 ({error.reason} at byte {error.start})")
-    except json.JSONDecodeError as error:
-        _fail(path, field, f"is not JSON ({error.msg} at character {error.pos})")
-    except RecursionError:
-        _fail(path, field, "is nested too deeply")
-    if not isinstance(value, dict):
-        _fail(path, field, f"is a JSON {type(value).__name__}, must be an object")
-    return value
-
-
 def _check_metadata(path: str, metadata: Any) -> None:
     if not isinstance(metadata, dict) or not all(
         isinstance(key, str) and isinstance(value, str) for key, value in metadata.items()
@@ -283,7 +256,7 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
         _fail(
             str(path), "index", f"has {path.stat().st_size} bytes, at most {_MAX_HEADER} are read"
         )
-    index = _parse_json(str(path), "index", path.read_bytes())
+    index = read_object(path.read_bytes(), f"{path}: index")
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         _fail(str(path), "weight_map", "must map tensor names to shards")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import pathlib
 import re
@@ -17,6 +16,7 @@ import numpy as np
 from qjax.io import folder, gguf, safetensors
 from qjax.io.ggml_dense import DENSE_TYPES, to_array
 from qjax.io.ggml_types import CODECS, to_qtensor
+from qjax.io.strict_json import read_object
 from qjax.models import configs, names, saved, tokenizer
 from qjax.models.architecture import Config
 from qjax.models.decoder import Decoder
@@ -267,13 +267,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
         raise ValueError(f"{path}: is missing; a Hugging Face folder has one")
     if path.stat().st_size > _MAX_JSON:
         raise ValueError(f"{path}: has more than the {_MAX_JSON} bytes that are read")
-    try:
-        value = json.loads(path.read_bytes().decode())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: is a JSON {type(value).__name__}, must be an object")
-    return value
+    return read_object(path.read_bytes(), str(path))
 
 
 def _folder_tokenizer(folder: pathlib.Path) -> tokenizer.Tokenizer:
