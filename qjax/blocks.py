@@ -125,6 +125,14 @@ def largest(x: jax.Array, block: Sequence[int]) -> jax.Array:
     return extremes(view.reshape(scale_shape(x.shape, run)), rest)[1]
 
 
+def totals(x: jax.Array, block: Sequence[int]) -> jax.Array:
+    """The sum of each block."""
+    block = align(block, x.ndim)
+    padding = [(0, -s % b if b < s else 0) for s, b in zip(x.shape, block, strict=True)]
+    view, within, _ = split(jnp.pad(x, padding), block)
+    return jnp.sum(view, axis=within).reshape(scale_shape(x.shape, block))
+
+
 def _fold(x: jax.Array, axis: int) -> jax.Array:
     """The largest magnitude along an axis, which stays with length 1: eight parts at a time."""
     while (length := x.shape[axis]) > 1:

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 
-def divide(x: jax.Array, divisor: float) -> jax.Array:
+def divide(x: jax.Array, divisor: float | jax.Array) -> jax.Array:
     """`x / divisor`, correctly rounded: the divisor is made a runtime value of the shape of x."""
-    return x / jnp.where(jnp.isnan(x), jnp.ones_like(x), jnp.full_like(x, divisor))
+    divisor = jnp.broadcast_to(jnp.asarray(divisor, x.dtype), x.shape)
+    return x / jnp.where(jnp.isnan(x), jnp.ones_like(x), divisor)
 
 
 def rounded(product: jax.Array) -> jax.Array:

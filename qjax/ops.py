@@ -1,5 +1,6 @@
 """Matmuls and lookups on QTensors."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -14,12 +15,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from pallas_kernels.dispatch import choose
 from pallas_kernels.quantized_matmul.op import quantized_matmul
 from pallas_kernels.quantized_matmul.problem import Problem
-from qjax import _compat, blocks, prepared, structural
+from qjax import _compat, activation, blocks, prepared, structural
+from qjax.activation import Activation
 from qjax.formats import FORMATS, join_planes, split_planes
 from qjax.prepared import Prepared
 from qjax.qtensor import QTensor, Quantized, dequantize
 from qjax.rounding import SCALE_METHODS
-from qjax.spec import Spec
 
 Axes = tuple[int, ...]
 
@@ -40,6 +41,24 @@ class Dot(NamedTuple):
 
     def contracted(self) -> Axes:
         return self.axes(self.weight_side)[0]
+
+    def features(self, axes: Axes) -> Axes | None:
+        """The axes of x that these contracted axes of the weight meet; None if there are others."""
+        w, x = self.contracted(), self.axes(1 - self.weight_side)[0]
+        return tuple(x[w.index(a)] for a in axes) if set(axes) == set(w) else None
+
+    def stacked(self, count: int) -> Axes | None:
+        """The axes of x that run in parallel with the first `count` of the weight, if all do."""
+        w, x = self.axes(self.weight_side)[1], self.axes(1 - self.weight_side)[1]
+        return tuple(x[w.index(a)] for a in range(count)) if set(range(count)) <= set(w) else None
+
+    def rows(self, x: jax.Array) -> Axes:
+        """The axes of x that are neither contracted nor parallel."""
+        contracted, batch = self.axes(1 - self.weight_side)
+        return tuple(a for a in range(x.ndim) if a not in contracted and a not in batch)
+
+    def per_row(self, leaf: jax.Array, x: jax.Array, extra: tuple) -> jax.Array:
+        return leaf
 
     def __call__(self, x: jax.Array, w: jax.Array, extra: tuple, preferred: Any) -> jax.Array:
         operands = (w, x) if self.weight_side == 0 else (x, w)
@@ -71,6 +90,22 @@ class RaggedDot(NamedTuple):
     def contracted(self) -> Axes:
         return (1,)
 
+    def features(self, axes: Axes) -> Axes | None:
+        return (1,) if axes == (1,) else None
+
+    def stacked(self, count: int) -> Axes | None:
+        return (0,) * count if count < 2 else None
+
+    def rows(self, x: jax.Array) -> Axes:
+        return (0,)
+
+    def per_row(self, leaf: jax.Array, x: jax.Array, extra: tuple) -> jax.Array:
+        """What every row of x sees of `leaf` `[experts, ...]`."""
+        ends = jnp.cumsum(extra[0])
+        rows = jnp.arange(x.shape[0], dtype=ends.dtype)
+        expert = jnp.searchsorted(ends, rows, side="right").astype(jnp.int32)
+        return jnp.take(leaf, expert, axis=0, mode="clip")
+
     def __call__(self, x: jax.Array, w: jax.Array, extra: tuple, preferred: Any) -> jax.Array:
         return lax.ragged_dot(
             x, w, extra[0], precision=self.precision, preferred_element_type=preferred
@@ -81,11 +116,7 @@ class RaggedDot(NamedTuple):
 
     def place_weight_scale(self, scale: jax.Array, q: QTensor, x: jax.Array, extra: tuple) -> Any:
         groups, _, n = q.shape
-        scale = blocks.expand(scale, (groups, 1, n), q.block)[:, 0]
-        ends = jnp.cumsum(extra[0])
-        rows = jnp.arange(x.shape[0], dtype=ends.dtype)
-        expert = jnp.searchsorted(ends, rows, side="right").astype(jnp.int32)
-        return jnp.take(scale, expert, axis=0, mode="clip")
+        return self.per_row(blocks.expand(scale, (groups, 1, n), q.block)[:, 0], x, extra)
 
     def place_x_scale(self, scale: jax.Array, x: jax.Array, q: Quantized) -> jax.Array:
         return scale
@@ -100,6 +131,20 @@ class Conv(NamedTuple):
 
     def contracted(self) -> Axes:
         return tuple(sorted(self.dimension_numbers.rhs_spec[1:]))
+
+    def features(self, axes: Axes) -> Axes | None:
+        channels = axes == (self.dimension_numbers.rhs_spec[1],)
+        whole = dict(self.options)["feature_group_count"] == 1
+        return (self.dimension_numbers.lhs_spec[1],) if channels and whole else None
+
+    def stacked(self, count: int) -> Axes | None:
+        return None if count else ()
+
+    def rows(self, x: jax.Array) -> Axes:
+        return tuple(a for a in range(x.ndim) if a != self.dimension_numbers.lhs_spec[1])
+
+    def per_row(self, leaf: jax.Array, x: jax.Array, extra: tuple) -> jax.Array:
+        return leaf
 
     def __call__(self, x: jax.Array, w: jax.Array, extra: tuple, preferred: Any) -> jax.Array:
         return lax.conv_general_dilated(
@@ -136,20 +181,26 @@ def linear(x: jax.Array, q: Quantized, op: Op, extra: tuple = ()) -> tuple[jax.A
 
     A prepared weight runs on the kernel that `pallas_kernels.dispatch` chooses. Otherwise scales
     that are constant along the contraction are applied to the result; all others to the weight
-    before it. An `Activation` quantizes x while it runs.
+    before it. An `Activation` brings x into the coordinates of the weight, and quantizes it.
     """
     if isinstance(q, Prepared):
         return _prepared_linear(x, q, op, extra)
     assert isinstance(q, QTensor)
     name = {Dot: "dot", RaggedDot: "ragged dot", Conv: "convolution"}[type(op)]
-    constant = _constant_along(q, op)
-    if q.activation is not None:
-        spec = q.activation.spec
-        how = "scales after" if constant else "scales per group"
-        if not constant and not (isinstance(op, Dot) and op.out_sharding is None):
-            how = "on dequantized weights"
-        return _dynamic(x, q, extra, op, spec), f"{spec}_token {name}, {how}"
-    if constant and q.zero_point is None and q.offset is None:
+    if activation.changes_coordinates(q.activation):
+        changed = _in_coordinates(x, q, op, extra)
+        if changed is None:
+            y = op(x, dequantize(q), extra, op.out_dtype)
+            return lax.convert_element_type(y, op.out_dtype), f"dequantize in the graph, {name}"
+        x, q = changed
+        y, how = linear(x, q, op, extra)
+        return y, f"x in the weight's coordinates, {how}"
+    act = q.activation
+    if act is not None and act.spec is not None and _static_fits(act, op):
+        outliers = "" if act.threshold is None else f", outliers from {act.threshold:g} apart"
+        how = f"{_rounding(act)} {name}, {_way(q, op)}{outliers}"
+        return _dynamic(x, q, extra, op), how
+    if _way(q, op) == "scales after":
         fmt = FORMATS[q.format]
         codes = fmt.decode(join_planes(fmt, q.qvalue), jnp.dtype(q.dtype))
         scale = op.place_weight_scale(_scale(q), q, x, extra)
@@ -157,6 +208,36 @@ def linear(x: jax.Array, q: Quantized, op: Op, extra: tuple = ()) -> tuple[jax.A
         return lax.convert_element_type(y, op.out_dtype), f"{name} on codes, scale after"
     y = op(x, dequantize(q), extra, op.out_dtype)
     return lax.convert_element_type(y, op.out_dtype), f"dequantize in the graph, {name}"
+
+
+def _in_coordinates(
+    x: jax.Array, q: QTensor, op: Op, extra: tuple
+) -> tuple[jax.Array, QTensor] | None:
+    """Both in the coordinates in which q is held; None if they are not those of the matmul."""
+    act = q.activation
+    assert act is not None
+    lead, axes = activation.weight_axes(act, q.ndim)
+    stacked, features = op.stacked(len(lead)), op.features(axes)
+    if stacked is None or features is None:
+        return None
+    leaves = activation.coordinates(act)
+    rows = {n: op.per_row(v, x, extra) if lead else v for n, v in leaves.items()}
+    x = activation.on_input(dataclasses.replace(act, **rows), x, stacked, features)
+    return x, dataclasses.replace(q, activation=activation.quantizing(act))
+
+
+def _static_fits(act: Activation, op: Op) -> bool:
+    return act.scale is None or op.stacked(act.scale.ndim) is not None
+
+
+def _way(q: QTensor, op: Op) -> str:
+    """How a matmul on quantized activations comes by the scales of the weight."""
+    if q.zero_point is None and q.offset is None:
+        if _constant_along(q, op):
+            return "scales after"
+        if q.param_shape is None and isinstance(op, Dot) and op.out_sharding is None:
+            return "scales per group"
+    return "on dequantized weights"
 
 
 def _constant_along(q: QTensor, op: Op) -> bool:
@@ -213,7 +294,7 @@ def _prepared_linear(x: jax.Array, p: Prepared, op: Op, extra: tuple) -> tuple[j
         return lax.convert_element_type(y, op.out_dtype), f"dequantized in the call: {reason}"
     how = f"{_implementation(x, p, op)} on {p.layout}"
     if p.activation is not None:
-        return _dynamic(x, p, extra, op, p.activation.spec), f"{p.activation.spec}_token, {how}"
+        return _dynamic(x, p, extra, op), f"{_rounding(p.activation)}, {how}"
     return _prepared_dot(x, p, op, op.out_dtype), how
 
 
@@ -233,14 +314,19 @@ def _unfit(x: jax.Array, p: Prepared, op: Op) -> str | None:
 
 def _implementation(x: jax.Array, p: Prepared, dot: Dot) -> str:
     weight, lead = p.local().weight, math.prod(p.lead)
-    dtype = x.dtype if p.activation is None or not _is_int(p.activation.spec) else "int8"
+    spec = None if p.activation is None else p.activation.spec
+    dtype = x.dtype if spec is None else "int8" if spec.format == "int8" else "float32"
     m = math.prod(x.shape) // max(weight.k * lead, 1)
     problem = Problem(m, weight, p.layout, jnp.dtype(dtype).name, jnp.dtype(dot.out_dtype).name)
     return choose("quantized_matmul", problem)
 
 
-def _is_int(spec: Spec) -> bool:
-    return spec.format.startswith("int")
+def _rounding(act: Activation) -> str:
+    """What becomes of x, in words."""
+    assert act.spec is not None
+    tensor = "token" if act.spec.block is None else "tensor"
+    scaled = "static" if act.scale is not None else tensor
+    return f"{act.spec.format}_{scaled}"
 
 
 def _prepared_dot(x: jax.Array, p: Prepared, dot: Dot, out: Any) -> jax.Array:
@@ -296,40 +382,84 @@ def _out_sharding(x: jax.Array, p: Prepared, dot: Dot) -> Any:
     return NamedSharding(mesh, PartitionSpec(*layers, *frees[0][1], *frees[1][1]))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
-def _dynamic(x: jax.Array, q: Any, extra: tuple, op: Op, spec: Spec) -> jax.Array:
-    """`x` rounded per token to `spec`, times the codes of q; sums in int32 for integers.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _dynamic(x: jax.Array, q: Any, extra: tuple, op: Op) -> jax.Array:
+    """`x` rounded as the activation of q says, times q; sums in int32 for integers.
 
     Straight-through: the tangent of x is that of the product with `dequantize(q)`.
     """
-    token = op.token(x)
-    rounded = SCALE_METHODS[spec.scale_method](x.astype(jnp.float32), spec, token, token)
-    x_scale: Any = rounded.scale
-    x_codes: Any = split_planes(FORMATS[spec.format], rounded.codes)
-    if isinstance(q, Prepared):
+    act, apart = q.activation, None
+    assert act is not None
+    assert act.spec is not None
+    if act.threshold is not None:
+        outlier = jnp.any(jnp.abs(x) >= act.threshold, axis=op.rows(x), keepdims=True)
+        outlier = jnp.broadcast_to(outlier, x.shape)
+        apart, x = (
+            jnp.where(outlier, x, jnp.zeros_like(x)),
+            jnp.where(outlier, jnp.zeros_like(x), x),
+        )
+    x_codes, x_scale = _codes_of(x.astype(jnp.float32), act, op, extra)
+    on_kernel = isinstance(q, Prepared)
+    way = "on the kernel" if on_kernel else _way(q, op)
+    if on_kernel:
         assert isinstance(op, Dot)
-        x_codes = x_codes if _is_int(spec) else x_codes.astype(jnp.float32)
+        x_codes = x_codes if x_codes.dtype == jnp.int8 else x_codes.astype(jnp.float32)
         y = _prepared_dot(x_codes, q, op, jnp.float32)
-        return _times(y, op.place_x_scale(x_scale, x, q)).astype(op.out_dtype)
-    codes = join_planes(FORMATS[q.format], q.qvalue)
-    accumulator = jnp.float32
-    if _is_int(spec):
-        accumulator, codes = jnp.int32, FORMATS[q.format].decode(codes, jnp.dtype(jnp.int8))
-    if _constant_along(q, op):
-        y = op(x_codes, codes, extra, accumulator).astype(jnp.float32)
-        y = _times(y, op.place_weight_scale(_scale(q), q, x, extra))
-    elif isinstance(op, Dot) and op.out_sharding is None:
-        y = _grouped_dot(x_codes, codes, q, op, accumulator)
-    else:
+    elif way == "on dequantized weights":
         y = op(x_codes.astype(jnp.float32), dequantize(q).astype(jnp.float32), extra, jnp.float32)
-    return _times(y, op.place_x_scale(x_scale, x, q)).astype(op.out_dtype)
+    else:
+        x_codes, codes, accumulator = _operands(x_codes, q)
+        if way == "scales after":
+            y = op(x_codes, codes, extra, accumulator).astype(jnp.float32)
+            y = _times(y, op.place_weight_scale(_scale(q), q, x, extra))
+        else:
+            assert isinstance(op, Dot)
+            y = _grouped_dot(x_codes, codes, q, op, accumulator)
+    y = _times(y, op.place_x_scale(x_scale, x, q))
+    if apart is not None:
+        y = y + op(apart.astype(jnp.float32), dequantize(q).astype(jnp.float32), extra, jnp.float32)
+    return y.astype(op.out_dtype)
 
 
 @_dynamic.defjvp
-def _dynamic_jvp(op: Op, spec: Spec, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
+def _dynamic_jvp(op: Op, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
     x, q, extra = primals
     tangent = op(tangents[0], dequantize(q), extra, op.out_dtype).astype(op.out_dtype)
-    return _dynamic(x, q, extra, op, spec), tangent
+    return _dynamic(x, q, extra, op), tangent
+
+
+def _codes_of(x: jax.Array, act: Activation, op: Op, extra: tuple) -> tuple[Any, jax.Array]:
+    """Codes of x, and their scale, which broadcasts against x."""
+    spec, token = act.spec, op.token(x)
+    assert spec is not None
+    fmt = FORMATS[spec.format]
+    if act.scale is None:
+        block = token if spec.block is None else x.shape
+        rounded = SCALE_METHODS[spec.scale_method](x, spec, block, block)
+        assert isinstance(rounded.scale, jax.Array)
+        return split_planes(fmt, rounded.codes), rounded.scale
+    axes = op.stacked(act.scale.ndim)
+    assert axes is not None
+    scale = op.per_row(act.scale, x, extra) if axes else act.scale
+    scale = jnp.moveaxis(scale, range(len(axes)), np.argsort(np.argsort(axes)).tolist())
+    shape = [n if a in axes else 1 for a, n in enumerate(x.shape)]
+    scale = scale.astype(jnp.float32).reshape(shape)
+    codes = split_planes(fmt, fmt.encode(x / scale))
+    within = tuple(a for a, b in enumerate(token) if b > 1)
+    lost = jnp.any(jnp.isnan(x), axis=within, keepdims=True)  # no integer code says NaN
+    return codes, jnp.where(lost, jnp.nan, jnp.broadcast_to(scale, lost.shape))
+
+
+def _operands(x_codes: Any, q: QTensor) -> tuple[Any, jax.Array, Any]:
+    """Codes of x and of q in dtypes that a matmul takes, and the dtype of its sums."""
+    fmt = FORMATS[q.format]
+    codes = join_planes(fmt, q.qvalue)
+    integers = jnp.issubdtype(x_codes.dtype, jnp.integer)
+    if integers and fmt.integer and fmt.min >= -128 and fmt.max <= 127:
+        return x_codes, fmt.decode(codes, jnp.dtype(jnp.int8)), jnp.int32
+    if not integers and jnp.issubdtype(codes.dtype, jnp.floating):
+        return x_codes, codes, jnp.float32  # both FP8: what the device multiplies
+    return x_codes.astype(jnp.float32), fmt.decode(codes, jnp.dtype(jnp.float32)), jnp.float32
 
 
 def _grouped_dot(x: Any, w: jax.Array, q: QTensor, dot: Dot, accumulator: Any) -> jax.Array:

@@ -264,6 +264,8 @@ def plan(
     Raises:
       CannotCarry: saying why no layout takes it.
     """
+    if jax.tree.leaves(q.activation):
+        raise CannotCarry("its activation changes coordinates or has a static scale")
     lead, k_axes, n_axes = _axes(q, sites)
     platform = (Device.default() if device is None else device).platform
     wanted = [n for n, row in LAYOUTS.items() if platform in row.platforms]

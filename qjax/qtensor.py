@@ -10,17 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax import blocks, exact
+from qjax import activation, blocks, exact
+from qjax.activation import Activation as Activation
 from qjax.formats import FORMATS, Codes, join_planes
-from qjax.spec import Spec
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Activation:
-    """What happens to the other operand of a matmul: quantized while it runs, as `spec` says."""
-
-    spec: Spec = dataclasses.field(metadata={"static": True})
 
 
 class Quantized:
@@ -81,7 +73,10 @@ class QTensor(Quantized):
         ragged, and leading axes (layers, experts) come and go under `scan` and `vmap` without
         touching it.
       - `dtype` is that of the dequantized array; scales keep their own.
-      - `param_shape` stands only where the weight differs in shape from its storage.
+      - `param_shape` stands only where the weight differs in shape from its storage; then `block`
+        has one entry for each axis of the storage of one weight, and axes before those are stacked.
+      - `activation` says in which coordinates the weight is held, and what becomes of the other
+        operand of its matmul.
     """
 
     qvalue: Codes
@@ -103,7 +98,7 @@ class QTensor(Quantized):
         stored = self.storage_shape
         if self.param_shape is None:
             return stored
-        return stored[: len(stored) - len(self.block)] + self.param_shape
+        return stored[: max(len(stored) - len(self.block), 0)] + self.param_shape
 
     def __repr__(self) -> str:
         try:
@@ -130,7 +125,8 @@ def dequantize(q: Quantized) -> jax.Array:
     """The array that a QTensor stands for.
 
     `x = (decode(qvalue) - zero_point) * scale + offset`, evaluated block-wise in float32, each
-    operation rounded once, and the result rounded to `q.dtype`.
+    operation rounded once, and the result rounded to `q.dtype`. What an `Activation` did to the
+    weight is undone before: the result is in the model's coordinates.
 
     Args:
       q: a QTensor of any format, prepared or not; scales and offsets that are QTensors are
@@ -157,7 +153,8 @@ def dequantize(q: Quantized) -> jax.Array:
 
 @functools.partial(jax.jit, inline=True)  # one pass over memory when it is called outside of jit
 def _dequantize(q: QTensor) -> jax.Array:
-    fmt = FORMATS[q.format]
+    fmt, act = FORMATS[q.format], q.activation
+    elsewhere = activation.changes_coordinates(act)
     per_block = [_open(v) for v in (q.scale, q.zero_point, q.offset) if v is not None]
 
     def equation(codes: jax.Array, scale: jax.Array, *rest: jax.Array) -> jax.Array:
@@ -167,10 +164,11 @@ def _dequantize(q: QTensor) -> jax.Array:
         x = x * scale
         if q.offset is not None:
             x = exact.rounded(x) + rest[-1]
-        return x.astype(q.dtype)
+        return x if elsewhere else x.astype(q.dtype)
 
     x = blocks.apply(equation, join_planes(fmt, q.qvalue), q.block, *per_block)
-    return x if q.param_shape is None else x.reshape(q.shape)
+    x = x if q.param_shape is None else x.reshape(q.shape)
+    return activation.from_storage(act, x).astype(q.dtype) if act and elsewhere else x
 
 
 def _open(per_block: jax.Array | QTensor) -> jax.Array:
@@ -181,11 +179,14 @@ def _open(per_block: jax.Array | QTensor) -> jax.Array:
 def check(q: QTensor, path: str = "") -> None:
     """Raises ValueError, naming `path` and the remedy, if the leaves of `q` belie its format."""
     where = f"{path}: " if path else ""
-    if q.format not in FORMATS:
+    if not isinstance(q.format, str) or q.format not in FORMATS:
         raise ValueError(
             f"{where}unknown format {q.format!r}; the formats are {', '.join(FORMATS)}"
         )
+    _check_static(q, where)
     _check_codes(q, where)
+    if q.activation is not None:
+        activation.check(q.activation, q.shape, where)
     needed = blocks.scale_shape(q.storage_shape, q.block)
     for name in ("scale", "zero_point", "offset"):
         leaf: Any = getattr(q, name)
@@ -201,6 +202,23 @@ def check(q: QTensor, path: str = "") -> None:
                 f"{where}{name} has shape {shape}, needed {needed} for codes of shape "
                 f"{q.storage_shape} in blocks of {q.block}; {_REMEDY}"
             )
+
+
+def _check_static(q: QTensor, where: str) -> None:
+    """What no leaf tells: someone replaced a static field."""
+    lengths = {"block": q.block, "param_shape": () if q.param_shape is None else q.param_shape}
+    for name, value in lengths.items():
+        whole = isinstance(value, tuple) and all(isinstance(n, (int, np.integer)) for n in value)
+        if not whole or min(value, default=1) < (name == "block"):
+            raise ValueError(
+                f"{where}{name} must be a tuple of lengths, got {value!r}; take it from "
+                "the QTensor that the codes came from"
+            )
+    if not isinstance(q.dtype, np.dtype) or not jnp.issubdtype(q.dtype, jnp.floating):
+        raise ValueError(
+            f"{where}dtype must be the floating-point numpy dtype of the dequantized array, "
+            f"got {q.dtype!r}"
+        )
 
 
 def _check_codes(q: QTensor, where: str) -> None:
@@ -219,10 +237,10 @@ def _check_codes(q: QTensor, where: str) -> None:
                 f"{where}{q.format} holds its codes as {wanted}, got {_kind(plane)}; {_REMEDY}"
             )
     shape = q.storage_shape
-    if len(shape) < len(blocks.trim(q.block)) or min(q.block, default=1) < 1:
+    if len(shape) < len(blocks.trim(q.block)):
         raise ValueError(
             f"{where}codes of shape {shape} cannot lie in blocks of {q.block}: a block has at most "
-            f"one positive length per axis; {_REMEDY}"
+            f"one length per axis; {_REMEDY}"
         )
     for plane, name in zip(planes, names, strict=True):
         needed = (*shape[:-1], -(-shape[-1] // 8)) if name == "uint1" else shape
@@ -236,7 +254,7 @@ def _check_codes(q: QTensor, where: str) -> None:
     ):
         raise ValueError(
             f"{where}codes of shape {shape} in blocks of {q.block} cannot take the weight's shape "
-            f"{q.param_shape}"
+            f"{q.param_shape}; the block needs an entry for each axis of one weight's storage"
         )
 
 

@@ -1,6 +1,7 @@
 """quantize: one weight, one Spec, one QTensor."""
 
 import functools
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,8 @@ from jax.core import Tracer
 from qjax import blocks
 from qjax.formats import FORMATS, split_planes
 from qjax.qtensor import Activation, QTensor
-from qjax.rounding import SCALE_METHODS, Rounded
+from qjax.rounding import SCALE_METHODS
+from qjax.scaling import Rounded
 from qjax.spec import Spec
 
 
@@ -27,9 +29,10 @@ def quantize(
     """Rounds a weight to nearest in the format, blocks and scale dtype of `spec`.
 
     Symmetric integers: scale = max|w| / (2^(N-1) - 1), codes = clip(round(w / scale), -2^(N-1),
-    2^(N-1) - 1). NF4 and FP8: scale = max|w| / largest value of the format, codes = nearest.
-    Asymmetric: scale = (max - min) / (2^N - 1), offset = min. llama.cpp's types: its own rule, to
-    the byte. A scale is rounded to `spec.scale_dtype` before the first code is chosen
+    2^(N-1) - 1). Codebooks and floats: scale = max|w| / largest value of the format, codes =
+    nearest. Asymmetric: scale = (max - min) / (2^N - 1), offset = min. llama.cpp's types: its own
+    rule, to the byte; MX and NVFP4: `qjax.microscaling`. `Spec.scale_method` "mse" searches for
+    each block's clip. A scale is rounded to `spec.scale_dtype` before the first code is chosen
     (double-quantized scales excepted: as in QLoRA the codes come from the exact scales).
 
     Args:
@@ -114,7 +117,6 @@ def _held(
             assert not isinstance(value, Rounded)
             return value
         shape = value.codes.shape if isinstance(value, Rounded) else value.shape
-        assert isinstance(inner.block, int)
         run = _run_block(shape, inner.block, contracted, batch)
         if not isinstance(value, Rounded):
             value = _round(value, inner, run, batch)
@@ -152,9 +154,13 @@ def block_of(
 
 
 def _run_block(
-    shape: Sequence[int], count: int, contracted: Sequence[int], batch: Sequence[int]
+    shape: Sequence[int], count: Any, contracted: Sequence[int], batch: Sequence[int]
 ) -> blocks.Block:
-    """A block of up to `count` scales: first along the contracted axes, then the output axes."""
+    """A block of up to `count` scales: first along the contracted axes, then the output axes.
+
+    `()` stands for all of them.
+    """
+    count = math.prod(max(s, 1) for s in shape) if count == () else count
     block = [1] * len(shape)
     free = [a for a in range(len(shape)) if a not in contracted and a not in batch]
     for a in (*reversed(contracted), *reversed(free)):
@@ -189,4 +195,4 @@ def _axes(axis: int | Sequence[int], ndim: int) -> tuple[int, ...]:
 
 @jax.jit
 def _count_bad(x: jax.Array) -> jax.Array:
-    return jnp.sum(~jnp.isfinite(x))
+    return jnp.sum(~jnp.isfinite(x.astype(jnp.float32)))

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from qjax import blocks
+from qjax import activation, blocks
 from qjax.formats import FORMATS
 from qjax.qtensor import QTensor, Quantized, dequantize, is_qtensor
 from qjax.tracing import param_path
@@ -91,7 +91,16 @@ def leaf_specs(value: Any, spec: PartitionSpec, mesh: Any, path: str = "") -> An
         scale=follow(value.scale),
         zero_point=follow(value.zero_point),
         offset=follow(value.offset),
+        activation=_activation_specs(value, entries),
     )
+
+
+def _activation_specs(q: QTensor, entries: Sequence[Any]) -> Any:
+    """Stacked axes are sharded as the weight's; the features are whole on every shard."""
+    if q.activation is None:
+        return None
+    spec = lambda leaf, stacked: PartitionSpec(*entries[:stacked], *[None] * (leaf.ndim - stacked))
+    return activation.on_leaves(q.activation, spec)
 
 
 def shard_map_operand(q: Quantized, spec: PartitionSpec, mesh: Any) -> tuple[Any, Any] | None:
@@ -107,6 +116,8 @@ def shard_map_operand(q: Quantized, spec: PartitionSpec, mesh: Any) -> tuple[Any
         except ValueError:
             return None
     if q.param_shape is not None:
+        return None
+    if q.activation is not None and any(shards[a] > 1 for a in q.activation.axis):
         return None
     for size, b, n in zip(q.shape, _block(q), shards, strict=True):
         if n > 1 and b < size and not holds_whole_blocks(size, b, n):

@@ -4,6 +4,7 @@ import re
 from typing import NamedTuple
 
 from qjax.formats import FORMATS
+from qjax.formats.microscaling import MX
 
 
 class Spec(NamedTuple):
@@ -17,8 +18,9 @@ class Spec(NamedTuple):
       symmetric: `False` also stores where a block starts (see `zero_dtype`).
       scale_dtype: what the scale is rounded to, before the first code is chosen.
       scale_spec: how the scales are quantized in turn; `None` keeps them in `scale_dtype`.
-      scale_method: how the scale is chosen: "absmax", "minmax" or "ggml" (llama.cpp's own rule for
-        the format).
+      scale_method: how the scale is chosen, a key of `rounding.SCALE_METHODS`: "absmax", "minmax",
+        "mse" (the clip of least squared error), "ggml" (llama.cpp's own rule for the format),
+        "mx_floor", "mx_even" and "mx_ceil" (powers of two), "nvfp4".
       zero_dtype: an integer dtype gives asymmetric blocks a `zero_point` rounded to a code, as GPTQ
         and AWQ files hold it; `None` gives them an `offset`, the block's smallest value in
         `scale_dtype`, as Q4_1 does.
@@ -62,7 +64,7 @@ class Spec(NamedTuple):
         )
 
     def __str__(self) -> str:
-        if self.format in GGML_SPECS and self._replace(activation=None) == GGML_SPECS[self.format]:
+        if self._replace(activation=None) == WHOLE_SPECS.get(self.format):
             text = self.format
         else:
             text = self.format + _block_suffix(self.block)
@@ -74,7 +76,9 @@ class Spec(NamedTuple):
         return f"{text}/{self.activation}{suffix}"
 
 
-_SUB_SCALE = Spec("uint6", 8, scale_dtype="float16", scale_method="ggml")
+def _sub_scale(format: str, count: int) -> Spec:
+    return Spec(format, count, scale_dtype="float16", scale_method="ggml")
+
 
 # llama.cpp's block types: their structure is part of the name, so they take no suffix.
 GGML_SPECS = {
@@ -83,10 +87,25 @@ GGML_SPECS = {
     "q4_1": Spec("q4_1", 32, False, "float16", None, "ggml"),
     "q5_0": Spec("q5_0", 32, True, "float16", None, "ggml"),
     "q5_1": Spec("q5_1", 32, False, "float16", None, "ggml"),
-    "q4_k": Spec("q4_k", 32, False, "float16", _SUB_SCALE, "ggml"),
-    "q5_k": Spec("q5_k", 32, False, "float16", _SUB_SCALE, "ggml"),
-    "q6_k": Spec("q6_k", 16, True, "float16", _SUB_SCALE._replace(format="int8", block=16), "ggml"),
+    "q2_k": Spec("q2_k", 16, False, "float16", _sub_scale("uint4", 16), "ggml"),
+    "q3_k": Spec("q3_k", 16, True, "float16", _sub_scale("int6", 16), "ggml"),
+    "q4_k": Spec("q4_k", 32, False, "float16", _sub_scale("uint6", 8), "ggml"),
+    "q5_k": Spec("q5_k", 32, False, "float16", _sub_scale("uint6", 8), "ggml"),
+    "q6_k": Spec("q6_k", 16, True, "float16", _sub_scale("int8", 16), "ggml"),
+    "iq4_nl": Spec("iq4_nl", 32, True, "float16", None, "ggml"),
+    "iq4_xs": Spec("iq4_xs", 32, True, "float16", _sub_scale("int6", 8), "ggml"),
+    "tq1_0": Spec("tq1_0", 256, True, "float16", None, "ggml"),
+    "tq2_0": Spec("tq2_0", 256, True, "float16", None, "ggml"),
 }
+
+# OCP's MX formats share a power of two between 32 elements. NVFP4's E4M3 scales of 16 elements
+# stand under one float32 per weight.
+MICROSCALING_SPECS = {
+    **{name: Spec(name, 32, True, "float8_e8m0fnu", None, "mx_even") for name in MX},
+    "nvfp4": Spec("nvfp4", 16, True, "float32", Spec("fp8_e4m3", ()), "nvfp4"),
+}
+
+WHOLE_SPECS = {**GGML_SPECS, **MICROSCALING_SPECS}
 
 # Double quantization (QLoRA, arXiv:2305.14314, section 3): 256 scales, less their mean, share one
 # float32.
@@ -116,10 +135,10 @@ def _parse_one(text: str, whole_text: str, activation: bool) -> Spec:
             choices = " or ".join(f"{f}_token" for f in ACTIVATION_FORMATS)
             raise error(f"an activation may be {choices} (one scale per token), got {text!r}")
         return Spec(name)
-    if name in GGML_SPECS:
+    if name in WHOLE_SPECS:
         if suffix:
             raise error(f"{name!r} is a whole block type and takes no suffix; write {name!r}")
-        return GGML_SPECS[name]
+        return WHOLE_SPECS[name]
     if match["whole"] == "token":
         raise error(
             "_token is for activations, after a slash; a weight without a suffix has one scale per "

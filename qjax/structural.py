@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qjax import blocks
+from qjax import activation, blocks
 from qjax.formats import FORMATS
 from qjax.qtensor import QTensor, dequantize
 
@@ -39,9 +39,10 @@ def _rebuild(
     on_plane: Callable[[Any], Any],
     on_scale: Callable[[Any], Any],
     moves_last: bool,
+    on_activation: Callable[[activation.Activation], activation.Activation],
 ) -> QTensor:
-    """`q` with `on_plane` applied to its codes and `on_scale` to whatever has one value per
-    block.
+    """`q` with `on_plane` applied to its codes, `on_scale` to whatever has one value per block and
+    `on_activation` to what it asks of the other operand.
     """
     storage = FORMATS[q.format].storage
     if moves_last and "uint1" in storage:
@@ -57,6 +58,10 @@ def _rebuild(
                 raise
             return on_scale(dequantize(scale))  # quantized scales are small: only they are opened
 
+    try:
+        act = None if q.activation is None else on_activation(q.activation)
+    except activation.CannotMove as why:
+        raise CannotCarry(str(why)) from why
     qvalue = tuple(map(on_plane, q.qvalue)) if isinstance(q.qvalue, tuple) else on_plane(q.qvalue)
     return dataclasses.replace(
         q,
@@ -64,6 +69,7 @@ def _rebuild(
         scale=follow(q.scale),
         zero_point=follow(q.zero_point),
         offset=follow(q.offset),
+        activation=act,
         block=blocks.trim(block),
     )
 
@@ -75,7 +81,10 @@ def transpose(x: Value, permutation: Sequence[int]) -> Value:
     block = block_of(x)
     moved = tuple(block[p] for p in permutation)
     turn = lambda v: transpose(v, permutation)
-    return _rebuild(x, moved, turn, turn, moves_last=permutation[-1] != x.ndim - 1)
+    places = np.argsort(permutation).tolist()
+    on_activation = lambda act: activation.moved(act, places, x.shape, x.ndim)
+    moves_last = permutation[-1] != x.ndim - 1
+    return _rebuild(x, moved, turn, turn, moves_last, on_activation)
 
 
 def reshape(x: Value, shape: Sequence[int]) -> Value:
@@ -83,8 +92,8 @@ def reshape(x: Value, shape: Sequence[int]) -> Value:
     if not isinstance(x, QTensor):
         return lax.reshape(x, shape)
     shape, block = tuple(shape), list([1] * len(shape))
-    old = block_of(x)
-    for before, after in regroup(x.shape, shape):
+    old, groups = block_of(x), regroup(x.shape, shape)
+    for before, after in groups:
         sizes = [shape[a] for a in after]
         for a, b in zip(
             after,
@@ -97,12 +106,20 @@ def reshape(x: Value, shape: Sequence[int]) -> Value:
         packed = plane.shape[-1] != x.shape[-1]
         return lax.reshape(plane, (*shape[:-1], plane.shape[-1]) if packed else shape)
 
+    def on_activation(act: activation.Activation) -> activation.Activation:
+        _, features = activation.weight_axes(act, x.ndim)
+        merged = {tuple(before): tuple(after) for before, after in groups}
+        alone = {a[0]: b[0] for a, b in merged.items() if len(a) == len(b) == 1}
+        places = [alone.get(a) for a in range(x.ndim)]
+        return activation.moved(act, places, x.shape, len(shape), merged.get(features))
+
     return _rebuild(
         x,
         tuple(block),
         on_plane,
         lambda s: reshape(s, blocks.scale_shape(shape, block)),
         moves_last=shape[-1:] != x.shape[-1:],
+        on_activation=on_activation,
     )
 
 
@@ -177,7 +194,15 @@ def broadcast_in_dim(x: Value, shape: Sequence[int], dimensions: Sequence[int]) 
         return broadcast_in_dim(v, wanted, dimensions)
 
     last_stays = dimensions[-1:] == (len(shape) - 1,) and shape[-1] == x.shape[-1]
-    return _rebuild(x, tuple(block), spread, spread, moves_last=not last_stays)
+
+    def on_activation(act: activation.Activation) -> activation.Activation:
+        sizes = [shape[d] for d in dimensions]
+        widen = lambda leaf, n: jnp.broadcast_to(leaf, (*sizes[:n], *leaf.shape[n:]))
+        whole = [a == b for a, b in zip(x.shape, sizes, strict=True)]
+        act = activation.sliced(act, widen, whole)
+        return activation.moved(act, dimensions, sizes, len(shape))
+
+    return _rebuild(x, tuple(block), spread, spread, not last_stays, on_activation)
 
 
 def static_slice(x: Value, start: Sequence[int], limit: Sequence[int]) -> Value:
@@ -197,6 +222,13 @@ def static_slice(x: Value, start: Sequence[int], limit: Sequence[int]) -> Value:
         lambda plane: lax.slice(plane, start, (*limit[:-1], min(limit[-1], plane.shape[-1]))),
         lambda s: static_slice(s, scale_start, scale_limit),
         moves_last=(start[-1], limit[-1]) != (0, x.shape[-1]),
+        on_activation=lambda act: activation.sliced(
+            act,
+            lambda leaf, n: lax.slice(
+                leaf, (*start[:n], *[0] * (leaf.ndim - n)), (*limit[:n], *leaf.shape[n:])
+            ),
+            [(i, j) == (0, s) for i, j, s in zip(start, limit, x.shape, strict=True)],
+        ),
     )
 
 
@@ -230,6 +262,13 @@ def dynamic_slice(x: Value, starts: Sequence[Any], sizes: Sequence[int]) -> Valu
         lambda plane: cut(plane, (*sizes[:-1], min(sizes[-1], plane.shape[-1]))),
         lambda s: cut(s, [s.shape[a] if one_block[a] else n for a, n in enumerate(sizes)]),
         moves_last=sizes[-1] != x.shape[-1],
+        on_activation=lambda act: activation.sliced(
+            act,
+            lambda leaf, n: lax.dynamic_slice(
+                leaf, (*starts[:n], *[zero] * (leaf.ndim - n)), (*sizes[:n], *leaf.shape[n:])
+            ),
+            [n == s for n, s in zip(sizes, x.shape, strict=True)],
+        ),
     )
 
 
@@ -241,8 +280,13 @@ def concatenate(xs: Sequence[Any], dimension: int) -> Any:
     if not isinstance(first, QTensor):
         return _concatenate_arrays(xs, dimension)
     block = block_of(first)
-    if any(block_of(x) != block or x.shape[dimension] % block[dimension] for x in xs[:-1]):
+    ragged = any(x.shape[dimension] % block[dimension] for x in xs[:-1])
+    end = list(block)  # the last block may be shorter
+    end[dimension] = min(block[dimension], xs[-1].shape[dimension])
+    if ragged or [block_of(x) for x in xs] != [*[block] * (len(xs) - 1), tuple(end)]:
         raise CannotCarry("it is concatenated inside a block")
+    if jax.tree.leaves(first.activation):
+        raise CannotCarry("it is concatenated with something of another activation")
     if dimension == first.ndim - 1 and "uint1" in FORMATS[first.format].storage:
         raise CannotCarry("its bits are packed along the last axis")
 
@@ -300,7 +344,16 @@ def take(
     for d, a in zip(dims.offset_dims, kept, strict=True):
         placed[d] = block[a]
     last_stays = kept[-1:] == [x.ndim - 1] and whole[-1] and dims.offset_dims[-1] == len(placed) - 1
-    return _rebuild(x, tuple(placed), rows, rows, moves_last=not last_stays)
+
+    def on_activation(act: activation.Activation) -> activation.Activation:
+        def refuse(leaf: jax.Array, n: int) -> jax.Array:
+            raise CannotCarry("the lookup takes some of the stacked axes of its activation")
+
+        places = dict(zip(kept, dims.offset_dims, strict=True))
+        act = activation.sliced(act, refuse, whole)
+        return activation.moved(act, [places.get(a) for a in range(x.ndim)], x.shape, len(placed))
+
+    return _rebuild(x, tuple(placed), rows, rows, not last_stays, on_activation)
 
 
 def convert(x: QTensor, dtype: Any) -> QTensor:
@@ -311,9 +364,20 @@ def convert(x: QTensor, dtype: Any) -> QTensor:
 
 
 def slice_leading(q: QTensor) -> QTensor | None:
-    """`q` as a scan over its leading axis needs it, or None if a block spans that axis."""
-    if q.param_shape is not None or q.ndim < 2 or blocks.align(q.block, q.ndim)[0] != 1:
+    """`q` as a scan over its leading axis needs it, or None if a block or the features of its
+    activation span that axis.
+    """
+    if q.param_shape is None:
+        stacked = q.ndim > 1 and blocks.align(q.block, q.ndim)[0] == 1
+    else:
+        stacked = len(q.storage_shape) > len(q.block)
+    if not stacked or (q.activation is not None and -q.ndim in q.activation.axis):
         return None
     nested = {n: v for n in ("scale", "offset") if isinstance(v := getattr(q, n), QTensor)}
-    opened = {n: v if slice_leading(v) is not None else dequantize(v) for n, v in nested.items()}
-    return dataclasses.replace(q, block=blocks.trim(q.block), **opened)
+    opened: dict[str, Any] = {
+        n: v if slice_leading(v) is not None else dequantize(v) for n, v in nested.items()
+    }
+    if q.activation is not None:
+        opened["activation"] = activation.stacked(q.activation, q.shape[0])
+    block = q.block if q.param_shape is not None else blocks.trim(q.block)
+    return dataclasses.replace(q, block=block, **opened)

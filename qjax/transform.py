@@ -95,7 +95,7 @@ def _decide_one(path: str, value: Any, recipe: Recipe, sites: Sites | None) -> D
     uses = (sites or {}).get(path, ())
     rule = recipe.rule_for(path, uses)
     if sites is not None and not uses:
-        return Decision(None, kept="no matmul and no lookup uses it")
+        return Decision(None, kept="no matmul and no lookup takes it directly")
     if rule is None:
         if sites is None:
             return Decision(None, kept="no rule matches it")

@@ -34,3 +34,14 @@ def dequantized_uses(fn: Callable[..., Any], *args: Any) -> list[str]:
         for u in qjax.explain(fn, *args).uses
         if u.how.startswith("deq") and "graph" not in u.how
     ]
+
+
+def all_codes(fmt: Any) -> np.ndarray:
+    """Every code that stands for a finite number and that an encoder gives, joined."""
+    if isinstance(fmt.storage, str) and fmt.storage.startswith("float"):
+        codes = np.arange(1 << fmt.bits, dtype=np.uint8).view(fmt.storage)
+        return codes[np.isfinite(codes.astype(np.float32))]
+    if fmt.storage in ("int2", "int4", "int8"):
+        return np.arange(-(1 << fmt.bits - 1), 1 << fmt.bits - 1, dtype=np.int8)
+    codes = np.arange(3 if fmt.name in ("tq1_0", "tq2_0") else 1 << fmt.bits, dtype=np.uint8)
+    return np.delete(codes, 8) if fmt.name == "fp4_bnb" else codes  # its second zero

@@ -105,7 +105,7 @@ def test_quantize_writes_what_it_says(quantized_folder):
     rows = {row["path"]: row for row in data["parameters"]}
     assert rows["params/embed/embedding"]["format"] == "int8 [256]"
     assert rows["params/layers_0/mlp/up/kernel"]["format"] == "int4 [64,1]"
-    assert rows["params/norm/scale"]["kept"] == "no matmul and no lookup uses it"
+    assert rows["params/norm/scale"]["kept"] == "no matmul and no lookup takes it directly"
     assert data["bytes"] == sum(row["bytes"] for row in data["parameters"])
     inspected = cli_json("inspect", path)
     assert inspected["kind"] == "qjax folder"
@@ -224,8 +224,8 @@ def test_a_failure_is_one_line_and_code_1(args, message, failure):
         (("paint",), "invalid choice: 'paint'"),
         (("quantize", TINY), "required: --spec, --output"),
         (
-            ("quantize", TINY, "--spec", "int5", "--output", "x"),
-            "'int5' starts with no known format",
+            ("quantize", TINY, "--spec", "int9", "--output", "x"),
+            "'int9' starts with no known format",
         ),
         (("quantize", TINY, "--spec", "int8", "--rule", "x", "--output", "x"), "PATTERN=SPEC"),
         (("quantize", TINY, "--spec", "int8", "--rule", "(=int8", "--output", "x"), "no regular"),

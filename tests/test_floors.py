@@ -21,18 +21,22 @@ FLOORS = (
     {
         "blocks",
         "exact",
+        "ggml_rounding",
         "interpret",
         "kquants",
+        "microscaling",
+        "activation",
         "qtensor",
         "quantizing",
         "rounding",
+        "scaling",
         "sharding",
         "sizes",
         "spec",
         "trees",
     }
     | {"structural", "tracing"},
-    {"algorithms", "ops", "prepared", "sites"},
+    {"algorithms", "exporting", "ops", "prepared", "sites"},
     {"recipe", "recipes", "run"},
     {"calibration", "reporting", "training", "transform"},
     {"evaluate", "io", "models"},
@@ -180,7 +184,8 @@ def test_every_module_has_a_floor():
 
 def test_third_party_imports_are_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = distributions(project["dependencies"] + project["optional-dependencies"]["models"])
+    extras = project["optional-dependencies"]
+    declared = distributions(project["dependencies"] + extras["models"] + extras["gguf"])
     providers = importlib.metadata.packages_distributions()
     for edge in imports(ROOT, "qjax"):
         top = edge.target.split(".")[0]

@@ -253,7 +253,7 @@ def at(data, *keys):
 # What is changed in the manifest, to what, and the field that the error names.
 LIES = {
     "another format": ((), "format", "zip", "format: must be 'qjax'"),
-    "a newer version": ((), "version", 2, "version: is 2.*update qjax"),
+    "a newer version": ((), "version", 3, "version: is 3.*update qjax"),
     "a version that is true": ((), "version", True, "version: is True"),
     "shards are no list": ((), "shards", "x", "shards: must be a list"),
     "a shard out of the folder": ((), "shards", ["../model.safetensors"], "qjax.json shards"),
@@ -271,7 +271,7 @@ LIES = {
     "the path of another": (("parameters", 0), "path", ["b"], "b: appears twice"),
     "a path below another": (("parameters", 1), "path", ["w", "x"], "lies below another"),
     "an empty path": (("parameters", 0), "path", [], "path: is empty"),
-    "an unknown format": (("parameters", 0), "qtensor", "int5", "w qtensor: is 'int5'"),
+    "an unknown format": (("parameters", 0), "qtensor", "int9", "w qtensor: is 'int9'"),
     "another format of planes": (("parameters", 0), "qtensor", "q5_k", "w: q5_k holds"),
     "a format of one plane": (("parameters", 0), "qtensor", "int4", "w qvalue: has 2 planes"),
     "a block of zero": (("parameters", 0), "block", [0, 1], "w block"),

@@ -5,22 +5,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers import all_codes
 
 from qjax.formats import FORMATS, PLANE_BITS, join_planes, split_planes
 
 FLOAT = jnp.dtype(jnp.float32)
-
-
-def all_codes(fmt):
-    """Every code that stands for a finite number, joined."""
-    if not isinstance(fmt.storage, str):
-        return np.arange(1 << fmt.bits, dtype=np.uint8)
-    if fmt.name.startswith("fp"):
-        codes = np.arange(256, dtype=np.uint8).view(fmt.storage)
-        return codes[np.isfinite(codes.astype(np.float32))]
-    if fmt.storage.startswith("int"):
-        return np.arange(-(1 << fmt.bits - 1), 1 << fmt.bits - 1, dtype=np.int8)
-    return np.arange(1 << fmt.bits, dtype=np.uint8)
 
 
 def as_bits(codes):

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 
 import qjax
-from qjax.formats import FORMATS
+from qjax.formats import FORMATS, join_planes
+from qjax.ggml_rounding import GGML_METHODS
 from qjax.io.ggml_types import from_qtensor
-from qjax.rounding import GGML_METHODS
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 BNB = np.load(GOLDEN / "bitsandbytes.npz")
 FP8 = np.load(GOLDEN / "fp8.npz")
 GGML = np.load(GOLDEN / "ggml_types.npz")
+MICRO = np.load(GOLDEN / "microscaling.npz")
 
 
 def nibbles(q):
@@ -31,12 +32,13 @@ def in_rows(x):
 
 
 @pytest.mark.parametrize("block", [32, 64, 128])
-def test_nf4_is_that_of_bitsandbytes(block):
-    q = qjax.quantize(BNB["input"].T, f"nf4_g{block}", 0)
-    np.testing.assert_array_equal(nibbles(q), BNB[f"nf4_bs{block}__packed"])
-    np.testing.assert_array_equal(in_rows(q.scale), BNB[f"nf4_bs{block}__absmax"])
+@pytest.mark.parametrize(("format", "name"), [("nf4", "nf4"), ("fp4_bnb", "fp4")])
+def test_4_bit_codebooks_are_those_of_bitsandbytes(format, name, block):
+    q = qjax.quantize(BNB["input"].T, f"{format}_g{block}", 0)
+    np.testing.assert_array_equal(nibbles(q), BNB[f"{name}_bs{block}__packed"])
+    np.testing.assert_array_equal(in_rows(q.scale), BNB[f"{name}_bs{block}__absmax"])
     for dequantize in (qjax.dequantize, jax.jit(qjax.dequantize)):
-        np.testing.assert_array_equal(dequantize(q).T, BNB[f"nf4_bs{block}__dequant"])
+        np.testing.assert_array_equal(dequantize(q).T, BNB[f"{name}_bs{block}__dequant"])
 
 
 def test_nf4_of_bfloat16_weights_is_that_of_bitsandbytes():
@@ -61,7 +63,9 @@ def test_double_quantized_nf4_is_that_of_bitsandbytes():
 
 
 def test_codebooks_are_those_of_bitsandbytes():
-    for name, golden in (("nf4", "nf4_code"), ("dynamic8", "nf4_bs64_nested__nested_quant_map")):
+    tables = {"nf4": "nf4_code", "fp4_bnb": "fp4_code"}
+    tables["dynamic8"] = "nf4_bs64_nested__nested_quant_map"
+    for name, golden in tables.items():
         codes = jnp.arange(len(BNB[golden]), dtype=jnp.uint8)
         values = FORMATS[name].decode(codes, jnp.dtype(jnp.float32))
         np.testing.assert_array_equal(values, BNB[golden])
@@ -119,17 +123,107 @@ def test_fp8_codes_are_those_of_transformers(case, spec):
     np.testing.assert_allclose(qjax.dequantize(q).T, FP8[f"{case}__dequant"], rtol=2**-22)
 
 
+def ggml_spec(name):
+    return qjax.Spec.parse(name)._replace(scale_method="ggml")
+
+
+def mx_bits(q):
+    """Codes as bits, [out, in], and the scales' bytes."""
+    fmt = FORMATS[q.format]
+    codes = np.asarray(join_planes(fmt, q.qvalue).T)
+    return codes.view(np.uint8), np.asarray(q.scale.T).view(np.uint8)
+
+
+def unpacked(packed, bits):
+    """Codes of a little-endian bit stream along rows."""
+    stream = np.unpackbits(packed, axis=1, bitorder="little").reshape(len(packed), -1, bits)
+    return np.packbits(stream, axis=2, bitorder="little")[..., 0]
+
+
+def mx_spec(name, method):
+    return qjax.Spec.parse(name)._replace(scale_method=method)
+
+
+@pytest.mark.parametrize(("name", "bits"), [("mxfp4", 4), ("mxfp6", 6), ("mxfp8", 8)])
+def test_mx_is_that_of_compressed_tensors(name, bits):
+    q = qjax.quantize(MICRO["input_f32"].T, name, 0)
+    codes, scales = mx_bits(q)
+    golden = MICRO[f"{name}a16__weight{'_packed' * (bits < 8)}"]
+    np.testing.assert_array_equal(codes, unpacked(golden, bits))
+    np.testing.assert_array_equal(scales, MICRO[f"{name}a16__weight_scale"])
+    for dequantize in (qjax.dequantize, jax.jit(qjax.dequantize)):
+        np.testing.assert_array_equal(dequantize(q).T, MICRO[f"{name}a16__dequant"])
+
+
+def test_mxfp8_is_that_of_modelopt():
+    q = qjax.quantize(MICRO["input_f32"].T, mx_spec("mxfp8", "mx_ceil"), 0)
+    codes, scales = mx_bits(q)
+    np.testing.assert_array_equal(codes, MICRO["modelopt_mxfp8__weight_u8"])
+    np.testing.assert_array_equal(scales, MICRO["modelopt_mxfp8__scale"])
+    np.testing.assert_array_equal(qjax.dequantize(q).T, MICRO["modelopt_mxfp8__dequant"])
+
+
+def test_mxfp4_scales_are_those_of_modelopt():
+    """Its codes are rounded half towards zero, ours half to even; its zeros are -0."""
+    w = MICRO["input_f32"]
+    q = qjax.quantize(w.T, mx_spec("mxfp4", "mx_ceil"), 0)
+    codes, scales = mx_bits(q)
+    np.testing.assert_array_equal(scales, MICRO["modelopt_mxfp4__scale"])
+    theirs = unpacked(MICRO["modelopt_mxfp4__weight"], 4)
+    values = np.abs(w / np.repeat(np.exp2(scales.astype(np.float32) - 127), 32, 1))
+    middle = np.isin(values, [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5])
+    differ = (codes != theirs) & ~((w == 0) & (theirs == 8))
+    assert not np.any(differ & ~middle)
+
+
+def test_nvfp4_is_that_of_modelopt():
+    q = qjax.quantize(MICRO["input_f32"].T, "nvfp4", 0)
+    codes = np.asarray(q.qvalue.T).view(np.uint8)
+    np.testing.assert_array_equal(codes, unpacked(MICRO["modelopt_nvfp4__weight"], 4))
+    scales = np.asarray(q.scale.qvalue.T).view(np.uint8)
+    np.testing.assert_array_equal(scales, MICRO["modelopt_nvfp4__weight_scale_u8"])
+    np.testing.assert_array_equal(
+        np.ravel(q.scale.scale), MICRO["modelopt_nvfp4__weight_scale_2"].ravel()
+    )
+    for dequantize in (qjax.dequantize, jax.jit(qjax.dequantize)):
+        np.testing.assert_array_equal(dequantize(q).T, MICRO["modelopt_nvfp4__dequant"])
+
+
+def test_nvfp4_codes_are_those_of_compressed_tensors():
+    """It keeps the reciprocal of the outer scale, and 0.125 as the scale of zeros."""
+    q = qjax.quantize(MICRO["input_f32"].T, "nvfp4", 0)
+    codes = np.asarray(q.qvalue.T).view(np.uint8)
+    np.testing.assert_array_equal(codes, unpacked(MICRO["nvfp4a16__weight_packed"], 4))
+    theirs = MICRO["nvfp4a16__weight_scale"]
+    scales = np.asarray(q.scale.qvalue.T).view(np.uint8)
+    zero = np.all(MICRO["input_f32"].reshape(64, 16, 16) == 0, -1)
+    np.testing.assert_array_equal(scales[~zero], theirs[~zero])
+    outer = 1 / MICRO["nvfp4a16__weight_global_scale"]
+    np.testing.assert_allclose(np.ravel(q.scale.scale), outer, rtol=2**-23)
+
+
 @pytest.mark.parametrize("name", GGML_METHODS)
 def test_ggml_types_are_those_of_ggml_to_the_byte(name):
     w = GGML["input"]
     packed = GGML[f"{name.upper()}__packed"]
-    np.testing.assert_array_equal(from_qtensor(qjax.quantize(w, name, 1), False), packed)
-    q = qjax.quantize(w.T, name, 0)
+    np.testing.assert_array_equal(from_qtensor(qjax.quantize(w, ggml_spec(name), 1), False), packed)
+    q = qjax.quantize(w.T, ggml_spec(name), 0)
     np.testing.assert_array_equal(from_qtensor(q, True), packed)
     np.testing.assert_array_equal(qjax.dequantize(q).T, GGML[f"{name.upper()}__dequant"])
 
 
-@pytest.mark.parametrize("name", ["q8_0", "q4_0", "q4_1", "q5_0", "q5_1"])
+@pytest.mark.parametrize("name", ["tq1_0", "tq2_0"])
+def test_ternary_weights_are_kept_exactly(name):
+    q = qjax.quantize(GGML["ternary_input"], name, 1)
+    packed = GGML[f"{name.upper()}_ternary__packed"]
+    np.testing.assert_array_equal(from_qtensor(q, False), packed)
+    held = GGML["ternary_input"].astype(np.float16)
+    np.testing.assert_array_equal(qjax.dequantize(q), held.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    "name", ["q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "tq1_0", "tq2_0", "mxfp4"]
+)
 def test_ggml_types_of_many_weights_are_those_of_the_gguf_package(name):
     """A second judge on a million weights: ties and signs that a small matrix lacks."""
     import gguf
@@ -140,7 +234,7 @@ def test_ggml_types_of_many_weights_are_those_of_the_gguf_package(name):
     w = w.astype(np.float32)
     w[::3] = np.round(w[::3] * 4) / 4 + 0.0  # the package keeps the sign of a block of -0.0
     packed = quants.quantize(w, gguf.GGMLQuantizationType[name.upper()])
-    np.testing.assert_array_equal(from_qtensor(qjax.quantize(w, name, 1), False), packed)
+    np.testing.assert_array_equal(from_qtensor(qjax.quantize(w, ggml_spec(name), 1), False), packed)
 
 
 def test_requantizing_q4_1_to_uint4_groups_is_lossless():

@@ -269,8 +269,8 @@ REFUSED = {
     ),
     "type without a codec": (
         {},
-        {Q: (np.zeros((256, 66), np.uint8), "IQ2_XXS")},
-        f"tensor '{Q}' has type IQ2_XXS; can be loaded: F32, F16",
+        {Q: (np.zeros((256, 292), np.uint8), "Q8_K")},
+        f"tensor '{Q}' has type Q8_K; can be loaded: F32, F16",
     ),
     "rope factors": (
         {},
@@ -523,3 +523,19 @@ def test_the_file_is_read_but_once_and_stays_as_it_is(tmp_path):
     after = jax.jit(model.apply)(dense(qparams), jnp.arange(8)[None])
     np.testing.assert_array_equal(before, after)
     assert gguf.read(TINY).tensors
+
+
+@pytest.mark.parametrize("kind", ["IQ2_XXS", "IQ3_S"])
+def test_types_without_codes_are_loaded_as_arrays(kind, tmp_path):
+    """Of llama's q, whose rows are permuted: decoding and moving rows commute."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
+
+    size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]][1]
+    raw = np.random.default_rng(0).integers(0, 256, (256, size), np.uint8)
+    raw[:, :2] = np.array([0.01], np.float16).view(np.uint8)
+    path = write_gguf(tmp_path / "iq.gguf", tensors={Q: (raw, kind)})
+    truth = dequantize(raw, GGMLQuantizationType[kind])
+    _, params, _ = models.load(path)
+    q = params["params"]["layers_0"]["attention"]["q"]["kernel"]
+    order = truth.reshape(4, 32, 2, 256).swapaxes(1, 2).reshape(256, 256)
+    np.testing.assert_array_equal(q, order.T)

@@ -159,7 +159,7 @@ def node(manifest):
 
 
 BROKEN = {
-    "version": (lambda m: m.update(version=2), "version: is 2, this version of qjax reads 1"),
+    "version": (lambda m: m.update(version=3), "version: is 3, this version of qjax reads 2"),
     "bool version": (lambda m: m.update(version=True), "version: is True"),
     "format": (lambda m: m.update(format="x"), "format: must be 'qjax'"),
     "no parameters": (lambda m: m.pop("parameters"), "parameters: must be a list"),

@@ -24,7 +24,7 @@ def broken(q, **leaves):
 @pytest.mark.parametrize(
     ("q", "message"),
     [
-        (broken(Q, format="int5"), "unknown format 'int5'; the formats are int8, int4"),
+        (broken(Q, format="int9"), "unknown format 'int9'; the formats are int8, int7"),
         (
             broken(Q, qvalue=Q.qvalue.astype(jnp.bfloat16)),
             "codes as int4, got bfloat16; a tree map",
@@ -43,7 +43,7 @@ def broken(q, **leaves):
             broken(Q, qvalue=Q.qvalue[0]),
             r"codes of shape \(12,\) cannot lie in blocks of \(32, 1\)",
         ),
-        (broken(Q, block=(0, 1)), r"cannot lie in blocks of \(0, 1\)"),
+        (broken(Q, block=(0, 1)), r"block must be a tuple of lengths, got \(0, 1\)"),
         (
             broken(Q, scale=Q.scale.T),
             r"scale has shape \(12, 2\), needed \(2, 12\) for codes of shape \(64, 12\) in "

@@ -7,10 +7,10 @@ import pytest
 
 import qjax
 from qjax.formats import FORMATS
-from qjax.spec import GGML_SPECS, Spec
+from qjax.spec import WHOLE_SPECS, Spec
 
 INTEGERS = [f for f in FORMATS if f.startswith(("int", "uint"))]
-PLAIN = [f for f in FORMATS if f not in GGML_SPECS]
+PLAIN = [f for f in FORMATS if f not in WHOLE_SPECS]
 STRINGS = [
     *(
         f + block
@@ -18,9 +18,9 @@ STRINGS = [
     ),
     *(
         f + block + "_asym"
-        for f, block in itertools.product(("int8", "int4"), ("", "_g32", "_tensor"))
+        for f, block in itertools.product(("int8", "int4", "int2"), ("", "_g32", "_tensor"))
     ),
-    *("nf4_g64_dq", "nf4_g128_dq", *GGML_SPECS),
+    *("nf4_g64_dq", "nf4_g128_dq", *WHOLE_SPECS),
     *("int8/int8_token", "int4_g128/int8_token", "fp8_e4m3/fp8_e4m3_token", "q4_k/int8_token"),
     "fp8_e5m2_128x128/fp8_e5m2_token",
 ]
@@ -43,6 +43,10 @@ def test_what_the_strings_mean():
     uint4 = Spec("uint4", 32, symmetric=False, scale_dtype="float16", scale_method="minmax")
     assert Spec.parse("uint4_g32") == uint4
     assert Spec.parse("int8/int8_token") == Spec("int8", activation=Spec("int8"))
+    mxfp4 = Spec("mxfp4", 32, scale_dtype="float8_e8m0fnu", scale_method="mx_even")
+    assert Spec.parse("mxfp4") == mxfp4
+    nvfp4 = Spec("nvfp4", 16, scale_spec=Spec("fp8_e4m3", ()), scale_method="nvfp4")
+    assert Spec.parse("nvfp4") == nvfp4
     nested = Spec.parse("nf4_g64_dq").scale_spec
     assert nested is not None
     assert (nested.format, nested.block, nested.scale_method) == ("dynamic8", 256, "mean")
@@ -51,7 +55,7 @@ def test_what_the_strings_mean():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("int9", "'int9' starts with no known format; the formats are int8, int4"),
+        ("int9", "'int9' starts with no known format; the formats are int8, int7"),
         ("", "'' starts with no known format"),
         ("INT8", "'INT8' starts with no known format"),
         ("int8_g", "'_g' after 'int8' is not understood; the grammar is format"),
@@ -68,6 +72,9 @@ def test_what_the_strings_mean():
         ("nf4_dq", "as in nf4_g64_dq"),
         ("int8_token", "_token is for activations, after a slash"),
         ("q4_0_g32", "'q4_0' is a whole block type and takes no suffix; write 'q4_0'"),
+        ("mxfp4_g32", "'mxfp4' is a whole block type and takes no suffix; write 'mxfp4'"),
+        ("nvfp4_dq", "'nvfp4' is a whole block type"),
+        ("fp4_g32", "'fp4_g32' starts with no known format"),
         ("int8/int8", "an activation may be int8_token or fp8_e4m3_token"),
         ("int8/nf4_token", "an activation may be int8_token"),
         ("int8/int8_token_asym", "an activation may be int8_token"),

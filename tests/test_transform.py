@@ -206,7 +206,7 @@ def test_report_says_what_is_held_and_why_the_rest_was_kept(params, sites):
     )
     assert up.sqnr == pytest.approx(10 * np.log10((w**2).sum() / ((w - d) ** 2).sum()), abs=1e-3)
     assert rows["table"].note == "rule '.*' where is_gathered keeps it"
-    assert rows["layers/0/bias"].note == "no matmul and no lookup uses it"
+    assert rows["layers/0/bias"].note == "no matmul and no lookup takes it directly"
     held = jax.jit(lambda q: q).lower(q).compile().memory_analysis().argument_size_in_bytes
     assert report.nbytes == pytest.approx(held, rel=0.01)
     assert str(report).splitlines()[-1].split() == [

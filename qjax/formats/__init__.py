@@ -12,5 +12,12 @@ from qjax.formats.codebook import CODEBOOK
 from qjax.formats.floating import FLOATING
 from qjax.formats.ggml import GGML
 from qjax.formats.integer import INTEGER
+from qjax.formats.microscaling import MICROSCALING
 
-FORMATS: dict[str, Format] = {**INTEGER, **FLOATING, **CODEBOOK, **GGML}
+FORMATS: dict[str, Format] = {
+    **INTEGER,
+    **FLOATING,
+    **CODEBOOK,
+    **MICROSCALING,
+    **GGML,
+}

@@ -28,6 +28,7 @@ class Format(NamedTuple):
       encode: normalized float32 values -> codes before they are cut into planes; saturates.
       min, max: smallest and largest value that a code can stand for.
       bits: bits held on the device per element.
+      integer: whether all values are integers.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Format(NamedTuple):
     min: float
     max: float
     bits: int
+    integer: bool = False
 
 
 def join_planes(fmt: Format, qvalue: Codes) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Codebooks: the code is an index into a sorted table of values."""
+"""Codebooks: the code is an index into a table of values."""
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,17 @@ NF4_VALUES = (
     1.0,
 )
 
+# bitsandbytes' FP4: a sign bit and 0, 1/192, 8, 12, 4, 6, 2, 3 twelfths. It is not E2M1.
+FP4_BNB_VALUES = tuple(
+    sign * twelfths / 12 for sign in (1.0, -1.0) for twelfths in (0, 1 / 16, 8, 12, 4, 6, 2, 3)
+)
+
+# llama.cpp's non-linear 4-bit values (IQ4_NL, IQ4_XS).
+IQ4_VALUES = (
+    *(-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0),
+    *(1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0),
+)
+
 
 def dynamic_values() -> np.ndarray:
     """The signed 8-bit dynamic map (Dettmers, arXiv:2110.02861), to the bit as bitsandbytes has it.
@@ -49,26 +60,35 @@ def dynamic_values() -> np.ndarray:
 
 
 def codebook(name: str, storage: str, table: np.ndarray, bits: int) -> Format:
-    """The nearest entry of a sorted float32 table.
+    """The nearest entry of a float32 table.
 
-    A value exactly halfway takes the lower code, as in bitsandbytes.
+    A value exactly halfway takes the lower one, as in bitsandbytes.
     """
-    middles = (table[:-1] + table[1:]) / np.float32(2)
+    order = np.argsort(table, kind="stable")
+    ordered = table[order]
+    middles = (ordered[:-1] + ordered[1:]) / np.float32(2)
+    sorted_codes = bool(np.all(order == np.arange(len(table))))
 
     def decode(codes: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        where = _compat.explicit_sharding(codes)
-        indices = codes.astype(jnp.uint8)
-        return jnp.asarray(table, dtype).at[indices].get(mode="clip", out_sharding=where)
+        return _take(table, codes.astype(jnp.uint8), dtype)
 
     def encode(x: jax.Array) -> jax.Array:
         if len(middles) < 32:  # a sum of comparisons fuses into one pass; a search is a loop
-            return sum(((x > m).astype(jnp.uint8) for m in middles), jnp.zeros(x.shape, jnp.uint8))
-        return jnp.searchsorted(jnp.asarray(middles), x, side="left").astype(jnp.uint8)
+            codes = sum(((x > m).astype(jnp.uint8) for m in middles), jnp.zeros(x.shape, jnp.uint8))
+        else:
+            codes = jnp.searchsorted(jnp.asarray(middles), x, side="left").astype(jnp.uint8)
+        return codes if sorted_codes else _take(order, codes, jnp.dtype(jnp.uint8))
 
-    return Format(name, storage, decode, encode, float(table[0]), float(table[-1]), bits)
+    return Format(name, storage, decode, encode, float(ordered[0]), float(ordered[-1]), bits)
+
+
+def _take(table: np.ndarray, indices: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    where = _compat.explicit_sharding(indices)
+    return jnp.asarray(table, dtype).at[indices].get(mode="clip", out_sharding=where)
 
 
 CODEBOOK = {
     "nf4": codebook("nf4", "uint4", np.array(NF4_VALUES, np.float32), 4),
+    "fp4_bnb": codebook("fp4_bnb", "uint4", np.array(FP4_BNB_VALUES, np.float32), 4),
     "dynamic8": codebook("dynamic8", "uint8", dynamic_values(), 8),
 }

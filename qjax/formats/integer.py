@@ -17,12 +17,14 @@ PLANES = {
 def integer(name: str, bits: int, low: int) -> Format:
     """The integers low .. low + 2^bits - 1, rounded half to even and saturated.
 
-    Where the codes are planes they are stored as value - low, so that every plane is unsigned.
+    Where no device dtype has that range, or the codes are planes, they are stored as value - low,
+    so that all of them are unsigned.
     """
     high = low + (1 << bits) - 1
-    storage = PLANES.get(bits, f"{'int' if low < 0 else 'uint'}{bits}")
-    bias = low if bits in PLANES else 0
-    joined = jnp.uint8 if bits in PLANES or low >= 0 else jnp.int8
+    native = bits not in PLANES and low in (0, -(1 << bits - 1))
+    unsigned = low == 0 or not native
+    storage = PLANES.get(bits, f"{'uint' if unsigned else 'int'}{bits}")
+    bias, joined = (0 if native else low), (jnp.uint8 if unsigned else jnp.int8)
 
     def decode(codes: jax.Array, dtype: jnp.dtype) -> jax.Array:
         values = jax.lax.convert_element_type(codes, dtype)
@@ -31,13 +33,10 @@ def integer(name: str, bits: int, low: int) -> Format:
     def encode(x: jax.Array) -> jax.Array:
         return (jnp.clip(jnp.round(x), low, high) - bias).astype(joined)
 
-    return Format(name, storage, decode, encode, float(low), float(high), bits)
+    return Format(name, storage, decode, encode, float(low), float(high), bits, integer=True)
 
 
 INTEGER = {
-    "int8": integer("int8", 8, -128),
-    "int4": integer("int4", 4, -8),
-    "uint8": integer("uint8", 8, 0),
-    "uint6": integer("uint6", 6, 0),
-    "uint4": integer("uint4", 4, 0),
+    **{f"int{n}": integer(f"int{n}", n, -(1 << n - 1)) for n in range(8, 1, -1)},
+    **{f"uint{n}": integer(f"uint{n}", n, 0) for n in range(8, 1, -1)},
 }

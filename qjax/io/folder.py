@@ -22,7 +22,7 @@ import numpy as np
 from qjax.io import manifest, packing, safetensors
 
 MANIFEST = "qjax.json"
-VERSION = 1
+VERSION = 2
 
 _MAX_MANIFEST = 1 << 28  # bytes; a model of 100,000 tensors takes 2**26
 _SHARD_BYTES = 1 << 32

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from jax.typing import DTypeLike
 
@@ -21,7 +22,7 @@ from qjax.qtensor import QTensor, check
 
 _CODES_AT_ONCE = 1 << 20  # fits the caches of a core
 _SMALL = 1 << 25  # codes of a leaf that the host may hold in a byte each
-_BITS = {"uint1": 1, "uint2": 2, "int4": 4, "uint4": 4, "int8": 8}
+_BITS = {"uint1": 1, "uint2": 2, "int4": 4, "uint4": 4, "float4_e2m1fn": 4, "int8": 8}
 
 
 class GGMLType(NamedTuple):
@@ -81,16 +82,66 @@ GGML_TYPES: dict[int, GGMLType] = {
 }
 
 
-class Field(NamedTuple):
-    """Where a plane of codes lies.
+class Plane(NamedTuple):
+    """A plane of codes in block structs.
 
-    Byte j of each run of `width` bytes of the struct's field `name` holds the elements j,
-    j + width, j + 2 width, ... of the run, `bits` wide, lowest bits first.
+    Attributes:
+      read: structs [..., blocks] to codes uint8 [..., blocks * elements].
+      write: (structs, codes): fills the structs.
     """
 
-    name: str
-    width: int
-    bits: int
+    read: Callable[[np.ndarray], np.ndarray]
+    write: Callable[[np.ndarray, np.ndarray], None]
+
+
+def bit_plane(name: str, width: int, bits: int) -> Plane:
+    """Codes of `bits` bits in the field `name`, lowest bits of a byte first.
+
+    Byte j of each run of `width` bytes holds the elements j, j + width, j + 2 width, ... of the
+    run.
+    """
+    mask, shifts = np.uint8((1 << bits) - 1), np.arange(0, 8, bits, dtype=np.uint8)[:, None]
+
+    def read(blocks: np.ndarray) -> np.ndarray:
+        data = blocks[name]
+        runs = data.reshape(*data.shape[:-1], data.shape[-1] // width, 1, width)
+        return _flat(((runs >> shifts) & mask).reshape(*blocks.shape, data.shape[-1] * len(shifts)))
+
+    def write(blocks: np.ndarray, codes: np.ndarray) -> None:
+        shape = blocks[name].shape
+        parts = codes.reshape(*shape[:-1], shape[-1] // width, len(shifts), width)
+        blocks[name] = np.bitwise_or.reduce(parts << shifts, axis=-2).reshape(shape)
+
+    return Plane(read, write)
+
+
+# TQ1_0: (field, first byte, bytes, codes of a byte), in the order of the elements.
+_TRITS = (("qs", 0, 32, 5), ("qs", 32, 16, 5), ("qh", 0, 4, 4))
+
+
+def _read_trits(blocks: np.ndarray) -> np.ndarray:
+    """Codes 0 to 2, five or four to a byte.
+
+    A byte is ceil(v * 256 / 243) of the number v whose five base-3 digits are the codes, the first
+    one most significant. Byte j of n holds the elements j, j + n, j + 2 n, ...
+    """
+    parts = []
+    for name, first, size, count in _TRITS:
+        data = blocks[name][..., None, first : first + size]
+        shifted = data * np.array([1, 3, 9, 27, 81], np.uint8)[:count, None]
+        digits = (shifted.astype(np.uint16) * np.uint16(3)) >> np.uint16(8)
+        parts.append(digits.astype(np.uint8).reshape(*blocks.shape, size * count))
+    return _flat(np.concatenate(parts, axis=-1))
+
+
+def _write_trits(blocks: np.ndarray, codes: np.ndarray) -> None:
+    codes, at = _grouped(codes, blocks), 0
+    for name, first, size, count in _TRITS:
+        digits = codes[..., at : at + size * count].reshape(*blocks.shape, count, size)
+        value = np.sum(digits * np.array([81, 27, 9, 3, 1], np.uint32)[:count, None], axis=-2)
+        packed = (value * 256 + 242) // 243
+        blocks[name][..., first : first + size] = packed.astype(np.uint8)
+        at += size * count
 
 
 class Codec(NamedTuple):
@@ -98,57 +149,190 @@ class Codec(NamedTuple):
 
     Attributes:
       format: the row of `FORMATS` that holds the codes.
-      struct: the block as a numpy dtype.
-      planes: the fields of the codes, low bits first.
+      struct: the block as a numpy dtype; a `d` of a byte is E8M0, others are float16.
+      planes: the planes of the codes, low bits first.
       elements: elements of a block.
       group: elements that share a scale.
-      sub_scales: how the scales of groups shorter than the block are held: "int8" (one signed byte
-        each, times `d`) or "uint6" (six bits each for a scale and a minimum, times `d` and
-        `dmin`); "" where `d` is the scale.
+      sub_scales: how the scales of groups shorter than the block are held, times `d` (and minima,
+        times `dmin`); None where `d` is the scale.
     """
 
     format: str
     struct: np.dtype
-    planes: tuple[Field, ...]
+    planes: tuple[Plane, ...]
     elements: int
     group: int
-    sub_scales: str = ""
+    sub_scales: "SubScales | None" = None
+
+
+class SubScales(NamedTuple):
+    """The codes of the scales (and minima) of a block's groups.
+
+    Attributes:
+      format: the row of `FORMATS` that holds them.
+      read: structs [..., blocks] to the planes uint8 [..., groups] of the scales, and of the minima
+        if there are any.
+      write: structs, planes of the scales, planes of the minima: fills the structs.
+    """
+
+    format: str
+    read: Callable[[np.ndarray], tuple[list[np.ndarray], ...]]
+    write: Callable[..., None]
+
+
+def _grouped(x: np.ndarray, blocks: np.ndarray) -> np.ndarray:
+    """Codes [..., groups] as [..., blocks, groups of a block]."""
+    return x.reshape(*blocks.shape, x.shape[-1] // blocks.shape[-1])
+
+
+def _flat(x: np.ndarray) -> np.ndarray:
+    return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
+
+
+def _read_int8(blocks: np.ndarray) -> tuple[list[np.ndarray]]:
+    return ([_flat(blocks["scales"])],)
+
+
+def _write_int8(blocks: np.ndarray, scales: list[np.ndarray]) -> None:
+    blocks["scales"] = _grouped(scales[0], blocks)
+
+
+def _read_q2_k(blocks: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Scales in the low nibbles, minima in the high ones."""
+    return [_flat(blocks["scales"] & 15)], [_flat(blocks["scales"] >> 4)]
+
+
+def _write_q2_k(blocks: np.ndarray, scales: list[np.ndarray], mins: list[np.ndarray]) -> None:
+    blocks["scales"] = _grouped(scales[0], blocks) | _grouped(mins[0], blocks) << 4
+
+
+def _read_q3_k(blocks: np.ndarray) -> tuple[list[np.ndarray]]:
+    """Sixteen of six bits in twelve bytes: low nibbles in 0-7, the high two bits in 8-11.
+
+    Scale i < 8 has the low half of byte i, scale i + 8 its high half; the high bits of scale i are
+    the pair i // 4 of byte 8 + i % 4.
+    """
+    nibbles, pairs = blocks["scales"][..., :8], blocks["scales"][..., 8:]
+    low = np.concatenate([nibbles & 15, nibbles >> 4], axis=-1)
+    high = np.concatenate([(pairs >> s) & 3 for s in (0, 2, 4, 6)], axis=-1)
+    return ([_flat(low), _flat(high)],)
+
+
+def _write_q3_k(blocks: np.ndarray, scales: list[np.ndarray]) -> None:
+    low, high = (_grouped(x, blocks) for x in scales)
+    pairs = [high[..., i : i + 4] << (i // 2) for i in (0, 4, 8, 12)]
+    nibbles = low[..., :8] | low[..., 8:] << 4
+    blocks["scales"] = np.concatenate([nibbles, np.bitwise_or.reduce(pairs)], axis=-1)
+
+
+def _read_iq4_xs(blocks: np.ndarray) -> tuple[list[np.ndarray]]:
+    """Eight of six bits: low nibbles in four bytes, high pairs in two, in order."""
+    return ([_NIBBLES.read(blocks), _PAIRS.read(blocks)],)
+
+
+def _write_iq4_xs(blocks: np.ndarray, scales: list[np.ndarray]) -> None:
+    _NIBBLES.write(blocks, scales[0])
+    _PAIRS.write(blocks, scales[1])
+
+
+def _read_six_bits(blocks: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The planes (4 and 2 bits) of the eight scales and minima in twelve bytes.
+
+    The first four of each are the low six bits of bytes 0-3 and 4-7. The last four have their low
+    nibbles in bytes 8-11 (minima in the upper halves) and their high two bits atop bytes 0-7.
+    """
+    packed = blocks["scales"]
+    first, last = packed[..., :8].reshape(*blocks.shape, 2, 4), packed[..., 8:]
+    low = np.concatenate([first & 15, np.stack([last & 15, last >> 4], axis=-2)], axis=-1)
+    high = np.concatenate([(first >> 4) & 3, first >> 6], axis=-1)
+    scales, mins = ([_flat(plane[..., i, :]) for plane in (low, high)] for i in (0, 1))
+    return scales, mins
+
+
+def _write_six_bits(blocks: np.ndarray, scales: list[np.ndarray], mins: list[np.ndarray]) -> None:
+    low, high = (
+        np.stack([_grouped(x, blocks) for x in pair], axis=-2)
+        for pair in zip(scales, mins, strict=True)
+    )
+    first = low[..., :4] | (high[..., :4] << 4) | (high[..., 4:] << 6)
+    last = low[..., 0, 4:] | (low[..., 1, 4:] << 4)
+    blocks["scales"] = np.concatenate([first.reshape(*blocks.shape, 8), last], axis=-1)
 
 
 _D, _M, _DMIN = ("d", "<f2"), ("m", "<f2"), ("dmin", "<f2")
 _QH, _SIX_BITS = ("qh", "u1", 4), ("scales", "u1", 12)
-_HALVES, _HIGH_BITS, _BYTES = Field("qs", 16, 4), Field("qh", 1, 1), Field("scales", 1, 8)
+_HALVES, _HIGH_BITS = bit_plane("qs", 16, 4), bit_plane("qh", 1, 1)
+_NIBBLES, _PAIRS = bit_plane("scales_l", 1, 4), bit_plane("scales_h", 1, 2)
+_INT8 = SubScales("int8", _read_int8, _write_int8)
+_UINT6 = SubScales("uint6", _read_six_bits, _write_six_bits)
+_Q2_K = SubScales("uint4", _read_q2_k, _write_q2_k)
+_Q3_K = SubScales("int6", _read_q3_k, _write_q3_k)
+_IQ4_XS = SubScales("int6", _read_iq4_xs, _write_iq4_xs)
 
 CODECS: dict[str, Codec] = {
     "Q4_0": Codec("q4_0", np.dtype([_D, ("qs", "u1", 16)]), (_HALVES,), 32, 32),
     "Q4_1": Codec("q4_1", np.dtype([_D, _M, ("qs", "u1", 16)]), (_HALVES,), 32, 32),
     "Q5_0": Codec("q5_0", np.dtype([_D, _QH, ("qs", "u1", 16)]), (_HALVES, _HIGH_BITS), 32, 32),
     "Q5_1": Codec("q5_1", np.dtype([_D, _M, _QH, ("qs", "u1", 16)]), (_HALVES, _HIGH_BITS), 32, 32),
-    "Q8_0": Codec("q8_0", np.dtype([_D, ("qs", "u1", 32)]), (Field("qs", 32, 8),), 32, 32),
+    "Q8_0": Codec("q8_0", np.dtype([_D, ("qs", "u1", 32)]), (bit_plane("qs", 32, 8),), 32, 32),
+    "Q2_K": Codec(
+        "q2_k",
+        np.dtype([("scales", "u1", 16), ("qs", "u1", 64), _D, _DMIN]),
+        (bit_plane("qs", 32, 2),),
+        256,
+        16,
+        _Q2_K,
+    ),
+    "Q3_K": Codec(
+        "q3_k",
+        np.dtype([("hmask", "u1", 32), ("qs", "u1", 64), _SIX_BITS, _D]),
+        (bit_plane("qs", 32, 2), bit_plane("hmask", 32, 1)),
+        256,
+        16,
+        _Q3_K,
+    ),
     "Q4_K": Codec(
         "q4_k",
         np.dtype([_D, _DMIN, _SIX_BITS, ("qs", "u1", 128)]),
-        (Field("qs", 32, 4),),
+        (bit_plane("qs", 32, 4),),
         256,
         32,
-        "uint6",
+        _UINT6,
     ),
     "Q5_K": Codec(
         "q5_k",
         np.dtype([_D, _DMIN, _SIX_BITS, ("qh", "u1", 32), ("qs", "u1", 128)]),
-        (Field("qs", 32, 4), Field("qh", 32, 1)),
+        (bit_plane("qs", 32, 4), bit_plane("qh", 32, 1)),
         256,
         32,
-        "uint6",
+        _UINT6,
     ),
     "Q6_K": Codec(
         "q6_k",
         np.dtype([("ql", "u1", 128), ("qh", "u1", 64), ("scales", "u1", 16), _D]),
-        (Field("ql", 64, 4), Field("qh", 32, 2)),
+        (bit_plane("ql", 64, 4), bit_plane("qh", 32, 2)),
         256,
         16,
-        "int8",
+        _INT8,
     ),
+    "IQ4_NL": Codec("iq4_nl", np.dtype([_D, ("qs", "u1", 16)]), (_HALVES,), 32, 32),
+    "IQ4_XS": Codec(
+        "iq4_xs",
+        np.dtype([_D, ("scales_h", "u1", 2), ("scales_l", "u1", 4), ("qs", "u1", 128)]),
+        (_HALVES,),
+        256,
+        32,
+        _IQ4_XS,
+    ),
+    "TQ1_0": Codec(
+        "tq1_0",
+        np.dtype([("qs", "u1", 48), ("qh", "u1", 4), _D]),
+        (Plane(_read_trits, _write_trits),),
+        256,
+        256,
+    ),
+    "TQ2_0": Codec("tq2_0", np.dtype([("qs", "u1", 64), _D]), (bit_plane("qs", 32, 2),), 256, 256),
+    "MXFP4": Codec("mxfp4", np.dtype([("d", "u1"), ("qs", "u1", 16)]), (_HALVES,), 32, 32),
 }
 
 
@@ -164,8 +348,9 @@ def to_qtensor(raw: np.ndarray, type_name: str, dtype: DTypeLike, transpose: boo
         before the last.
 
     Returns:
-      A QTensor of format `type_name.lower()`. For Q4_K, Q5_K and Q6_K its `scale` (and `offset`)
-      are QTensors too: the file's sub-scale codes under its float16 `d` (and -`dmin`).
+      A QTensor of format `type_name.lower()`. For k-quants and IQ4_XS its `scale` (and `offset`)
+      are QTensors too: the file's sub-scale codes under its float16 `d` (and -`dmin`). TQ1_0's
+      codes are two bits each, more than the 1.6 of the file.
 
     Raises:
       ValueError: if the type has no codec or the bytes are not whole rows of its blocks.
@@ -183,19 +368,16 @@ def to_qtensor(raw: np.ndarray, type_name: str, dtype: DTypeLike, transpose: boo
             f"{size}, got {raw.dtype} of shape {raw.shape}"
         )
     blocks = np.ascontiguousarray(raw).view(codec.struct)  # [..., rows, blocks per row]
-    d = blocks["d"].astype(np.float16)
+    d = _outer(blocks["d"])
     scale, offset = _leaf(d, transpose), None
-    if codec.sub_scales == "int8":
-        scale = _sub_scales(codec, [_read(blocks["scales"], _BYTES)], d, transpose)
-    elif codec.sub_scales == "uint6":
-        scales, mins = _read_six_bits(blocks["scales"])
+    if codec.sub_scales is not None:
+        scales, *mins = codec.sub_scales.read(blocks)
         scale = _sub_scales(codec, scales, d, transpose)
-        offset = _sub_scales(codec, mins, -blocks["dmin"].astype(np.float16), transpose)
+        if mins:
+            offset = _sub_scales(codec, mins[0], -_outer(blocks["dmin"]), transpose)
     elif "m" in (codec.struct.names or ()):
-        offset = _leaf(blocks["m"].astype(np.float16), transpose)
-    reads = [
-        lambda rows, f=field: _read(blocks[f.name][..., rows, :, :], f) for field in codec.planes
-    ]
+        offset = _leaf(_outer(blocks["m"]), transpose)
+    reads = [lambda rows, p=plane: p.read(blocks[..., rows, :]) for plane in codec.planes]
     codes = _codes(codec.format, reads, raw.shape[-2], transpose)
     block = _along(codec.group, transpose)
     return QTensor(codes, scale, None, offset, None, codec.format, block, np.dtype(dtype))
@@ -219,21 +401,19 @@ def from_qtensor(q: QTensor, transpose: bool) -> np.ndarray:
     planes = _planes(codec.format, q, transpose)
     *rows, columns = planes[0].shape
     blocks = np.zeros((*rows, columns // codec.elements), codec.struct)
-    for plane, field in zip(planes, codec.planes, strict=True):
-        blocks[field.name] |= _write(plane, field, blocks[field.name].shape)
-    if isinstance(q.scale, QTensor):
-        scales = _planes(codec.sub_scales, q.scale, transpose)
-        blocks["d"] = _host(q.scale.scale, transpose)
-        if isinstance(q.offset, QTensor):
-            mins = _planes(codec.sub_scales, q.offset, transpose)
-            blocks["scales"] = _write_six_bits(scales, mins)
-            blocks["dmin"] = -_host(q.offset.scale, transpose)
-        else:
-            blocks["scales"] = _write(scales[0], _BYTES, blocks["scales"].shape)
-    else:
-        blocks["d"] = _host(q.scale, transpose)
+    for codes, plane in zip(planes, codec.planes, strict=True):
+        plane.write(blocks, codes)
+    if codec.sub_scales is None:
+        blocks["d"] = _host(q.scale, transpose).view(codec.struct["d"])
         if q.offset is not None:
             blocks["m"] = _host(q.offset, transpose)
+        return blocks.view(np.uint8)
+    nested = [v for v in (q.scale, q.offset) if isinstance(v, QTensor)]
+    sub_codes = (_planes(codec.sub_scales.format, v, transpose) for v in nested)
+    codec.sub_scales.write(blocks, *sub_codes)
+    blocks["d"] = _host(nested[0].scale, transpose)
+    if nested[1:]:
+        blocks["dmin"] = -_host(nested[1].scale, transpose)
     return blocks.view(np.uint8)
 
 
@@ -247,54 +427,6 @@ def _codec(type_name: str) -> Codec:
 
 def _along(length: int, transpose: bool) -> tuple[int, ...]:
     return (length, 1) if transpose else (length,)
-
-
-# Planes of codes in the bytes of a block.
-
-
-def _read(data: np.ndarray, field: Field) -> np.ndarray:
-    """Codes `[..., blocks * elements]` of the bytes `[..., blocks, bytes]` of a field."""
-    mask = np.uint8((1 << field.bits) - 1)
-    *rows, blocks, size = data.shape
-    runs = data.reshape(*rows, blocks, size // field.width, field.width)
-    parts = [(runs >> np.uint8(s)) & mask for s in range(0, 8, field.bits)]
-    return np.stack(parts, axis=-2).reshape(*rows, blocks * size * len(parts))
-
-
-def _write(codes: np.ndarray, field: Field, shape: tuple[int, ...]) -> np.ndarray:
-    """The inverse of `_read`, as bytes of `shape`."""
-    runs = shape[-1] // field.width
-    parts = codes.reshape(*shape[:-1], runs, 8 // field.bits, field.width)
-    shifts = np.arange(0, 8, field.bits, dtype=np.uint8)[:, None]
-    return np.bitwise_or.reduce(parts << shifts, axis=-2).reshape(shape)
-
-
-def _read_six_bits(packed: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """The planes (4 and 2 bits) of the eight scales and minima in bytes `[..., blocks, 12]`.
-
-    The first four of each are the low six bits of bytes 0-3 and 4-7. The last four have their low
-    nibbles in bytes 8-11 (minima in the upper halves) and their high two bits atop bytes 0-7.
-    """
-    *rows, blocks, _ = packed.shape
-    first, last = packed[..., :8].reshape(*rows, blocks, 2, 4), packed[..., 8:]
-    low = np.concatenate([first & 15, np.stack([last & 15, last >> 4], axis=-2)], axis=-1)
-    high = np.concatenate([(first >> 4) & 3, first >> 6], axis=-1)
-    scales, mins = (
-        [plane[..., i, :].reshape(*rows, blocks * 8) for plane in (low, high)] for i in (0, 1)
-    )
-    return scales, mins
-
-
-def _write_six_bits(scales: list[np.ndarray], mins: list[np.ndarray]) -> np.ndarray:
-    """The inverse of `_read_six_bits`."""
-    *rows, groups = scales[0].shape
-    low, high = (
-        np.stack([x.reshape(*rows, groups // 8, 8) for x in pair], axis=-2)
-        for pair in zip(scales, mins, strict=True)
-    )
-    first = low[..., :4] | (high[..., :4] << 4) | (high[..., 4:] << 6)
-    last = low[..., 0, 4:] | (low[..., 1, 4:] << 4)
-    return np.concatenate([first.reshape(*rows, groups // 8, 8), last], axis=-1)
 
 
 # Leaves of a QTensor and their planes on the host, as uint8 [..., rows, columns].
@@ -402,12 +534,20 @@ def _planes(format: str, q: QTensor, transpose: bool) -> list[np.ndarray]:
     return planes
 
 
+def _outer(member: np.ndarray) -> np.ndarray:
+    """A scale of whole blocks: float16, or E8M0 where the struct has a byte."""
+    return member.view(ml_dtypes.float8_e8m0fnu) if member.dtype == np.uint8 else member
+
+
 def _sub_scales(codec: Codec, planes: list[np.ndarray], d: np.ndarray, transpose: bool) -> QTensor:
-    reads = [lambda rows, p=plane: p[..., rows, :] for plane in planes]
-    codes = _codes(codec.sub_scales, reads, d.shape[-2], transpose)
+    assert codec.sub_scales is not None
+    name, reads = (
+        codec.sub_scales.format,
+        [lambda rows, p=plane: p[..., rows, :] for plane in planes],
+    )
+    codes = _codes(name, reads, d.shape[-2], transpose)
     block = _along(codec.elements // codec.group, transpose)
-    dtype = np.dtype(np.float32)
-    return QTensor(codes, _leaf(d, transpose), None, None, None, codec.sub_scales, block, dtype)
+    return QTensor(codes, _leaf(d, transpose), None, None, None, name, block, np.dtype("f4"))
 
 
 def _check_ggml(q: QTensor, codec: Codec, transpose: bool) -> None:
@@ -426,9 +566,12 @@ def _check_ggml(q: QTensor, codec: Codec, transpose: bool) -> None:
         for n, x in held.items()
         if x is not None
     }
-    sub = (codec.sub_scales, _along(codec.elements // codec.group, transpose), "float16")
-    needed = {"scale": sub if codec.sub_scales else "float16"}
-    if codec.sub_scales == "uint6" or "m" in (codec.struct.names or ()):
+    outer = _outer(np.empty(0, codec.struct["d"])).dtype.name
+    needed: dict[str, Any] = {"scale": outer}
+    if codec.sub_scales is not None:
+        along = _along(codec.elements // codec.group, transpose)
+        needed["scale"] = (codec.sub_scales.format, along, outer)
+    if {"m", "dmin"} & set(codec.struct.names or ()):
         needed["offset"] = needed["scale"]
     if given != needed:
         raise ValueError(f"{name} blocks hold {needed}, got {given}")

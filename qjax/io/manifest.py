@@ -2,9 +2,9 @@
 
 An array is ``{"tensor": name, "dtype": ..., "shape": [...]}``; a QTensor is ``{"qtensor": format,
 "block", "dtype", "param_shape", "activation", "qvalue": [array, ...], "scale", "zero_point",
-"offset"}``, whose scale and offset are arrays or QTensors in turn. A tree is a list of those, each
-with its ``"path"``, a list of dictionary keys; ``{"path": [...], "empty": true}`` is an empty
-dictionary.
+"offset"}``, whose scale and offset are arrays or QTensors in turn, and whose activation is null or
+has the fields of `Activation`, its leaves arrays or null. A tree is a list of those, each with its
+``"path"``, a list of dictionary keys; ``{"path": [...], "empty": true}`` is an empty dictionary.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.activation import LEAVES as ACTIVATION_LEAVES
+from qjax.activation import Activation
 from qjax.formats import FORMATS
 from qjax.io import packing, safetensors
-from qjax.qtensor import Activation, QTensor, Quantized, check
+from qjax.qtensor import QTensor, Quantized, check
 from qjax.rounding import SCALE_METHODS
 from qjax.spec import Spec
 
@@ -78,11 +80,22 @@ def describe(tree: Any) -> Described:
             "block": list(value.block),
             "dtype": np.dtype(value.dtype).name,
             "param_shape": None if value.param_shape is None else list(value.param_shape),
-            "activation": None if value.activation is None else _spec_json(value.activation.spec),
+            "activation": activation(value.activation, f"{name}.activation"),
             "qvalue": [array(plane, f"{name}.qvalue.{i}") for i, plane in enumerate(planes)],
             "scale": node(value.scale, f"{name}.scale"),
             "zero_point": optional(value.zero_point, "zero_point"),
             "offset": optional(value.offset, "offset"),
+        }
+
+    def activation(act: Activation | None, name: str) -> dict[str, Any] | None:
+        if act is None:
+            return None
+        leaves = {n: getattr(act, n) for n in ACTIVATION_LEAVES}
+        return {
+            "spec": None if act.spec is None else _spec_json(act.spec),
+            "axis": list(act.axis),
+            "threshold": act.threshold,
+            **{n: None if v is None else array(v, f"{name}.{n}") for n, v in leaves.items()},
         }
 
     def walk(value: Any, path: tuple[str | int, ...]) -> Iterator[dict[str, Any]]:
@@ -215,9 +228,7 @@ class _Reader:
             scale=self.node(fields["scale"], f"{name}.scale", depth + 1),
             zero_point=None if zero is None else self.array(zero, f"{name}.zero_point"),
             offset=None if offset is None else self.node(offset, f"{name}.offset", depth + 1),
-            activation=None
-            if activation is None
-            else Activation(self.spec(activation, f"{name} activation", 0)),
+            activation=None if activation is None else self.activation(activation, name),
             format=fields["qtensor"],
             block=tuple(fields["block"]),
             dtype=DTYPES[fields["dtype"]],
@@ -230,6 +241,24 @@ class _Reader:
         except ValueError as error:
             raise ValueError(f"{self.where}: {error}") from None
         return q
+
+    def activation(self, node: Any, name: str) -> Activation:
+        fields = self.fields(
+            node,
+            f"{name} activation",
+            {
+                "spec": lambda v: v is None or isinstance(v, dict),
+                "axis": lambda v: isinstance(v, list) and all(type(a) is int for a in v),
+                "threshold": lambda v: v is None or isinstance(v, float),
+                **dict.fromkeys(ACTIVATION_LEAVES, lambda v: v is None or isinstance(v, dict)),
+            },
+        )
+        spec, fields["axis"] = fields["spec"], tuple(fields["axis"])
+        fields["spec"] = None if spec is None else self.spec(spec, f"{name} activation", 0)
+        for leaf in ACTIVATION_LEAVES:
+            if fields[leaf] is not None:
+                fields[leaf] = self.array(fields[leaf], f"{name}.activation.{leaf}")
+        return Activation(**fields)
 
     def array(self, node: Any, name: str) -> Any:
         fields = self.fields(

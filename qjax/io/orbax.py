@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from qjax.io import manifest
 from qjax.io.packing import BITS
 
-VERSION = 1
+VERSION = 2
 
 _BYTE = np.dtype(np.uint8)
 

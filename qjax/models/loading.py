@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.io import folder, gguf, safetensors
+from qjax.io.ggml_dense import DENSE_TYPES, to_array
 from qjax.io.ggml_types import CODECS, to_qtensor
 from qjax.models import configs, names, saved, tokenizer
 from qjax.models.architecture import Config
@@ -32,7 +33,8 @@ def load(
     """Loads a language model from a GGUF file, a Hugging Face folder or a folder that qjax wrote.
 
     Quantized tensors of a GGUF file become QTensors that hold the file's own codes and scales; no
-    float copy of them is made. Run them with `qjax.quantized`. F32, F16 and BF16 become arrays.
+    float copy of them is made. Run them with `qjax.quantized`. F32, F16 and BF16 become arrays, and
+    so do the IQ1, IQ2 and IQ3 types, which the package `gguf` decodes (the extra `qjax[gguf]`).
 
     Args:
       path: a GGUF file (version 2 or 3; llama with or without experts, qwen2, qwen3, qwen3moe,
@@ -107,15 +109,16 @@ def _load_gguf(path: str | os.PathLike[str], dtype: np.dtype):
         info = file.tensors[name]
         if info.type.name in gguf.DTYPES:
             return _array(file.array(name), transpose, rows, dtype)
-        if info.type.name not in CODECS:
-            known = ", ".join([*gguf.DTYPES, *CODECS])
+        if info.type.name not in (*CODECS, *DENSE_TYPES):
+            known = ", ".join([*gguf.DTYPES, *CODECS, *DENSE_TYPES])
             raise ValueError(
                 f"{file.path}: tensor {name!r} has type {info.type.name}; can be loaded: {known}"
             )
         if len(info.shape) < 2:
             raise ValueError(f"{file.path}: tensor {name!r} is quantized, but not a matrix")
         raw = file.raw(name).reshape(*info.shape[:-1], -1)
-        return to_qtensor(raw if rows is None else raw[rows], info.type.name, dtype, transpose)
+        read = to_array if info.type.name in DENSE_TYPES else to_qtensor
+        return read(raw if rows is None else raw[rows], info.type.name, dtype, transpose)
 
     shapes = {name: info.shape for name, info in file.tensors.items() if name != factors}
     source = _Source(file.path, shapes, names.gguf_name, read, permuted=architecture == "llama")

@@ -5,6 +5,7 @@ Each asserts the right numbers, or an error that says what to do.
 
 import pickle
 
+import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import qjax
+from qjax.formats import FORMATS
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -25,14 +27,14 @@ def normal(seed, *shape):
     return jax.random.normal(jax.random.key(seed), shape) * shape[0] ** -0.5
 
 
-def runs_on_codes(fn, params, *args, spec="int8", tables=True, limit=1e-5):
+def runs_on_codes(fn, params, *args, spec="int8", tables=True, limit=1e-5, jit=jax.jit):
     """Quantizes all weights, asserts that none is opened and that the numbers are right."""
     sites = qjax.find_sites(fn, params, *args)
     recipe = qjax.Recipe(qjax.Rule(".*", spec)) if tables else spec
     q = qjax.quantize_params(params, recipe, sites)
     assert sites
     assert not dequantized_uses(fn, q, *args)
-    got, wanted = jax.jit(qjax.quantized(fn))(q, *args), fn(dense(q), *args)
+    got, wanted = jit(qjax.quantized(fn))(q, *args), fn(dense(q), *args)
     assert relative_error(got, wanted) < limit
     return q
 
@@ -238,6 +240,25 @@ def test_17_unknown_formats_list_the_known():
         qjax.Spec.parse("int1")
 
 
+# spec -> bits per weight: codes at their width, scales at theirs, nothing widened
+NOMINAL_BITS = {
+    "int4_g32": 4 + 16 / 32,
+    "uint6": 6 + 2 * 32 / 1024,
+    "nf4_g64_dq": 4 + (8 + 2 * 32 / 256) / 64,
+    "fp8_e4m3_128x128": 8 + 32 / 128**2,
+    "q4_k": 4.5,
+    "q6_k": 6.5625,
+}
+
+
+@pytest.mark.parametrize("spec", NOMINAL_BITS)
+def test_18_what_is_held_has_the_nominal_size(spec):
+    q = qjax.quantize(normal(0, 1024, 512), spec, 0)
+    plan = jax.jit(qjax.dequantize).lower(q).compile().memory_analysis()
+    held = 8 * plan.argument_size_in_bytes / q.size
+    assert held == pytest.approx(NOMINAL_BITS[spec], rel=0.01)
+
+
 @pytest.mark.parametrize("spec", ["nf4_asym", "fp8_e4m3_g32_asym"])
 def test_19_asymmetric_codebooks_and_floats_say_what_they_are(spec):
     with pytest.raises(ValueError, match="_asym is for integer formats"):
@@ -276,6 +297,33 @@ def test_27_fewer_groups_than_shards():
     assert relative_error(got, x @ qjax.dequantize(q["w"])) < 1e-5
 
 
+def test_28_plain_functions():
+    def fn(params, x, *, scale, name):
+        assert name == "head"
+        (w, b), v = params
+        return {name: scale * (jnp.tanh(x @ w + b) @ v["out"]), "name": name}
+
+    params = ((normal(0, 64, 32), jnp.ones(32)), {"out": normal(1, 32, 8)})
+    x, options = normal(2, 5, 64), {"scale": 2, "name": "head"}
+    sites = qjax.find_sites(fn, params, x, **options)
+    q = qjax.quantize_params(params, "int4_g16", sites)
+    got = qjax.quantized(fn)(q, x, **options)
+    assert got["name"] == "head"
+    assert relative_error(got["head"], fn(dense(q), x, **options)["head"]) < 1e-5
+    with pytest.raises(TypeError, match=r"QTensor\(int4.*qjax\.quantized"):
+        fn(q, x, **options)
+
+
+def test_28_equinox():
+    model = eqx.nn.MLP(64, 8, 32, 2, key=jax.random.key(0))  # its activation is a leaf of the tree
+    fn = lambda model, x: jax.vmap(model)(x)
+    q = runs_on_codes(fn, model, normal(0, 5, 64), jit=eqx.filter_jit)
+    assert qjax.is_qtensor(q.layers[0].weight)
+
+    arrays, static = eqx.partition(model, eqx.is_array)
+    runs_on_codes(lambda a, x: jax.vmap(eqx.combine(a, static))(x), arrays, normal(0, 5, 64))
+
+
 def test_29_several_methods_and_pickling():
     class Model(nnx.Module):
         def __init__(this, rngs):
@@ -305,3 +353,13 @@ def test_30_every_path_is_named():
     hows = {u.path: u.how for u in qjax.explain(fn, q, normal(2, 64, 3)).uses}
     assert hows["a"] == "dot on codes, scale after"
     assert hows["b"] == "dequantized: reduce_max has no rule for it"
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_31_small_weights_are_no_zeros(name):
+    w = normal(0, 256, 64) * 16  # of standard deviation 1
+    error = lambda w: float(
+        jnp.linalg.norm(qjax.dequantize(qjax.quantize(w, name, 0)) - w) / jnp.linalg.norm(w)
+    )
+    whole = error(w)
+    assert all(error(w * std) < 1.5 * whole for std in (0.02, 0.005, 0.002, 0.0005))
