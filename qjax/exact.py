@@ -7,10 +7,13 @@ multiplication. Where bytes must equal those of another library, these two keep 
 import jax
 import jax.numpy as jnp
 
+from qjax import _compat
+
 
 def divide(x: jax.Array, divisor: float | jax.Array) -> jax.Array:
     """`x / divisor`, correctly rounded: the divisor is made a runtime value of the shape of x."""
-    divisor = jnp.broadcast_to(jnp.asarray(divisor, x.dtype), x.shape)
+    where = _compat.explicit_sharding(x)
+    divisor = jnp.broadcast_to(jnp.asarray(divisor, x.dtype), x.shape, out_sharding=where)
     return x / jnp.where(jnp.isnan(x), jnp.ones_like(x), divisor)
 
 

@@ -68,13 +68,12 @@ def _blocked_dot(x: jax.Array, arrays: dict[str, jax.Array], problem: Problem) -
         cut = (weight.groups, group // run, run // 2)
     else:
         xs, cut = [x], (weight.groups, 1, group)
-    cut = tuple(s for i, s in enumerate(cut) if i != 1 or s != 1)  # extra axes cost time
+    cut = [s for s in cut if s != 1] or [1]  # each extra axis costs time
     names = [n for n in ("codes", "scale", "zero", "offset") if n in arrays]
-    arrays = {**arrays, "codes": _after(x, arrays["codes"])}
 
     def one(*block: jax.Array) -> jax.Array:
         part = dict(zip(names, block, strict=True))
-        codes = part.pop("codes").reshape(-1, *cut)
+        codes = _after(x, part.pop("codes")).reshape(-1, *cut)
         planes = (codes & jnp.uint8(15), codes >> jnp.uint8(4)) if nibbles else (codes,)
         ws = [_decode(p, part, weight).reshape(codes.shape[0], -1) for p in planes]
         dots = [_dot(a, w, jnp.float32) for a, w in zip(xs, ws, strict=True)]
@@ -97,11 +96,11 @@ def _after(x: jax.Array, codes: jax.Array) -> jax.Array:
 
 
 def _decode(codes: jax.Array, part: dict[str, jax.Array], weight: Weight) -> jax.Array:
-    """Float32 weights from unsigned nibbles or from whole codes, `[rows, groups, ...]`."""
-    shape = (*codes.shape[:2], *[1] * (codes.ndim - 2))
-    per_group = {
-        n: v.astype(jnp.float32).reshape(shape[0], -1, *shape[2:]) for n, v in part.items()
-    }
+    """Float32 weights from unsigned nibbles or from whole codes, `[rows, (groups,) ...]`."""
+    groups = () if weight.groups == 1 else (weight.groups,)
+    ones = [1] * (codes.ndim - 1 - len(groups))
+    spread = lambda v: v.astype(jnp.float32).reshape(codes.shape[0], *groups, *ones)
+    per_group = {name: spread(v) for name, v in part.items()}
     if weight.values is not None:
         w = select(codes, weight.values)
     else:
@@ -128,17 +127,18 @@ def select(codes: jax.Array, values: Sequence[float]) -> jax.Array:
 def _over_rows(
     one: Callable[..., jax.Array], arrays: Sequence[jax.Array], n: int, k: int
 ) -> jax.Array:
-    """`one` over equal blocks of rows, and over what is left, side by side."""
-    count = max(math.ceil(n * k / BLOCK), 1)
-    rows = n // min(count, n)
-    count = n // rows
+    """`one` over equal blocks of rows, side by side; the last begins earlier if rows are left."""
+    rows = math.ceil(n / math.ceil(n * k / BLOCK))
+    count = math.ceil(n / rows)
     if count == 1:
         return one(*arrays)
-    stacked = [a[: count * rows].reshape(count, rows, *a.shape[1:]) for a in arrays]
-    y = lax.map(lambda block: one(*block), tuple(stacked))
-    y = jnp.moveaxis(y, 0, 1).reshape(y.shape[1], count * rows)
-    left = [a[count * rows :] for a in arrays]
-    return y if count * rows == n else jnp.concatenate([y, one(*left)], axis=1)
+
+    def at(start: jax.Array) -> jax.Array:
+        return one(*(lax.dynamic_slice_in_dim(a, start, rows) for a in arrays))
+
+    y = lax.map(at, jnp.minimum(jnp.arange(count) * rows, n - rows))
+    first = jnp.moveaxis(y[:-1], 0, 1).reshape(y.shape[1], -1)
+    return jnp.concatenate([first, y[-1, :, count * rows - n :]], axis=1)
 
 
 def _dot(x: jax.Array, rows: jax.Array, out: jnp.dtype) -> jax.Array:
