@@ -38,9 +38,8 @@ def main() -> None:
     for name, methods in SPECS.items():
         for method in methods:
             spec = qjax.Spec.parse(name)._replace(scale_method=method)
-            print(
-                f"| `{name}` | `{method}` | {error(normal, spec):.3e} | {error(heavy, spec):.3e} |"
-            )
+            errors = (f"{error(w, spec):.3e}" for w in (normal, heavy))
+            print(f"| `{name}` | `{method}` | {' | '.join(errors)} |")
 
 
 if __name__ == "__main__":

@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from pallas_kernels.frame import Device, Implementation
-from pallas_kernels.quantized_matmul import reference, xla_cpu
+from pallas_kernels.quantized_matmul import mosaic_gpu, reference, xla_cpu
 
 # op -> name -> implementation, best first; the reference is last and takes everything.
 IMPLEMENTATIONS: Mapping[str, Mapping[str, Implementation]] = {
     "quantized_matmul": {
+        "mosaic_gpu": Implementation(mosaic_gpu.run, mosaic_gpu.supports),
         "xla_cpu": Implementation(xla_cpu.run, xla_cpu.supports),
         "reference": Implementation(reference.run, reference.supports),
     },

@@ -7,7 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
+from qjax import _compat
 from qjax.spec import Spec
 
 Axes = tuple[int, ...]
@@ -142,13 +144,13 @@ def weight_axes(act: Activation, ndim: int) -> tuple[Axes, Axes]:
 def hadamard(x: jax.Array) -> jax.Array:
     """`x @ H` along the last axis, H the orthonormal Walsh-Hadamard matrix in blocks; H @ H = 1."""
     length = x.shape[-1]
-    block, half = length & -length, 1
-    y = x.reshape(*x.shape[:-1], length // block, block)
+    block, half, y = length & -length, 1, x
     while half < block:
-        y = y.reshape(*x.shape[:-1], length // (2 * half), 2, half)
-        y = jnp.stack([y[..., 0, :] + y[..., 1, :], y[..., 0, :] - y[..., 1, :]], axis=-2)
+        pairs = y.reshape(*x.shape[:-1], length // (2 * half), 2, half)
+        low, high = pairs[..., 0, :], pairs[..., 1, :]
+        y = jnp.stack([low + high, low - high], axis=-2).reshape(x.shape)
         half *= 2
-    return y.reshape(x.shape) * jnp.asarray(block**-0.5, x.dtype)
+    return y * jnp.asarray(block**-0.5, x.dtype)
 
 
 def _rotate(act: Activation, v: jax.Array) -> jax.Array:
@@ -170,7 +172,16 @@ def _on_features(
     lead: Sequence[int],
     axes: Sequence[int],
 ) -> jax.Array:
-    """`change` on `v` with `axes` flattened and last, once for each index of its axes `lead`."""
+    """`change` on `v` with `axes` flattened and last, once for each index of its axes `lead`.
+
+    Under Explicit mesh axes the features are gathered before what mixes them, and cut again.
+    """
+    where = _compat.explicit_sharding(v)
+    if where is not None and (
+        len(axes) > 1 or act.permutation is not None or act.signs is not None
+    ):
+        whole = [None if a in axes else entry for a, entry in enumerate(where.spec)]
+        v = jax.sharding.reshard(v, NamedSharding(where.mesh, PartitionSpec(*whole)))
     last = range(v.ndim - len(axes), v.ndim)
     v = jnp.moveaxis(v, (*lead, *axes), (*range(len(lead)), *last))
     shape = v.shape
@@ -178,7 +189,8 @@ def _on_features(
     for _ in lead:
         change = jax.vmap(change)
     flat = change(dataclasses.replace(act, scale=None), flat)
-    return jnp.moveaxis(flat.reshape(shape), (*range(len(lead)), *last), (*lead, *axes))
+    v = jnp.moveaxis(flat.reshape(shape), (*range(len(lead)), *last), (*lead, *axes))
+    return v if where is None else jax.sharding.reshard(v, where)
 
 
 def check(act: Any, shape: Axes, where: str) -> None:

@@ -82,7 +82,9 @@ def expand(per_block: jax.Array, shape: Sequence[int], block: Sequence[int]) -> 
     """
     for axis, (size, b) in enumerate(zip(shape, align(block, len(shape)), strict=True)):
         if 1 < b < size:
-            repeated = jnp.repeat(per_block, b, axis)
+            before, after = per_block.shape[: axis + 1], per_block.shape[axis + 1 :]
+            wide = jnp.broadcast_to(jnp.expand_dims(per_block, axis + 1), (*before, b, *after))
+            repeated = wide.reshape(*before[:-1], before[-1] * b, *after)  # Explicit axes allow it
             per_block = jax.lax.slice_in_dim(repeated, 0, size, axis=axis)
     return per_block
 

@@ -16,8 +16,16 @@ def ggml(w: jax.Array, spec: Spec, block: blocks.Block, whole: blocks.Block) -> 
     q8_0: scale = max|w| / 127. q4_0, q5_0: scale = the element of largest magnitude / smallest
     code, which it therefore hits. q4_1, q5_1: scale = (max - min) / (number of codes - 1), offset =
     min. Codes are w times the reciprocal of the float32 scale, half away from zero; only then is
-    the scale rounded to float16.
+    the scale rounded to float16. tq1_0, tq2_0: scale = max|w|. mxfp4:
+    scale = 2^(floor(log2(max|w|)) - 2), halves towards zero. K-quants and IQ4: the searches of
+    `kquants`.
+
+    Raises:
+      ValueError: if `spec.format` is no block type of llama.cpp.
     """
+    if spec.format not in GGML_METHODS:
+        known = ", ".join(GGML_METHODS)
+        raise ValueError(f'scale_method "ggml" is for {known}; {spec.format} has no rule there')
     return GGML_METHODS[spec.format](w, FORMATS[spec.format], block)
 
 

@@ -73,7 +73,8 @@ def affine(x: jax.Array, rule: AffineRule) -> Affine:
     scales, d = _under_largest(scale, rule.sub_top)
     mins, dmin = _under_largest(low, rule.sub_top)
     step, floor = (d[:, None] * scales)[None], (dmin[:, None] * mins)[None]
-    again = jnp.clip(jnp.round((x + floor) / jnp.where(step == 0, 1, step)), 0, rule.top)
+    again = divide(x + floor, jnp.where(step == 0, 1, step))
+    again = jnp.clip(jnp.round(again), 0, rule.top)
     codes = jnp.where(step == 0, codes, again)
     good = _finite(x) & jnp.all(jnp.isfinite(scale), axis=1)
     d, dmin = (jnp.where(good, v, jnp.nan).astype(jnp.float16) for v in (d, dmin))
@@ -191,7 +192,7 @@ def _fit_affine(
         return _where((determinant > 0) & (found.error < best.error), found, best), None
 
     inverse = inverse_of(jnp.float32(top), low)
-    scale = 1 / inverse
+    scale = 1 / rounded(inverse)
     first = _AffineFit(error_of(inverse, low, scale, low), scale, low, inverse, low)
     widened = np.float32(0.1) * np.arange(rule.steps + 1, dtype=np.float32)
     numerators = np.float32(rule.start) + widened
@@ -298,7 +299,7 @@ def _fit_table(x: jax.Array) -> jax.Array:
             jnp.where(better, n, o) for n, o in zip((scale * qx, scale), best, strict=True)
         ), None
 
-    inverse = 1 / divide(divisor, -float(_TABLE[0]))
+    inverse = 1 / rounded(divide(divisor, -float(_TABLE[0])))
     qx, q2 = _sums(lambda x: moments(x, inverse), x)
     scale = qx / q2
     numerators = np.arange(-7, 8, dtype=np.float32) + _TABLE[0]
@@ -331,7 +332,8 @@ def _under_extreme(largest: jax.Array, empty: jax.Array, top: int) -> tuple[jax.
 
 def _again(x: jax.Array, step: jax.Array, codes: jax.Array, top: int) -> jax.Array:
     """Codes -top to top - 1 under the steps that are held; where a step is 0, `codes`."""
-    new = jnp.clip(jnp.round(x / jnp.where(step == 0, 1, step)[None]), -top, top - 1)
+    new = jnp.round(divide(x, jnp.where(step == 0, 1, step)[None]))
+    new = jnp.clip(new, -top, top - 1)
     return jnp.where(step[None] == 0, codes, new)
 
 

@@ -293,7 +293,7 @@ def _prepared_linear(x: jax.Array, p: Prepared, op: Op, extra: tuple) -> tuple[j
         y = op(x, dequantize(p), extra, op.out_dtype)
         return lax.convert_element_type(y, op.out_dtype), f"dequantized in the call: {reason}"
     how = f"{_implementation(x, p, op)} on {p.layout}"
-    if p.activation is not None:
+    if p.activation is not None and p.activation.spec is not None:
         return _dynamic(x, p, extra, op), f"{_rounding(p.activation)}, {how}"
     return _prepared_dot(x, p, op, op.out_dtype), how
 

@@ -16,8 +16,9 @@ from pallas_kernels.frame import Device
 from pallas_kernels.quantized_matmul.layouts import LAYOUTS
 from pallas_kernels.quantized_matmul.problem import Weight
 from qjax import _compat, blocks, structural
+from qjax.activation import Activation
 from qjax.formats import FORMATS, Format, join_planes, split_planes
-from qjax.qtensor import Activation, QTensor, Quantized, check, dequantize, is_qtensor
+from qjax.qtensor import QTensor, Quantized, check, dequantize, is_qtensor
 from qjax.sites import Site
 from qjax.structural import CannotCarry
 from qjax.tracing import param_path
@@ -462,7 +463,8 @@ def _unpack(p: Prepared) -> QTensor:
         if isinstance(held, QTensor):
             fields[FIELDS[name]] = _narrow(held, dict(p.nested)[name])
         elif name != "codes":
-            back = _over(len(lead), lambda v: order.unpack_scale(v, weight))(held)
+            unpack = functools.partial(order.unpack_scale, weight=weight, name=name)
+            back = _over(len(lead), unpack)(held)
             fields[FIELDS[name]] = back.astype(getattr(weight, name))
     codes = _over(len(lead), lambda v: order.unpack_codes(v, weight))(p.arrays["codes"])
     plain = QTensor(

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,11 @@ import numpy as np
 from qjax import activation, blocks, exact
 from qjax.activation import Activation as Activation
 from qjax.formats import FORMATS, Codes, join_planes
+
+_NO_ARRAY = (
+    "reached a function that expects an array. Wrap the function that takes the parameters: "
+    "qjax.quantized(fn)(qparams, ...); or turn this weight back into an array with qjax.dequantize"
+)
 
 
 class Quantized:
@@ -47,15 +52,12 @@ class Quantized:
         """The PartitionSpecs of its arrays, for the entries and shards of each axis."""
         raise NotImplementedError
 
-    def __jax_array__(self) -> NoReturn:
-        raise TypeError(
-            f"{self!r} reached a function that expects an array. Wrap the function that takes the "
-            "parameters: qjax.quantized(fn)(qparams, ...); or turn this weight back into an array "
-            "with qjax.dequantize"
-        )
+    def _refuse(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+        raise TypeError(f"{self!r} {_NO_ARRAY}")
 
-    def __array__(self, *_args: Any, **_kwargs: Any) -> NoReturn:
-        self.__jax_array__()
+    __jax_array__ = __array__ = __getitem__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __neg__ = __pow__ = _refuse
+    __matmul__ = __rmatmul__ = __truediv__ = __rtruediv__ = _refuse
 
 
 @jax.tree_util.register_dataclass
@@ -112,6 +114,15 @@ class QTensor(Quantized):
 
     def dequantized(self) -> jax.Array:
         return dequantize(self)
+
+    if not TYPE_CHECKING:  # a missing attribute is an error to the type checker anyway
+
+        def __getattr__(self, name: str) -> NoReturn:
+            """Says of `w.T`, `w.astype` and their like what to do instead."""
+            known = hasattr(type(self), name)  # a property that raised: say nothing of ours
+            teach = hasattr(jax.Array, name) and not known and not name.startswith("_")
+            hint = f": {self!r} {_NO_ARRAY}" if teach else ""
+            raise AttributeError(f"a QTensor has no attribute {name!r}{hint}")
 
 
 def is_qtensor(leaf: Any) -> bool:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -316,6 +317,27 @@ def test_leaves_follow_onto_a_mesh():
         assert relative_error(got, fn(x, qjax.dequantize(q))) < 1e-5
 
 
+@pytest.mark.parametrize("layout", [P("t", None), P(None, "t")])
+@pytest.mark.parametrize("kind", KINDS)
+def test_explicit_axes(kind, layout):
+    mesh = jax.make_mesh((2,), ("t",), axis_types=(jax.sharding.AxisType.Explicit,))
+    q, x = held(normal(0, K, N), kind), normal(1, 5, K)
+    along = layout[0] == "t"
+    out = P() if along else P(None, "t")
+    fn = lambda x, w: jnp.einsum("bk,kn->bn", x, w, out_sharding=out)
+    with jax.set_mesh(mesh):
+        specs = qjax.partition_specs(q, layout, mesh)
+        place = jax.tree.map(
+            lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda s: type(s) is P
+        )
+        sharded = jax.device_put(q, place)
+        x_sharded = jax.device_put(x, NamedSharding(mesh, P(None, "t") if along else P()))
+        got = jax.jit(qjax.quantized(fn))(x_sharded, sharded)
+        opened = jax.jit(qjax.dequantize)(sharded)
+    assert opened.sharding.spec == layout
+    assert relative_error(got, x @ qjax.dequantize(q)) < 1e-5
+
+
 @pytest.mark.parametrize("shards", [P("t", None), P(None, "t")])
 def test_shard_map(shards):
     mesh = jax.make_mesh((2,), ("t",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -337,6 +359,14 @@ def test_saved_and_loaded(tmp_path):
     again = folder.read_folder(tmp_path / "q").params
     assert jax.tree.structure(again) == jax.tree.structure(tree)
     jax.tree.map(np.testing.assert_array_equal, again, tree)
+
+
+def test_exported_and_read_again():
+    q, x = held(normal(0, K, N), "all", "int4_g16"), normal(1, 5, K)
+    act = dataclasses.replace(q.activation, spec=TENSOR, threshold=6.0, scale=jnp.float32(0.03))
+    q, fn = dataclasses.replace(q, activation=act), jax.jit(qjax.quantized(jnp.matmul))
+    data = jax.export.export(fn)(x, q).serialize()
+    np.testing.assert_array_equal(jax.export.deserialize(data).call(x, q), fn(x, q))
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,13 @@ def test_every_format_round_trips(tmp_path, name):
     round_trip(tmp_path, {"params": {"w": random_qtensor(name)}})
 
 
+@pytest.mark.parametrize("spec", ["mxfp4", "nvfp4", "q3_k", "iq4_xs"])
+def test_scales_of_every_kind_round_trip(tmp_path, spec):
+    """Powers of two, and scales under one float32 or under float16s."""
+    w = np.random.default_rng(0).standard_normal((256, 12)).astype(np.float32)
+    round_trip(tmp_path, {"params": {"w": qjax.quantize(w, spec, 0)}})
+
+
 def test_every_field_of_a_qtensor_round_trips(tmp_path):
     spec = qjax.Spec.parse("int8/int8_token").activation
     params = {

@@ -86,3 +86,12 @@ def test_decoding_to_bfloat16_rounds_the_value(fmt):
     narrow = fmt.decode(joined, jnp.dtype(jnp.bfloat16))
     assert narrow.dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.asarray(narrow), wide.astype(ml_dtypes.bfloat16))
+
+
+def test_integers_decode_to_integer_dtypes(fmt):
+    """What matmuls on int8 codes rely on, where they fit."""
+    values = np.asarray(fmt.decode(jnp.asarray(all_codes(fmt)), FLOAT))
+    if fmt.integer:
+        np.testing.assert_array_equal(values, np.round(values))
+        dtype = jnp.dtype(jnp.int8 if fmt.max < 128 else jnp.int16)
+        np.testing.assert_array_equal(fmt.decode(jnp.asarray(all_codes(fmt)), dtype), values)

@@ -1,5 +1,6 @@
 """FORMATS x structural operations, specs x transforms: the numbers of the dequantized weight."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -15,7 +16,9 @@ from helpers import dense, relative_error
 from jax import lax
 
 import qjax
+from qjax.activation import Activation
 from qjax.formats import FORMATS
+from qjax.spec import WHOLE_SPECS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PARTS = 4
@@ -126,3 +129,18 @@ def test_transforms(name, spec):
     wanted = TRANSFORMS[name](lambda fn: fn)(dense(q), x)
     assert jax.tree.structure(got) == jax.tree.structure(wanted)
     assert relative_error(got, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_activations_of_either_kind(name):
+    """int8 and FP8 activations beside codes of any format, in one compilation."""
+    w = np.random.default_rng(0).standard_normal((256, 24)).astype(np.float32)
+    x = np.random.default_rng(1).standard_normal((3, 256)).astype(np.float32)
+    q = qjax.quantize(w, name if name in WHOLE_SPECS else f"{name}_g64", 0)
+    qs = [
+        dataclasses.replace(q, activation=Activation(qjax.Spec.parse(format)))
+        for format in ("int8", "fp8_e4m3")
+    ]
+    got = jax.jit(qjax.quantized(lambda qs, x: [x @ q for q in qs]))(qs, x)
+    for y, q, bound in zip(got, qs, (0.02, 0.06), strict=True):
+        assert relative_error(y, x @ qjax.dequantize(q)) < bound

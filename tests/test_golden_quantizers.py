@@ -1,5 +1,6 @@
 """What quantize makes of the golden matrix, bit for bit what other libraries made of it."""
 
+import ctypes
 import dataclasses
 import pathlib
 
@@ -11,7 +12,7 @@ import pytest
 import qjax
 from qjax.formats import FORMATS, join_planes
 from qjax.ggml_rounding import GGML_METHODS
-from qjax.io.ggml_types import from_qtensor
+from qjax.io.ggml_types import GGML_TYPES, from_qtensor
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 BNB = np.load(GOLDEN / "bitsandbytes.npz")
@@ -210,6 +211,32 @@ def test_ggml_types_are_those_of_ggml_to_the_byte(name):
     q = qjax.quantize(w.T, ggml_spec(name), 0)
     np.testing.assert_array_equal(from_qtensor(q, True), packed)
     np.testing.assert_array_equal(qjax.dequantize(q).T, GGML[f"{name.upper()}__dequant"])
+
+
+@pytest.mark.parametrize("name", ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs"])
+def test_weights_on_a_grid_are_fitted_as_ggml_does(name):
+    """Several fits leave nothing but rounding errors, and the last bit of a scale decides."""
+    packed = from_qtensor(qjax.quantize(GGML["grid_input"], name, 1), False)
+    np.testing.assert_array_equal(packed, GGML[f"{name.upper()}_grid__packed"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GGML_METHODS)
+def test_ggml_types_of_many_weights_are_those_of_llama_cpp(name):
+    """Half a million weights of many sizes, some on a grid, some with outliers."""
+    xllamacpp = pytest.importorskip("xllamacpp.xllamacpp", reason="needs the extra `peers`")
+    quantize = ctypes.CDLL(xllamacpp.__file__).ggml_quantize_chunk
+    number, pointer = ctypes.c_int64, ctypes.c_void_p
+    quantize.argtypes = [ctypes.c_int, pointer, pointer, number, number, number, pointer]
+    kind = next((i, t) for i, t in GGML_TYPES.items() if t.name == name.upper())
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((256, 2048)) * np.exp(rng.normal(0, 1, (256, 1))) * 0.02
+    w[::3] = np.round(w[::3] * 200) / 200 + 0.0
+    w[1::5] *= 1 + 10 * (rng.random(w[1::5].shape) < 0.05)
+    w = w.astype(np.float32)
+    packed = np.zeros((len(w), kind[1].row_bytes(w.shape[1])), np.uint8)
+    quantize(kind[0], w.ctypes.data, packed.ctypes.data, 0, *w.shape, None)
+    np.testing.assert_array_equal(from_qtensor(qjax.quantize(w, ggml_spec(name), 1), False), packed)
 
 
 @pytest.mark.parametrize("name", ["tq1_0", "tq2_0"])

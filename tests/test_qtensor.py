@@ -1,6 +1,8 @@
 """QTensor: a pytree that takes any leaf, and says at first use what is wrong with it."""
 
+import copy
 import dataclasses
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -113,8 +115,15 @@ def test_repr_is_one_line_without_codes():
     [
         lambda x, q: jnp.dot(x, q),
         lambda x, q: x @ q,
-        lambda x, q: q.T @ x if hasattr(q, "T") else jnp.matmul(q, x),
         lambda x, q: x + q,
+        lambda x, q: 1.0 + q,
+        lambda x, q: -q,
+        lambda x, q: q[0],
+        lambda x, q: list(q),
+        lambda x, q: x @ q.T,
+        lambda x, q: q.astype(jnp.bfloat16),
+        lambda x, q: q.reshape(-1),
+        lambda x, q: jnp.sin(q),
         lambda x, q: jnp.asarray(q),
         lambda x, q: np.asarray(q),
         lambda x, q: jnp.einsum("ab,bc->ac", x, q),
@@ -123,8 +132,17 @@ def test_repr_is_one_line_without_codes():
     ],
 )
 def test_an_unwrapped_function_is_told_to_wrap(use):
-    with pytest.raises(TypeError, match=r"QTensor\(int4.*Wrap the function .*qjax.quantized\(fn\)"):
+    told = r"QTensor\(int4.*Wrap the function .*qjax.quantized\(fn\)"
+    with pytest.raises((TypeError, AttributeError), match=told):
         use(jnp.ones((2, 64)), Q)
+
+
+def test_other_missing_attributes_are_missed_plainly():
+    with pytest.raises(AttributeError, match=r"^a QTensor has no attribute 'qvaleu'$"):
+        getattr(Q, "qvaleu")  # noqa: B009
+    assert not hasattr(Q, "__deepcopy__")
+    assert copy.deepcopy(Q).block == Q.block
+    assert pickle.loads(pickle.dumps(Q)).dtype == Q.dtype
 
 
 def test_it_is_a_pytree_with_named_leaves():
@@ -145,6 +163,20 @@ def test_param_shape_is_the_weights_own():
     q = dataclasses.replace(Q, param_shape=(4, 16, 12))
     assert (q.shape, q.ndim, q.size, q.storage_shape) == ((4, 16, 12), 3, W.size, (64, 12))
     np.testing.assert_array_equal(qjax.dequantize(q), qjax.dequantize(Q).reshape(4, 16, 12))
+
+
+def test_a_stack_of_weights_of_another_shape():
+    """The block keeps an entry for each axis of one weight's storage, so that a stack is known."""
+    w = jax.random.normal(jax.random.key(0), (24, 32))
+    one = qjax.quantize(w, "int4_g8", 1)
+    one = dataclasses.replace(one, block=(1, 8), param_shape=(4, 6, 32))
+    stacked = qjax.stack([one, one])
+    assert (one.shape, stacked.shape) == ((4, 6, 32), (2, 4, 6, 32))
+    scan = lambda w: jax.lax.scan(lambda c, w: (c + w, None), jnp.zeros((4, 6, 32)), w)[0]
+    got = qjax.quantized(scan)(stacked)
+    np.testing.assert_array_equal(got, 2 * qjax.dequantize(one))
+    with pytest.raises(ValueError, match="an entry for each axis of one weight's storage"):
+        qjax.dequantize(dataclasses.replace(one, block=(8,)))
 
 
 def test_zero_points_may_be_any_number_type():

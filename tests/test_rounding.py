@@ -115,6 +115,12 @@ def test_scales_with_codes_of_their_own_are_refused():
         qjax.quantize(np.ones((256, 2), np.float32), with_mse("q4_k"), 0)
 
 
+def test_the_rules_of_llama_cpp_are_for_its_types():
+    spec = qjax.Spec("nf4", 64, scale_method="ggml")
+    with pytest.raises(ValueError, match=r'"ggml" is for q8_0, q4_0, .*; nf4 has no rule'):
+        qjax.quantize(np.ones((64, 2), np.float32), spec, 0)
+
+
 @pytest.mark.parametrize("method", ["absmax", "minmax"])
 def test_powers_of_two_need_their_own_rule(method):
     spec = qjax.Spec("fp4_e2m1", 32, method == "absmax", "float8_e8m0fnu", scale_method=method)

@@ -1,5 +1,6 @@
 """quantized(fn) and explain: the unmodified function on quantized weights, in every transform."""
 
+import collections
 import re
 
 import jax
@@ -483,6 +484,25 @@ def test_python_values_and_outputs_stay_what_they_are():
     assert out["y"].shape == (5, 48)
 
 
+def test_qtensors_anywhere_among_the_arguments_and_any_outputs():
+    """In tuples and dictionaries, by keyword, one of them twice; a NamedTuple comes back."""
+    point = collections.namedtuple("point", "x y")
+
+    def fn(first, rest, *more, scale, options):
+        a, (b, act) = first, rest["b"]
+        y = act(options["x"] @ a) @ b
+        return point(y * scale, [{"again": more[0][0].T @ a, "act": act}])
+
+    a, b = (qjax.quantize(normal(i, 64, 64), "int4_g16", 0) for i in range(2))
+    x = normal(2, 64, 64)
+    args, kwargs = (a, {"b": (b, jnp.tanh)}, [a, 7]), {"scale": b, "options": {"x": x, "n": "no"}}
+    got = qjax.quantized(fn)(*args, **kwargs)
+    wanted = fn(*dense(args), **dense(kwargs))
+    assert type(got) is point
+    assert got.y[0]["act"] is jnp.tanh
+    assert relative_error((got.x, got.y[0]["again"]), (wanted.x, wanted.y[0]["again"])) < 1e-5
+
+
 def test_without_qtensors_it_is_the_function_itself():
     fn = qjax.quantized(lambda p, x: x @ p)
     w, x = normal(0, 64, 48), normal(1, 5, 64)
@@ -501,18 +521,3 @@ def test_broken_leaves_name_the_parameter():
         ValueError, match=r"layer/kernel: int8 holds its codes as int8, got bfloat16.*is_leaf"
     ):
         qjax.quantized(lambda p, x: x @ p["layer"]["kernel"])(cast, normal(1, 5, 64))
-
-
-@pytest.mark.parametrize(
-    "use",
-    [
-        lambda q, x: x @ q,
-        lambda q, x: jnp.dot(x, q),
-        lambda q, x: jnp.asarray(q),
-        lambda q, x: jnp.sin(q),
-    ],
-)
-def test_unwrapped_use_teaches(use):
-    q = qjax.quantize(normal(0, 64, 48), "int8", 0)
-    with pytest.raises(TypeError, match=r"qjax\.quantized"):
-        use(q, normal(1, 5, 64))

@@ -7,6 +7,7 @@ import optax
 import pytest
 from flax.training.train_state import TrainState
 from helpers import dense
+from jax import lax
 
 import qjax
 
@@ -67,6 +68,54 @@ def test_training_beside_frozen_weights_leaves_their_bits(spec):
         losses.append(float(value))
     assert losses[-1] < 0.5 * losses[0]
     assert_same(qjax.combine(state.params, frozen)["w"], params["w"])
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_lora_norms_and_biases_train_beside_int8_and_fp8():
+    """Weight decay would move FP8 codes and every scale, were they not frozen."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    normal = lambda i, *shape: jax.random.normal(keys[i], shape) * shape[0] ** -0.5
+    params = {
+        "up": {"kernel": qjax.quantize(normal(0, 32, 64), "int8", 0), "bias": jnp.zeros(64)},
+        "down": {"kernel": qjax.quantize(normal(1, 64, 32), "fp8_e4m3_g16", 0)},
+        "lora": {"a": normal(2, 32, 4), "b": jnp.zeros((4, 64))},
+        "norm": {"scale": jnp.ones(32)},
+        "steps": jnp.int32(0),
+    }
+
+    def model(p, x):
+        h = x * lax.rsqrt(jnp.mean(x * x, -1, keepdims=True)) * p["norm"]["scale"]
+        h = h @ p["up"]["kernel"] + (h @ p["lora"]["a"]) @ p["lora"]["b"] + p["up"]["bias"]
+        return jnp.tanh(h) @ p["down"]["kernel"]
+
+    trainable, frozen = qjax.partition(params)
+    assert len(jax.tree.leaves(trainable)) == 4
+    run = qjax.quantized(model)
+    state = TrainState.create(
+        apply_fn=run, params=trainable, tx=optax.adamw(0.01, weight_decay=0.1)
+    )
+    x, y = normal(3, 16, 32), normal(4, 16, 32)
+
+    @jax.jit
+    def step(state, frozen):
+        loss = lambda p: jnp.mean(jnp.square(state.apply_fn(qjax.combine(p, frozen), x) - y))
+        value, grads = jax.value_and_grad(loss)(state.params)
+        return state.apply_gradients(grads=grads), value
+
+    before, losses = jax.device_get(frozen), []
+    for _ in range(100):
+        state, value = step(state, frozen)
+        losses.append(float(value))
+    assert losses[-1] < 0.5 * losses[0]
+    assert_same(frozen, before)
+    after = qjax.combine(state.params, frozen)
+    assert jax.tree.structure(after) == jax.tree.structure(params)
+    for name in ("up", "down"):
+        assert_same(after[name]["kernel"], params[name]["kernel"])
+    for (path, new), old in zip(
+        jax.tree_util.tree_leaves_with_path(state.params), jax.tree.leaves(trainable), strict=True
+    ):
+        assert np.abs(np.asarray(new - old)).max() > 1e-3, path
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ class Layout(NamedTuple):
       pack_codes: (codes [k, n] of `weight.code`, weight) -> codes in kernel order.
       unpack_codes: its inverse, bit for bit.
       pack_scale: (scale, zero or offset [groups, n], weight) -> the same in kernel order.
-      unpack_scale: its inverse, bit for bit; an integer array may come back wider.
+      unpack_scale: (array in kernel order, weight, "scale", "zero" or "offset") -> the inverse, bit
+        for bit; an integer array may come back wider.
       code_axes, scale_axes: for each axis of an array in kernel order, the axis of the weight that
         it runs along: "k", "n", or "" for one that is never cut.
       tile: weight -> (k, n): a shard of the weight must be a multiple of these along an axis that
@@ -31,7 +32,7 @@ class Layout(NamedTuple):
     pack_codes: Callable[[jax.Array, Weight], jax.Array]
     unpack_codes: Callable[[jax.Array, Weight], jax.Array]
     pack_scale: Callable[[jax.Array, Weight], jax.Array]
-    unpack_scale: Callable[[jax.Array, Weight], jax.Array]
+    unpack_scale: Callable[[jax.Array, Weight, str], jax.Array]
     code_axes: tuple[str, ...]
     scale_axes: tuple[str, ...]
     tile: Callable[[Weight], tuple[int, int]]

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from pallas_kernels.quantized_matmul import rows
+from pallas_kernels.quantized_matmul import hopper_layout, rows
 from pallas_kernels.quantized_matmul.layout import Layout
 
 # name -> layout. For a weight without a name `prepare` takes the first one that its platform wants
@@ -10,4 +10,5 @@ from pallas_kernels.quantized_matmul.layout import Layout
 LAYOUTS: Mapping[str, Layout] = {
     "nibbles": rows.NIBBLES,
     "bytes": rows.BYTES,
+    "hopper4": hopper_layout.HOPPER4,
 }

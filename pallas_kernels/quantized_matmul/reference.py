@@ -28,7 +28,7 @@ def dequantize(arrays: dict[str, jax.Array], weight: Weight, layout: str) -> jax
     w = value(order.unpack_codes(arrays["codes"], weight), weight)
 
     def along_k(name: str) -> jax.Array:
-        per_group = order.unpack_scale(arrays[name], weight).astype(jnp.float32)
+        per_group = order.unpack_scale(arrays[name], weight, name).astype(jnp.float32)
         return jnp.repeat(per_group, min(weight.group, weight.k), axis=0)[: weight.k]
 
     if weight.zero is not None:

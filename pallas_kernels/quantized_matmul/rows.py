@@ -79,7 +79,7 @@ def _pack_scale(scale: jax.Array, weight: Weight) -> jax.Array:
     return (scale.astype(jnp.uint8 if scale.dtype == jnp.uint4 else jnp.int8) if small else scale).T
 
 
-def _unpack_scale(scale: jax.Array, weight: Weight) -> jax.Array:
+def _unpack_scale(scale: jax.Array, weight: Weight, name: str) -> jax.Array:
     return scale.T
 
 

@@ -79,7 +79,9 @@ def codebook(name: str, storage: str, table: np.ndarray, bits: int) -> Format:
             codes = jnp.searchsorted(jnp.asarray(middles), x, side="left").astype(jnp.uint8)
         return codes if sorted_codes else _take(order, codes, jnp.dtype(jnp.uint8))
 
-    return Format(name, storage, decode, encode, float(ordered[0]), float(ordered[-1]), bits)
+    integer = bool(np.all(table == np.round(table)))
+    low, high = float(ordered[0]), float(ordered[-1])
+    return Format(name, storage, decode, encode, low, high, bits, integer)
 
 
 def _take(table: np.ndarray, indices: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -23,7 +23,7 @@ def ternary(name: str) -> Format:
     def encode(x: jax.Array) -> jax.Array:
         return (jnp.clip(jnp.round(x), -1, 1) + 1).astype(jnp.uint8)
 
-    return Format(name, "uint2", decode, encode, -1.0, 1.0, 2)
+    return Format(name, "uint2", decode, encode, -1.0, 1.0, 2, integer=True)
 
 
 _IQ4 = np.array(IQ4_VALUES, np.float32)

@@ -242,7 +242,12 @@ def test_17_unknown_formats_list_the_known():
 
 # spec -> bits per weight: codes at their width, scales at theirs, nothing widened
 NOMINAL_BITS = {
+    "int2_g32": 2 + 16 / 32,
+    "int3_g32": 3 + 16 / 32,
     "int4_g32": 4 + 16 / 32,
+    "mxfp4": 4 + 8 / 32,
+    "mxfp8": 8 + 8 / 32,
+    "nvfp4": 4 + 8 / 16 + 32 / (1024 * 512),
     "uint6": 6 + 2 * 32 / 1024,
     "nf4_g64_dq": 4 + (8 + 2 * 32 / 256) / 64,
     "fp8_e4m3_128x128": 8 + 32 / 128**2,

@@ -1,0 +1,172 @@
+"""What this GPU can do at best: the time to read bytes, to copy them, a bf16 dot, an empty launch.
+
+Writes experiments/results/ceilings_<card>.json. All times are medians of a kernel's own duration
+(CUPTI), over buffers that together exceed the L2 cache, on random data.
+
+    python experiments/ceilings.py
+
+"""
+
+import itertools
+import json
+import pathlib
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.mosaic.gpu import profiler, utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
+
+MIB = 2**20
+READ_SIZES = [2 * MIB * 2**i for i in range(10)]  # 2 MiB to 1 GiB
+DOTS = [(m, k, n) for m in (1, 16) for k, n in ((4096, 4096), (8192, 8192), (4096, 28672))]
+L2 = 160_000_000  # bytes that a rotation of buffers must exceed: three times the cache
+RUNS = 10  # of a rotation
+READERS = [(528, 8), (1056, 8), (1056, 4), (2112, 4)]  # blocks, 16-byte loads of a thread at once
+
+
+def durations(
+    fn: Callable[..., Any], *args: Any, runs: int = RUNS
+) -> list[list[tuple[str, float]]]:
+    """(kernel, microseconds) of every kernel of `runs` calls, in order, after a warm-up."""
+    compiled = jax.jit(fn).lower(*args).compile()
+    jax.block_until_ready(compiled(*args))
+    measure = profiler.Cupti(finalize=False).measure(compiled, aggregate=False, iterations=runs)
+    _, calls = measure(*args)
+    return [[(name, 1e3 * ms) for name, ms in call] for call in calls]
+
+
+def reader(words: int, blocks: int, unroll: int) -> Callable[[jax.Array], jax.Array]:
+    """A kernel that reads int32 `[words]` once: 128 threads a block, `unroll` loads at once."""
+    chunk = 128 * 4 * unroll
+    if words % chunk:
+        raise ValueError(f"{words} words are no multiple of {chunk}")
+
+    def read_bytes(data: Any, out: Any) -> None:
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+        def read(ctx: Any, data: Any, out: Any) -> None:
+            i32, i64 = (ir.IntegerType.get_signless(n) for n in (32, 64))
+            number = lambda v, kind: arith.constant(kind, ir.IntegerAttr.get(kind, v))
+            source, sink = utils.memref_ptr(data), utils.memref_ptr(out)
+            block, thread = utils.block_idx(), utils.thread_idx()
+            left = arith.addi(
+                arith.subi(number(words // chunk, i32), block), number(blocks - 1, i32)
+            )
+            four = llvm.StructType.get_literal([i32] * 4)
+
+            @utils.fori(arith.divui(left, number(blocks, i32)), [number(0, i32)])
+            def loop(i: Any, carry: Any) -> list[Any]:
+                (seen,) = carry
+                at = arith.addi(arith.muli(i, number(blocks, i32)), block)
+                at = arith.addi(arith.muli(at, number(128 * unroll, i32)), thread)
+                at = arith.muli(arith.extui(i64, at), number(16, i64))
+                here = llvm.getelementptr(
+                    source.type,
+                    source,
+                    [at],
+                    [-2147483648],
+                    ir.IntegerType.get_signless(8),
+                    llvm.GEPNoWrapFlags.none,
+                )
+                got = [
+                    llvm.inline_asm(
+                        four,
+                        [here],
+                        f"ld.global.nc.L1::no_allocate.v4.b32 {{$0, $1, $2, $3}}, [$4+{k * 2048}];",
+                        "=r,=r,=r,=r,l",
+                        has_side_effects=True,
+                    )
+                    for k in range(unroll)
+                ]
+                for load, k in itertools.product(got, range(4)):
+                    seen = arith.xori(seen, llvm.extractvalue(i32, load, [k]))
+                return [seen]
+
+            llvm.inline_asm(
+                ir.Type.parse("!llvm.void"),
+                [sink, loop.results[0]],
+                "{ .reg .pred p; setp.eq.u32 p, $1, 0x12345; @p st.global.b32 [$0], $1; }",
+                "l,r",
+                has_side_effects=True,
+            )
+
+        read(data, out)
+
+    return plgpu.kernel(
+        read_bytes,
+        out_type=jax.ShapeDtypeStruct((128,), jnp.int32),
+        grid=(blocks,),
+        grid_names=("n",),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+    )
+
+
+def random_words(seed: int, shape: Sequence[int]) -> jax.Array:
+    """int32 whose bits are random."""
+    make = jax.jit(lambda: jax.random.bits(jax.random.key(seed), shape).view(jnp.int32))
+    return make()
+
+
+def rotation(size: int) -> int:
+    """How many buffers of `size` bytes exceed the L2 cache."""
+    return max(3, min(24, -(-L2 // size)))
+
+
+def best_reader(size: int) -> tuple[float, Callable[..., Any], list[jax.Array]]:
+    """The fastest reader of `size` bytes, its time in microseconds, and the buffers it read."""
+    unit = 4 * 128 * 4 * max(u for _, u in READERS)
+    words = -(-size // unit) * unit // 4
+    buffers = [random_words(i, (words,)) for i in range(rotation(size))]
+    best = None
+    for blocks, unroll in READERS:
+        read = reader(words, blocks, unroll)
+        calls = durations(lambda *b, read=read: [read(v) for v in b], *buffers)
+        time = statistics.median(us for call in calls for _, us in call)
+        if best is None or time < best[0]:
+            best = time, read
+    assert best is not None
+    return *best, buffers
+
+
+def dot(m: int, k: int, n: int) -> float:
+    """Microseconds of XLA's bfloat16 dot, all its kernels counted."""
+    count = rotation(2 * k * n)
+    x = jax.random.normal(jax.random.key(0), (m, k), jnp.bfloat16)
+    keys = jax.random.split(jax.random.key(1), count)
+    weights = [jax.random.normal(key, (k, n), jnp.bfloat16) for key in keys]
+    calls = durations(lambda x, *w: [jnp.dot(x, v) for v in w], x, *weights)
+    return statistics.median(sum(us for _, us in call) for call in calls) / count
+
+
+def main() -> None:
+    """Measures and writes all of it."""
+    card = jax.devices()[0].device_kind
+    reads = {}
+    for size in READ_SIZES:
+        us = reads[size] = best_reader(size)[0]
+        print(f"read {size / MIB:6.0f} MiB: {us:7.2f} us, {size / us / 1e6:.2f} TB/s")
+    copied = [random_words(i, (64 * MIB,)) for i in range(2)]
+    calls = durations(lambda *v: [lax.optimization_barrier(x) + 1 for x in v], *copied)
+    copy = statistics.median(us for call in calls for _, us in call)
+    print(f"copy 256 MiB: {copy:.2f} us, {2 * 256 * MIB / copy / 1e6:.2f} TB/s both ways")
+    tiny = random_words(0, (8, 128))
+    calls = durations(lambda v: lax.optimization_barrier(v) + 1, tiny)
+    empty = statistics.median(us for call in calls for _, us in call)
+    print(f"a launch that adds 1 to 4 KiB: {empty:.2f} us")
+    dots = {f"{m}x{k}x{n}": dot(m, k, n) for m, k, n in DOTS}
+    for name, time in dots.items():
+        print(f"bf16 dot {name}: {time:.2f} us")
+    path = pathlib.Path(__file__).parent / "results" / f"ceilings_{card.replace(' ', '_')}.json"
+    path.parent.mkdir(exist_ok=True)
+    results = {"card": card, "jax": jax.__version__, "command": "python experiments/ceilings.py"}
+    results |= {"read_us": reads, "copy_256_mib_us": copy, "launch_us": empty, "bf16_dot_us": dots}
+    path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

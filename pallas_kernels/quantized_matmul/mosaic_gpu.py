@@ -1,0 +1,168 @@
+"""Hopper through Pallas Mosaic GPU: what it supports, and how the work is cut. No GPU is needed to
+ask; the kernel is in `hopper_kernel` and imported when it runs.
+"""
+
+import itertools
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+
+from pallas_kernels.frame import Device
+from pallas_kernels.quantized_matmul import hopper_layout
+from pallas_kernels.quantized_matmul.problem import Problem, Weight
+
+SHARED_MEMORY = 232448 - 4096  # bytes of a block, less what Mosaic keeps and aligns
+MULTIPROCESSORS = 132
+FAST_REGISTERS = 4  # depth times eighths of m: more do not fit beside the rest of a warp's values
+MAX_ROWS = 16
+TABLES = pathlib.Path(__file__).parent / "tables"
+
+
+class Config(NamedTuple):
+    """How the work is cut.
+
+    Attributes:
+      depth: tiles of 128 along k whose x a warp keeps.
+      warpgroups: of a block; all split its share of k.
+      cluster: blocks that split k.
+      rows: 16-channel tiles of a turn, after which the warps meet.
+      steps: 16-channel tiles in the ring of a warp.
+      blocks: clusters along n; each takes every so many-th turn. 0: one turn each.
+    """
+
+    depth: int = 2
+    warpgroups: int = 4
+    cluster: int = 1
+    rows: int = 1
+    steps: int = 4
+    blocks: int = 0
+
+
+class Plan(NamedTuple):
+    """Sizes that follow from a config."""
+
+    tiles_n: int  # of 16 channels
+    tiles_k: int
+    grid: int  # clusters along n
+    turns: int  # of a cluster, at most
+    box: int  # tiles along k of a warpgroup
+    shared: int  # bytes
+
+
+def tile_words(weight: Weight) -> int:
+    """32-bit words of a tile: codes, scales, and zero points or offsets."""
+    extra = (weight.zero is not None) + (weight.offset is not None)
+    return hopper_layout.CODES + hopper_layout.scale_words(weight) * (1 + extra)
+
+
+def columns(m: int) -> int:
+    """Tiles of 8 rows of x."""
+    return -(-m // 8)
+
+
+def plan(m: int, weight: Weight, config: Config) -> Plan | str:
+    """The sizes that follow from a config, or why it cannot run."""
+    c = config
+    n, k = -(-weight.n // hopper_layout.ROWS), -(-weight.k // hopper_layout.DEPTH)
+    parts, box = c.cluster * c.warpgroups, 4 * c.depth
+    if n % c.rows:
+        return f"{n} tiles of 16 channels do not divide into turns of {c.rows}"
+    if -(-k // parts) > box or k < box:
+        return f"{parts} warpgroups of {box} tiles do not cover {k} along k"
+    grid = min(c.blocks or n // c.rows, n // c.rows)
+    turns = -(-(n // c.rows) // grid)
+    sums = c.rows * 512 * columns(m)
+    shared = c.warpgroups * c.steps * box * 4 * tile_words(weight)
+    shared += min(2, turns) * c.warpgroups * 4 * sums
+    if c.cluster > 1:
+        shared += -(-turns // c.cluster) * c.cluster * sums
+    if shared > SHARED_MEMORY:
+        return f"needs {shared} bytes of shared memory, has {SHARED_MEMORY}"
+    return Plan(n, k, grid, turns, box, shared)
+
+
+def configs(m: int, weight: Weight) -> Iterator[tuple[float, Config]]:
+    """Configs that can run, each with a guess at its worth (the share of the peak).
+
+    The guess multiplies how evenly the work falls on the multiprocessors, how much of k is padding,
+    how many bytes are on their way at a time, and how much x is read beside the weight.
+    """
+    n, k = -(-weight.n // hopper_layout.ROWS), -(-weight.k // hopper_layout.DEPTH)
+    sizes = itertools.product((1, 2, 3, 4), (1, 2, 3, 4), (1, 2, 4, 8), (1, 2, 4), (1, 2))
+    for depth, warpgroups, cluster, rows, resident in sizes:
+        if depth * columns(m) > FAST_REGISTERS or not 2 <= warpgroups * resident <= 4 or n % rows:
+            continue
+        # clusters of 4 and 8 do not fill every processing cluster of the chip
+        usable = MULTIPROCESSORS - {1: 0, 2: 0, 4: 16, 8: 12}[cluster]
+        at_once = usable * resident // cluster
+        turns = -(-(n // rows) // at_once)
+        blocks = -(-(n // rows) // turns)
+        for steps in (16, 12, 8, 6, 5, 4, 3, 2, 1):
+            config = Config(depth, warpgroups, cluster, rows, steps, blocks)
+            sized = plan(m, weight, config)
+            if isinstance(sized, str) or steps > turns * rows:
+                continue
+            if sized.shared > (SHARED_MEMORY + 4096) // resident - 4096:
+                continue
+            even = (
+                n
+                / (blocks * turns * rows)
+                * min(1.0, blocks * cluster / (MULTIPROCESSORS * resident))
+            )
+            useful = k / (cluster * warpgroups * 4 * depth)
+            waiting = resident * warpgroups * steps * sized.box * 4 * tile_words(weight)
+            x_bytes = blocks * weight.k * m * 2
+            all_bytes = n * k * 4 * tile_words(weight)
+            worth = even * (0.5 + 0.5 * useful) * (0.6 + 0.4 * min(1.0, waiting / 90_000))
+            worth *= {1: 1.0, 2: 0.97, 4: 0.85, 8: 0.85}[cluster] * (1.05 if rows > 1 else 1.0)
+            yield worth / (1 + 0.15 * x_bytes / all_bytes), config
+            break
+
+
+def choose_config(m: int, weight: Weight, kind: str) -> Config | None:
+    """An exact row of the device's table, else the row of the next larger m, else the best guess;
+    None if no config can run.
+    """
+    path = TABLES / f"{kind.replace(' ', '_')}.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    fits = [
+        r
+        for r in rows
+        if (r["k"], r["n"], r["words"]) == (weight.k, weight.n, tile_words(weight)) and r["m"] >= m
+    ]
+    for row in sorted(fits, key=lambda r: r["m"]):
+        config = Config(*row["config"])
+        if not isinstance(plan(m, weight, config), str):
+            return config
+    return max(configs(m, weight), default=(0.0, None))[1]
+
+
+def supports(problem: Problem, device: Device) -> str | None:
+    """bfloat16, m <= 16, weights in the layout "hopper4", on an H100 or H200 with jax 0.11."""
+    if not any(name in device.kind for name in ("H100", "H200")):
+        return f"it is compiled for H100 and H200, not for {device.kind}"
+    if tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11):
+        return f"it needs jax 0.11 or newer, this is {jax.__version__}"
+    if problem.layout != "hopper4":
+        return f"the weight lies in layout {problem.layout}, not hopper4"
+    if problem.x != "bfloat16" or problem.out not in ("bfloat16", "float32"):
+        return f"x is {problem.x} and the result {problem.out}, it takes and gives bfloat16"
+    if problem.m > MAX_ROWS:
+        return f"x has {problem.m} rows, it takes at most {MAX_ROWS}"
+    if problem.weight.k % 8:
+        return f"k = {problem.weight.k} is no multiple of 8, so rows of x are not aligned"
+    if next(configs(problem.m, problem.weight), None) is None:
+        return f"no way to cut k = {problem.weight.k}, n = {problem.weight.n} fits the chip"
+    return None
+
+
+def run(x: jax.Array, arrays: dict[str, jax.Array], problem: Problem) -> jax.Array:
+    """`x @ w` of one device."""
+    from pallas_kernels.quantized_matmul import hopper_kernel  # needs a jax with Mosaic GPU
+
+    config = choose_config(problem.m, problem.weight, Device.default().kind)
+    assert config is not None, "supports() found one"
+    return hopper_kernel.kernel(problem, config)(x, arrays)
