@@ -197,13 +197,9 @@ def linear(x: jax.Array, q: Quantized, op: Op, extra: tuple = ()) -> tuple[jax.A
         return y, f"x in the weight's coordinates, {how}"
     act = q.activation
     if act is not None and act.spec is not None and _static_fits(act, op):
-        scaled = (
-            "static" if act.scale is not None else "token" if act.spec.block is None else "tensor"
-        )
         outliers = "" if act.threshold is None else f", outliers from {act.threshold:g} apart"
-        return _dynamic(
-            x, q, extra, op
-        ), f"{act.spec.format}_{scaled} {name}, {_way(q, op)}{outliers}"
+        how = f"{_rounding(act)} {name}, {_way(q, op)}{outliers}"
+        return _dynamic(x, q, extra, op), how
     if _way(q, op) == "scales after":
         fmt = FORMATS[q.format]
         codes = fmt.decode(join_planes(fmt, q.qvalue), jnp.dtype(q.dtype))
@@ -297,9 +293,8 @@ def _prepared_linear(x: jax.Array, p: Prepared, op: Op, extra: tuple) -> tuple[j
         y = op(x, dequantize(p), extra, op.out_dtype)
         return lax.convert_element_type(y, op.out_dtype), f"dequantized in the call: {reason}"
     how = f"{_implementation(x, p, op)} on {p.layout}"
-    if p.activation is not None:
-        assert p.activation.spec is not None
-        return _dynamic(x, p, extra, op), f"{p.activation.spec.format}_token, {how}"
+    if p.activation is not None and p.activation.spec is not None:
+        return _dynamic(x, p, extra, op), f"{_rounding(p.activation)}, {how}"
     return _prepared_dot(x, p, op, op.out_dtype), how
 
 
@@ -319,12 +314,19 @@ def _unfit(x: jax.Array, p: Prepared, op: Op) -> str | None:
 
 def _implementation(x: jax.Array, p: Prepared, dot: Dot) -> str:
     weight, lead = p.local().weight, math.prod(p.lead)
-    dtype = x.dtype
-    if p.activation is not None and p.activation.spec is not None:
-        dtype = "int8" if p.activation.spec.format == "int8" else "float32"
+    spec = None if p.activation is None else p.activation.spec
+    dtype = x.dtype if spec is None else "int8" if spec.format == "int8" else "float32"
     m = math.prod(x.shape) // max(weight.k * lead, 1)
     problem = Problem(m, weight, p.layout, jnp.dtype(dtype).name, jnp.dtype(dot.out_dtype).name)
     return choose("quantized_matmul", problem)
+
+
+def _rounding(act: Activation) -> str:
+    """What becomes of x, in words."""
+    assert act.spec is not None
+    tensor = "token" if act.spec.block is None else "tensor"
+    scaled = "static" if act.scale is not None else tensor
+    return f"{act.spec.format}_{scaled}"
 
 
 def _prepared_dot(x: jax.Array, p: Prepared, dot: Dot, out: Any) -> jax.Array:
@@ -397,13 +399,13 @@ def _dynamic(x: jax.Array, q: Any, extra: tuple, op: Op) -> jax.Array:
             jnp.where(outlier, jnp.zeros_like(x), x),
         )
     x_codes, x_scale = _codes_of(x.astype(jnp.float32), act, op, extra)
-    if isinstance(q, Prepared):
+    on_kernel = isinstance(q, Prepared)
+    way = "on the kernel" if on_kernel else _way(q, op)
+    if on_kernel:
         assert isinstance(op, Dot)
-        whole = jnp.issubdtype(x_codes.dtype, jnp.integer)
-        y = _prepared_dot(x_codes if whole else x_codes.astype(jnp.float32), q, op, jnp.float32)
-        return _times(y, op.place_x_scale(x_scale, x, q)).astype(op.out_dtype)
-    way = _way(q, op)
-    if way == "on dequantized weights":
+        x_codes = x_codes if x_codes.dtype == jnp.int8 else x_codes.astype(jnp.float32)
+        y = _prepared_dot(x_codes, q, op, jnp.float32)
+    elif way == "on dequantized weights":
         y = op(x_codes.astype(jnp.float32), dequantize(q).astype(jnp.float32), extra, jnp.float32)
     else:
         x_codes, codes, accumulator = _operands(x_codes, q)

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.dispatch import IMPLEMENTATIONS, choose
 from pallas_kernels.frame import Device
-from pallas_kernels.quantized_matmul import problems
+from pallas_kernels.quantized_matmul import problems, xla_cpu
 from pallas_kernels.quantized_matmul.layouts import LAYOUTS
 from pallas_kernels.quantized_matmul.op import quantized_matmul
 from pallas_kernels.quantized_matmul.problem import Problem, Weight
@@ -127,6 +127,13 @@ def test_int8_by_int8_is_exact():
         x = np.random.default_rng(m).integers(-127, 128, (m, weight.k)).astype(np.int8)
         y = quantized_matmul(jnp.asarray(x), arrays, weight, "bytes")
         np.testing.assert_array_equal(y, x.astype(np.int32) @ np.asarray(codes, np.int32))
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_every_float8_is_widened_to_its_value(dtype):
+    bits = np.arange(256, dtype=np.uint8)
+    got = jax.jit(xla_cpu.widen, static_argnums=1)(jnp.asarray(bits), dtype)
+    np.testing.assert_array_equal(got, bits.view(dtype).astype(np.float32))
 
 
 def test_a_weight_of_many_blocks_with_a_rest():

@@ -68,13 +68,14 @@ def _blocked_dot(x: jax.Array, arrays: dict[str, jax.Array], problem: Problem) -
         cut = (weight.groups, group // run, run // 2)
     else:
         xs, cut = [x], (weight.groups, 1, group)
-    cut = tuple(s for i, s in enumerate(cut) if i != 1 or s != 1)  # extra axes cost time
+    cut = [s for s in cut if s != 1] or [1]  # each extra axis costs time
     names = [n for n in ("codes", "scale", "zero", "offset") if n in arrays]
-    arrays = {**arrays, "codes": _after(x, arrays["codes"])}
+    if weight.code.startswith("float8"):  # XLA:CPU converts a float8 array even to slice it
+        arrays = {**arrays, "codes": lax.bitcast_convert_type(arrays["codes"], jnp.uint8)}
 
     def one(*block: jax.Array) -> jax.Array:
         part = dict(zip(names, block, strict=True))
-        codes = part.pop("codes").reshape(-1, *cut)
+        codes = _after(x, part.pop("codes")).reshape(-1, *cut)
         planes = (codes & jnp.uint8(15), codes >> jnp.uint8(4)) if nibbles else (codes,)
         ws = [_decode(p, part, weight).reshape(codes.shape[0], -1) for p in planes]
         dots = [_dot(a, w, jnp.float32) for a, w in zip(xs, ws, strict=True)]
@@ -97,19 +98,42 @@ def _after(x: jax.Array, codes: jax.Array) -> jax.Array:
 
 
 def _decode(codes: jax.Array, part: dict[str, jax.Array], weight: Weight) -> jax.Array:
-    """Float32 weights from unsigned nibbles or from whole codes, `[rows, groups, ...]`."""
-    shape = (*codes.shape[:2], *[1] * (codes.ndim - 2))
-    per_group = {
-        n: v.astype(jnp.float32).reshape(shape[0], -1, *shape[2:]) for n, v in part.items()
-    }
+    """Float32 weights from unsigned nibbles or from whole codes, `[rows, (groups,) ...]`."""
+    groups = () if weight.groups == 1 else (weight.groups,)
+    ones = [1] * (codes.ndim - 1 - len(groups))
+    spread = lambda v: v.astype(jnp.float32).reshape(codes.shape[0], *groups, *ones)
+    per_group = {name: spread(v) for name, v in part.items()}
     if weight.values is not None:
         w = select(codes, weight.values)
+    elif weight.code.startswith("float8"):
+        w = widen(codes, weight.code)
     else:
         w = codes.astype(jnp.float32) - jnp.float32(SIGN if weight.code == "int4" else 0)
     if weight.zero is not None:
         w = w - per_group["zero"]
     w = w * per_group["scale"]
     return w if weight.offset is None else w + per_group["offset"]
+
+
+def widen(bits: jax.Array, dtype: str) -> jax.Array:
+    """The float32 values of float8 bits in uint8, exactly, by integer vector instructions; the
+    conversion of XLA:CPU is many times slower.
+
+    The bits of a normal number are moved to where float32 has them, and its exponent is raised by
+    the difference of the biases; a subnormal one is its mantissa times a power of two.
+    """
+    kind, bits = jnp.finfo(dtype), bits.astype(jnp.uint32)
+    magnitude, sign = bits & jnp.uint32(0x7F), (bits & jnp.uint32(0x80)) << jnp.uint32(24)
+    bias = 1 - kind.minexp
+    moved = (magnitude << jnp.uint32(23 - kind.nmant)) + jnp.uint32((127 - bias) << 23)
+    normal = lax.bitcast_convert_type(moved, jnp.float32)
+    small = magnitude.astype(jnp.float32) * jnp.float32(kind.smallest_subnormal)
+    value = jnp.where(magnitude < 1 << kind.nmant, small, normal)
+    infinity, nan = (0x7C, 0x7D) if dtype == "float8_e5m2" else (None, 0x7F)
+    value = jnp.where(magnitude >= nan, jnp.float32(jnp.nan), value)
+    if infinity is not None:
+        value = jnp.where(magnitude == infinity, jnp.float32(jnp.inf), value)
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(value, jnp.uint32) | sign, jnp.float32)
 
 
 def select(codes: jax.Array, values: Sequence[float]) -> jax.Array:
@@ -128,17 +152,18 @@ def select(codes: jax.Array, values: Sequence[float]) -> jax.Array:
 def _over_rows(
     one: Callable[..., jax.Array], arrays: Sequence[jax.Array], n: int, k: int
 ) -> jax.Array:
-    """`one` over equal blocks of rows, and over what is left, side by side."""
-    count = max(math.ceil(n * k / BLOCK), 1)
-    rows = n // min(count, n)
-    count = n // rows
+    """`one` over equal blocks of rows, side by side; the last begins earlier if rows are left."""
+    rows = math.ceil(n / math.ceil(n * k / BLOCK))
+    count = math.ceil(n / rows)
     if count == 1:
         return one(*arrays)
-    stacked = [a[: count * rows].reshape(count, rows, *a.shape[1:]) for a in arrays]
-    y = lax.map(lambda block: one(*block), tuple(stacked))
-    y = jnp.moveaxis(y, 0, 1).reshape(y.shape[1], count * rows)
-    left = [a[count * rows :] for a in arrays]
-    return y if count * rows == n else jnp.concatenate([y, one(*left)], axis=1)
+
+    def at(start: jax.Array) -> jax.Array:
+        return one(*(lax.dynamic_slice_in_dim(a, start, rows) for a in arrays))
+
+    y = lax.map(at, jnp.minimum(jnp.arange(count) * rows, n - rows))
+    first = jnp.moveaxis(y[:-1], 0, 1).reshape(y.shape[1], -1)
+    return jnp.concatenate([first, y[-1, :, count * rows - n :]], axis=1)
 
 
 def _dot(x: jax.Array, rows: jax.Array, out: jnp.dtype) -> jax.Array:

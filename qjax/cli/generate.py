@@ -11,6 +11,7 @@ from rich.console import Console
 
 from qjax.cli.common import Output, load_model, printable, progress_console
 from qjax.models import generator
+from qjax.prepared import prepare
 from qjax.run import quantized
 
 
@@ -22,6 +23,7 @@ def run(args: argparse.Namespace) -> Output:
         raise ValueError(
             "--prompt is empty, and this model begins no text by itself; give some text"
         )
+    params = prepare(params)
     generate = generator(
         quantized(model.apply),
         model.config,

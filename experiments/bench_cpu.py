@@ -1,0 +1,176 @@
+"""Matmuls of prepared weights on a CPU, as ratios to the float32 dot of that shape, beside peers.
+
+Everything takes turns in one process; the medians count, and ratios of them are printed. Absolute
+times say little on a shared machine: the load is printed too. `qwix` is XLA's own handling of a
+quantized operand, as `qwix.dot_general` reaches it; torch's int8 is bitsandbytes-like dynamic
+quantization (`quantize_dynamic`).
+Bars (issue of the CPU kernels): int4_g128 <= 0.8 at m = 1, about 1 at 16, 1.6 at 256; nf4 <= 1.1 at
+m = 1; int8/int8_token <= 0.8 at m = 1, 0.6 at 16; int8 <= 1.3 at 256; int4_g128 at least 3x as fast
+as qwix at m = 1.
+
+    pip install qwix==0.1.8 torch  # both optional: what is missing is named, not timed
+    python experiments/bench_cpu.py
+    python experiments/bench_cpu.py --decode model.gguf  # tokens per second of a GGUF checkpoint
+
+"""
+
+import importlib.util
+import os
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+SHAPES = ((4096, 11008), (1536, 576))  # [k, n]: a 7B model's, SmolLM2's
+ROWS = (1, 16, 256)
+SPECS = ("int8", "int8/int8_token", "int4_g128", "nf4_g64", "uint4_g32")
+RUNS = 11  # of each, after one to compile
+NEW = 16  # tokens per decoding run
+BARS = {  # (spec, m): ratio to float32 at the first shape
+    ("int4_g128", 1): 0.8,
+    ("int4_g128", 16): 1.05,
+    ("int4_g128", 256): 1.6,
+    ("nf4_g64", 1): 1.1,
+    ("int8/int8_token", 1): 0.8,
+    ("int8/int8_token", 16): 0.6,
+    ("int8", 256): 1.3,
+}
+
+
+def medians(calls: dict[str, Callable[[], Any]], runs: int = RUNS) -> dict[str, float]:
+    """Seconds of each call, interleaved."""
+    import jax
+
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        jax.block_until_ready(call())
+    for _ in range(runs):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(s) for name, s in seconds.items()}
+
+
+def compiled(fn: Callable[..., Any], *args: Any) -> Callable[[], Any]:
+    """`fn(*args)`, compiled for these arguments."""
+    import jax
+
+    program = jax.jit(fn).lower(*args).compile()
+    return lambda: program(*args)
+
+
+def qwix_call(x: Any, w: Any) -> Callable[[], Any]:
+    """Qwix's int4 in groups of 128."""
+    from qwix._src.core import dot_general, qarray
+
+    how = qarray.HowToQuantize(qtype="int4", channelwise_axes=[1], tiled_axes={0: 128})
+    q = qarray.quantize(w, how)
+    return compiled(lambda x, q: dot_general.dot_general(x, q, (((1,), (0,)), ((), ()))), x, q)
+
+
+def torch_call(x: Any, w: Any) -> Callable[[], Any]:
+    """Torch's dynamic int8 linear."""
+    import numpy as np
+    import torch
+
+    linear = torch.nn.Linear(*w.shape, bias=False)
+    linear.weight.data = torch.from_numpy(np.array(w.T))
+    q = torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(linear), {torch.nn.Linear})
+    row = torch.from_numpy(np.array(x))
+    return lambda: q(row).numpy()
+
+
+PEERS = {"qwix int4_g128": ("qwix", qwix_call), "torch dynamic int8": ("torch", torch_call)}
+
+
+def matmuls(k: int, n: int, m: int) -> None:
+    """Prints a table of one shape."""
+    import jax
+
+    import qjax
+
+    w = jax.random.normal(jax.random.key(0), (k, n)) / k**0.5
+    x = jax.random.normal(jax.random.key(1), (m, k))
+    calls = {"float32": compiled(lambda x, w: x @ w, x, w)}
+    for spec in SPECS:
+        if k % 128 and spec.endswith("g128"):
+            continue
+        fn = qjax.quantized(lambda x, w: x @ w)
+        calls[spec] = compiled(fn, x, qjax.prepare(qjax.quantize(w, spec, 0)))
+    for name, (module, make) in PEERS.items():
+        if importlib.util.find_spec(module) is None:
+            print(f"  {name}: {module} is not installed")
+        else:
+            calls[name] = make(x, w)
+    found = medians(calls)
+    print(f"m = {m}, [{k}, {n}], load {os.getloadavg()[0]:.1f}")
+    for name, seconds in found.items():
+        ratio = seconds / found["float32"]
+        bar = BARS.get((name, m)) if (k, n) == SHAPES[0] else None
+        held = "" if bar is None else f"  bar {bar}: {'met' if ratio <= bar else 'missed'}"
+        print(f"  {name:20} {1e3 * seconds:8.3f} ms  {ratio:6.2f} x float32{held}")
+    peer = "qwix int4_g128"
+    if m == 1 and peer in found and "int4_g128" in found:
+        times = found[peer] / found["int4_g128"]
+        print(f"  int4_g128 is {times:.1f}x as fast as qwix (bar 3: {verdict(times >= 3)})")
+
+
+def verdict(held: bool) -> str:
+    """How a bar is printed."""
+    return "met" if held else "missed"
+
+
+def decode(path: str) -> None:
+    """Prints tokens per second of a checkpoint: float32, the file's codes, and int8, int4, nf4."""
+    import jax
+    import jax.numpy as jnp
+
+    import qjax
+    from qjax import models
+
+    model, codes, _ = models.load(path)
+    dense = lambda v: qjax.dequantize(v) if qjax.is_qtensor(v) else v
+    floats = jax.tree.map(dense, codes, is_leaf=qjax.is_qtensor)
+    sites = qjax.find_sites(model.apply, floats, jnp.zeros((1, 4), jnp.int32))
+    fn, token = qjax.quantized(model.apply), jnp.zeros((1,), jnp.int32)
+    cache = models.init_cache(model.config, 1, 2 * NEW)
+
+    def run(params: Any) -> Any:
+        def step(carry: Any, _: None) -> Any:
+            token, cache = carry
+            logits, cache = fn(params, token[:, None], cache=cache)
+            return (jnp.argmax(logits[:, 0], -1).astype(jnp.int32), cache), None
+
+        return jax.lax.scan(step, (token, cache), length=NEW)[0][0]
+
+    trees = {"float32": floats, "the file's codes": qjax.prepare(codes, sites)}
+    for spec in ("int8", "int8/int8_token", "int4_g64", "nf4_g64"):
+        recipe = qjax.Recipe(qjax.Rule(r".*", spec))
+        trees[spec] = qjax.prepare(qjax.quantize_params(floats, recipe, sites), sites)
+    found = medians({name: compiled(run, tree) for name, tree in trees.items()}, runs=5)
+    print(f"decoding {pathlib.Path(path).name}, batch 1, load {os.getloadavg()[0]:.1f}")
+    for name, seconds in found.items():
+        ratio = found["float32"] / seconds
+        print(f"  {name:20} {NEW / seconds:7.1f} tokens/s  {ratio:5.2f} x float32")
+
+
+def main() -> None:
+    """Prints the tables."""
+    import jax
+
+    device = jax.devices()[0].device_kind
+    print(f"jax {jax.__version__} on {device}, {os.cpu_count()} cores")
+    if sys.argv[1:2] == ["--decode"]:
+        decode(sys.argv[2])
+        return
+    for k, n in SHAPES:
+        for m in ROWS:
+            matmuls(k, n, m)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+    main()
