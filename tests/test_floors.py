@@ -119,9 +119,9 @@ def kernel_violations(root: Path) -> list[str]:
         if edge.target.split(".")[0] == "pallas_kernels"
         and (edge.importer == "qjax" or component(edge.importer) not in KERNEL_IMPORTERS)
     ]
-    allowed = {"jax", "pallas_kernels", *sys.stdlib_module_names}
+    allowed = {"jax", "jaxlib", "numpy", "pallas_kernels", *sys.stdlib_module_names}
     bad += [
-        f"{edge}: kernels import jax only"
+        f"{edge}: kernels import jax and what it brings"
         for edge in imports(root, "pallas_kernels")
         if edge.target.split(".")[0] not in allowed
     ]
@@ -168,7 +168,7 @@ def test_imports_have_no_cycle():
     assert cycle(ROOT) is None
 
 
-def test_only_ops_and_prepared_import_the_kernels_and_kernels_import_jax_only():
+def test_only_ops_and_prepared_import_the_kernels_and_kernels_import_jax():
     assert not kernel_violations(ROOT)
 
 
