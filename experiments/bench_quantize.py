@@ -1,10 +1,11 @@
 """Round-to-nearest of one large matrix, beside jitted qwix in the same run.
 
 Both libraries take turns and are waited for; the medians count. `prepared` is int4_g128 quantized
-and laid out for a CPU (two codes to a byte) in one jit, beside qwix's int4. Memory is measured in a fresh
-process per format: bytes that XLA plans for arguments, output and scratch, and by how much the
-resident set grew while qjax quantized for the first time, compilation included.
-Bars: qjax takes no longer than qwix, and a third of its time for `prepared`; argument, output and scratch are at most 2.5x the matrix.
+and laid out for a CPU (two codes to a byte) in one jit, beside qwix's int4. Memory is measured in
+a fresh process per format: bytes that XLA plans for arguments, output and scratch, and by how much
+the resident set grew while qjax quantized for the first time, compilation included.
+Bars: qjax takes no longer than qwix, and a third of its time for `prepared`; argument, output and
+scratch are at most 2.5x the matrix.
 
     pip install qwix==0.1.8
     python experiments/bench_quantize.py

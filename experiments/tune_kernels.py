@@ -11,6 +11,7 @@ bytes is the median of ratios of neighbors in one program, kernel and reader tak
 
 """
 
+import datetime
 import json
 import os
 import pathlib
@@ -193,13 +194,19 @@ def main() -> None:
                 flush=True,
             )
             row = {"m": m, "k": k, "n": n, "words": words, "config": list(config), "us": us}
-            row |= {"read_us": t_read, "ratio": ratio, "bf16_dot_us": beside}
-            rows.append(row | {"others": [[t, list(c)] for t, c in timed[1:]]})
-    table = {"device": card, "jax": jax.__version__}
-    table |= {"command": "python experiments/tune_kernels.py", "rows": rows}
+            rows.append(row | {"read_us": t_read, "ratio": ratio, "bf16_dot_us": beside})
+            write(card, rows)
+
+
+def write(card: str, rows: list[dict[str, Any]]) -> None:
+    """The device's table, or a file of its name in the folder $OUT: what was measured, and how."""
+    head = {"device": card, "jax": jax.__version__, "date": str(datetime.date.today())}
+    head |= {"command": "python experiments/tune_kernels.py tune"}
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+    text = json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{lines}\n ]\n}}\n'
     out = pathlib.Path(os.environ.get("OUT", mosaic_gpu.TABLES))
     out.mkdir(exist_ok=True)
-    (out / f"{card.replace(' ', '_')}.json").write_text(json.dumps(table, indent=1) + "\n")
+    (out / f"{card.replace(' ', '_')}.json").write_text(text)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`jax.export`: how QTensors among the arguments of an exported function are written down."""
+"""`jax.export`: how quantized weights among the arguments of a function are written down."""
 
 import json
 from typing import Any
@@ -12,11 +12,14 @@ from qjax.prepared import Prepared, Weight
 from qjax.qtensor import Activation, QTensor
 from qjax.spec import Spec
 
+_TUPLES: dict[str, Any] = {"spec": Spec, "weight": Weight}
+
 
 def _plain(value: Any) -> Any:
     """Static fields as JSON."""
-    if isinstance(value, Spec | Weight):
-        return {type(value).__name__: [_plain(v) for v in value]}
+    for name, kind in _TUPLES.items():
+        if isinstance(value, kind):
+            return {name: [_plain(v) for v in value]}
     if isinstance(value, tuple):
         return [_plain(v) for v in value]
     if isinstance(value, np.dtype):
@@ -28,12 +31,12 @@ def _static(value: Any) -> Any:
     """The inverse of `_plain`."""
     if isinstance(value, list):
         return tuple(_static(v) for v in value)
-    if isinstance(value, dict):
-        ((kind, fields),) = value.items()
-        if kind == "dtype":
-            return np.dtype(getattr(ml_dtypes, fields, fields))
-        return {"Spec": Spec, "Weight": Weight}[kind](*map(_static, fields))
-    return value
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind in _TUPLES:
+        return _TUPLES[kind](*map(_static, content))
+    return np.dtype(getattr(ml_dtypes, content, content))
 
 
 def _to_bytes(fields: tuple[Any, ...]) -> bytes:
@@ -56,8 +59,8 @@ def _qtensor_to_bytes(fields: tuple[Any, ...]) -> bytes:
 
 def register() -> None:
     """Tells `jax.export` of the types in this module; once per process."""
-    kinds = ((QTensor, _qtensor_to_bytes), (Activation, _to_bytes), (Prepared, _to_bytes))
-    for kind, to_bytes in kinds:
+    writers = {QTensor: _qtensor_to_bytes, Activation: _to_bytes, Prepared: _to_bytes}
+    for kind, to_bytes in writers.items():
         export.register_pytree_node_serialization(
             kind,
             serialized_name=f"qjax.{kind.__name__}",

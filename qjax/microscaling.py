@@ -64,9 +64,13 @@ def power_of_two(largest: jax.Array, fmt: Format, threshold: float = 2.0) -> jax
 
 
 def inverse(scale: jax.Array) -> jax.Array:
-    """1 / scale of E8M0, in float32; 0 for the largest one and for NaN."""
+    """1 / scale of E8M0, in float32; 0 for NaN.
+
+    The division comes last so that XLA does not redo what precedes it for every element of a block.
+    """
     biased = lax.bitcast_convert_type(scale, jnp.uint8).astype(jnp.int32)
-    return lax.bitcast_convert_type(jnp.maximum(254 - biased, 0) << 23, jnp.float32)
+    normal = lax.bitcast_convert_type(jnp.maximum(biased, 1) << 23, jnp.float32)
+    return jnp.where(biased == 0, 2.0, 1.0) / normal
 
 
 def _top(fmt: Format) -> tuple[int, float]:

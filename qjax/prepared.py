@@ -463,7 +463,7 @@ def _unpack(p: Prepared) -> QTensor:
         if isinstance(held, QTensor):
             fields[FIELDS[name]] = _narrow(held, dict(p.nested)[name])
         elif name != "codes":
-            unpack = functools.partial(order.unpack_scale, weight=weight, name=name)
+            unpack = lambda v, name=name: order.unpack_scale(v, weight, name)
             back = _over(len(lead), unpack)(held)
             fields[FIELDS[name]] = back.astype(getattr(weight, name))
     codes = _over(len(lead), lambda v: order.unpack_codes(v, weight))(p.arrays["codes"])

@@ -23,16 +23,28 @@ def example(name):
     return qjax.quantize(W, name, 0)
 
 
+def reloaded(exported, *args):
+    loaded = export.deserialize(exported.serialize())
+    assert loaded.in_tree == jax.tree.structure((args, {}))
+    return loaded.call(*args)
+
+
 @pytest.mark.parametrize("name", [*FORMATS, "nf4_g64_dq", "int8/int8_token"])
 def test_a_reloaded_function_gives_the_same_numbers(name):
-    """Or, with 2-bit codes in the weight or its scales, the error names the remedy."""
-    q = example(name)
+    """With 2-bit codes in the weight or its scales only after `prepare`, as the error says."""
+    params = {"w": example(name)}
     fn = jax.jit(qjax.quantized(apply))
-    exported = export.export(fn)({"w": q}, X)
-    if any(leaf.dtype in ("int2", "uint2") for leaf in jax.tree.leaves(q)):
+    exported = export.export(fn)(params, X)
+    if any(leaf.dtype in ("int2", "uint2") for leaf in jax.tree.leaves(params)):
         with pytest.raises(ValueError, match=r"the 2-bit codes of .*qjax\.prepare\(qparams\)"):
             exported.serialize()
-        return
-    loaded = export.deserialize(exported.serialize())
-    assert loaded.in_tree == jax.tree.structure((({"w": q}, X), {}))
-    np.testing.assert_array_equal(loaded.call({"w": q}, X), fn({"w": q}, X))
+        params = qjax.prepare(params, unsupported="raise")
+        exported = export.export(fn)(params, X)
+    np.testing.assert_array_equal(reloaded(exported, params, X), fn(params, X))
+
+
+@pytest.mark.parametrize("name", ["int4_g64", "nf4_g64_dq", "uint4_g64", "int8/int8_token"])
+def test_prepared_weights_are_reloaded(name):
+    params = qjax.prepare({"w": example(name)}, unsupported="raise")
+    fn = jax.jit(qjax.quantized(apply))
+    np.testing.assert_array_equal(reloaded(export.export(fn)(params, X), params, X), fn(params, X))

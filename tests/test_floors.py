@@ -36,8 +36,8 @@ FLOORS = (
         "trees",
     }
     | {"structural", "tracing"},
-    {"algorithms", "exporting", "ops", "prepared", "sites"},
-    {"recipe", "recipes", "run"},
+    {"algorithms", "ops", "prepared", "sites"},
+    {"exporting", "recipe", "recipes", "run"},
     {"calibration", "reporting", "training", "transform"},
     {"evaluate", "io", "models"},
     {"__main__", "cli"},

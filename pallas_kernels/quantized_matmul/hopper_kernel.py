@@ -9,6 +9,9 @@ float32. The warps' sums meet in shared memory; blocks of a cluster, which split
 theirs to the block that owns the channels. All sums are taken in fixed order.
 """
 
+# The decorator of inline code keeps the type of what it wraps, which takes one argument more.
+# pyright: reportCallIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -417,7 +420,8 @@ def _load_x(shape: Shape, config: Config):
 def _x_layouts(shape: Shape, config: Config) -> tuple[Any, Any]:
     count = config.depth * 16 * shape.columns
     totals = config.depth * layout.DEPTH // shape.group * shape.columns * 2
-    return tuple(plgpu.Layout.WG_STRIDED((n, 128), vec_size=1) for n in (count, totals))
+    kept, summed = (plgpu.Layout.WG_STRIDED((n, 128), vec_size=1) for n in (count, totals))
+    return kept, summed
 
 
 def _registers(values: list[ir.Value], kind: ir.Type) -> fa.FragmentedArray:
