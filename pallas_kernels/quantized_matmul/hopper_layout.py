@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.frame import Device
 from pallas_kernels.quantized_matmul.layout import Layout
 from pallas_kernels.quantized_matmul.problem import Weight
 
@@ -35,6 +36,11 @@ def _shifts() -> jax.Array:
     shape = (1, 1, 1, 1, 1, 1, 2, 2, 2)
     p2, p4, p1 = (lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in (6, 7, 8))
     return p1 * 4 + p2 * 8 + p4 * 16
+
+
+def is_hopper(device: Device) -> bool:
+    """Whether the kernel was compiled and run for such a device."""
+    return any(name in device.kind for name in ("H100", "H200"))
 
 
 def scale_words(weight: Weight) -> int:
@@ -120,5 +126,5 @@ HOPPER4 = Layout(
     code_axes=("n", "k", ""),
     scale_axes=("n", "k", ""),
     tile=lambda weight: (DEPTH, ROWS),
-    platforms=("gpu",),
+    serves=is_hopper,
 )

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 
+from pallas_kernels.frame import Device
 from pallas_kernels.quantized_matmul.problem import Weight
 
 
@@ -25,7 +26,7 @@ class Layout(NamedTuple):
         it runs along: "k", "n", or "" for one that is never cut.
       tile: weight -> (k, n): a shard of the weight must be a multiple of these along an axis that
         is cut.
-      platforms: where an implementation wants it.
+      serves: device -> whether an implementation for it reads this layout.
     """
 
     supports: Callable[[Weight], str | None]
@@ -36,7 +37,7 @@ class Layout(NamedTuple):
     code_axes: tuple[str, ...]
     scale_axes: tuple[str, ...]
     tile: Callable[[Weight], tuple[int, int]]
-    platforms: tuple[str, ...]
+    serves: Callable[[Device], bool]
 
     def shapes(self, weight: Weight) -> dict[str, jax.ShapeDtypeStruct]:
         """The arrays in kernel order that a weight consists of."""

@@ -142,7 +142,7 @@ def choose_config(m: int, weight: Weight, kind: str) -> Config | None:
 
 def supports(problem: Problem, device: Device) -> str | None:
     """bfloat16, m <= 16, weights in the layout "hopper4", on an H100 or H200 with jax 0.11."""
-    if not any(name in device.kind for name in ("H100", "H200")):
+    if not hopper_layout.is_hopper(device):
         return f"it is compiled for H100 and H200, not for {device.kind}"
     if tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11):
         return f"it needs jax 0.11 or newer, this is {jax.__version__}"

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from pallas_kernels.quantized_matmul.layouts import LAYOUTS
 from pallas_kernels.quantized_matmul.problem import Problem
@@ -50,10 +50,11 @@ def partitioned(
         part = _part(problem, mesh, cut)
 
         def one(x: jax.Array, arrays: dict[str, jax.Array]) -> jax.Array:
-            if not cut.k:
-                return run(x, arrays, problem=part)
-            y = run(x, arrays, problem=part._replace(out="float32"))
-            return lax.psum(y, cut.k).astype(problem.out)
+            with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):  # the part of one device
+                if not cut.k:
+                    return run(x, arrays, problem=part)
+                y = run(x, arrays, problem=part._replace(out="float32"))
+                return lax.psum(y, cut.k).astype(problem.out)
 
         operands, whole = shardings(mesh, cut)
         return mesh, one, whole, operands

@@ -96,7 +96,7 @@ NIBBLES = Layout(
     code_axes=("n", "k"),
     scale_axes=("n", "k"),
     tile=lambda weight: (weight.group if weight.groups > 1 else run_length(weight), 1),
-    platforms=("cpu",),
+    serves=lambda device: device.platform == "cpu",
 )
 BYTES = NIBBLES._replace(
     supports=_bytes_support,
