@@ -21,6 +21,7 @@ from qjax.formats import FORMATS, join_planes, split_planes
 from qjax.prepared import Prepared
 from qjax.qtensor import QTensor, Quantized, dequantize
 from qjax.rounding import SCALE_METHODS
+from qjax.spec import Spec
 
 Axes = tuple[int, ...]
 
@@ -434,10 +435,7 @@ def _codes_of(x: jax.Array, act: Activation, op: Op, extra: tuple) -> tuple[Any,
     assert spec is not None
     fmt = FORMATS[spec.format]
     if act.scale is None:
-        block = token if spec.block is None else x.shape
-        rounded = SCALE_METHODS[spec.scale_method](x, spec, block, block)
-        assert isinstance(rounded.scale, jax.Array)
-        return split_planes(fmt, rounded.codes), rounded.scale
+        return _rounded(x, spec, token if spec.block is None else x.shape)
     axes = op.stacked(act.scale.ndim)
     assert axes is not None
     scale = op.per_row(act.scale, x, extra) if axes else act.scale
@@ -448,6 +446,13 @@ def _codes_of(x: jax.Array, act: Activation, op: Op, extra: tuple) -> tuple[Any,
     within = tuple(a for a, b in enumerate(token) if b > 1)
     lost = jnp.any(jnp.isnan(x), axis=within, keepdims=True)  # no integer code says NaN
     return codes, jnp.where(lost, jnp.nan, jnp.broadcast_to(scale, lost.shape))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))  # a model has hundreds: traced and lowered once
+def _rounded(x: jax.Array, spec: Spec, block: blocks.Block) -> tuple[Any, jax.Array]:
+    rounded = SCALE_METHODS[spec.scale_method](x, spec, block, block)
+    assert isinstance(rounded.scale, jax.Array)
+    return split_planes(FORMATS[spec.format], rounded.codes), rounded.scale
 
 
 def _operands(x_codes: Any, q: QTensor) -> tuple[Any, jax.Array, Any]:
