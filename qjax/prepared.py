@@ -16,7 +16,7 @@ from pallas_kernels.frame import Device
 from pallas_kernels.quantized_matmul.layouts import LAYOUTS
 from pallas_kernels.quantized_matmul.problem import Weight
 from qjax import _compat, blocks, structural
-from qjax.activation import LEAVES, Activation
+from qjax.activation import Activation
 from qjax.formats import FORMATS, Format, join_planes, split_planes
 from qjax.qtensor import QTensor, Quantized, check, dequantize, is_qtensor
 from qjax.sites import Site
@@ -265,20 +265,14 @@ def plan(
     Raises:
       CannotCarry: saying why no layout takes it.
     """
-    if q.activation is not None and not _rounds_tokens(q.activation):
-        raise CannotCarry("its activation does more than round every token")
+    if jax.tree.leaves(q.activation):
+        raise CannotCarry("its activation changes coordinates or has a static scale")
     lead, k_axes, n_axes = _axes(q, sites)
     device = Device.default() if device is None else device
     wanted = [n for n, row in LAYOUTS.items() if row.serves(device)]
     if layout is not None and layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} is none of {', '.join(LAYOUTS)}")
     return _plan(q, lead, k_axes, n_axes, wanted if layout is None else [layout])
-
-
-def _rounds_tokens(act: Activation) -> bool:
-    leaves = (getattr(act, name) for name in LEAVES)
-    whole = act.spec is None or act.spec.block is not None or act.threshold is not None
-    return not whole and all(leaf is None for leaf in leaves)
 
 
 def why_not(q: QTensor, sites: Sequence[Site] = ()) -> str:

@@ -1,5 +1,6 @@
 """prepare and unprepare: bits given back, the same numbers, and what is refused."""
 
+import dataclasses
 import functools
 import re
 
@@ -348,3 +349,17 @@ def test_a_spec_that_cuts_a_group_is_refused():
     mesh = jax.sharding.AbstractMesh((4,), ("t",))
     with pytest.raises(ValueError, match=r"w: 4 shards cannot cut k = 64 .* a multiple of 32"):
         qjax.partition_specs(p, {"w": P("t", None)}, mesh)
+
+
+def test_outlier_features_beside_a_prepared_weight() -> None:
+    keys = jax.random.split(jax.random.key(5), 2)
+    q = qjax.quantize(jax.random.normal(keys[0], (64, 24)), "int8/int8_token", axis=0)
+    q = dataclasses.replace(q, activation=dataclasses.replace(q.activation, threshold=6.0))
+    x = jax.random.normal(keys[1], (3, 64)).at[1, 7].set(90.0)
+    run = jax.jit(qjax.quantized(lambda w, x: x @ w))
+    fast = qjax.prepare({"w": q})["w"]
+    assert isinstance(fast, qjax.Prepared)
+    np.testing.assert_allclose(run(fast, x), run(q, x), rtol=1e-5, atol=1e-5)
+    plain = dataclasses.replace(q, activation=dataclasses.replace(q.activation, threshold=None))
+    exact = x @ qjax.dequantize(q)
+    assert abs(run(fast, x) - exact).max() < abs(run(plain, x) - exact).max() / 3
