@@ -36,7 +36,7 @@ SPECS = (
     "fp8_e4m3",
 )
 LOSSLESS = "uint4_g32"  # made from Q4_1, whose blocks are 32 codes of 4 bits, a scale, a minimum
-WINDOWS, LENGTH, BATCH = 16, 512, 2  # a batch of 2 makes 200 MB of float32 logits
+WINDOWS, LENGTH, BATCH = 10, 512, 2  # a batch of 2 makes 200 MB of float32 logits
 PROMPT, NEW = 256, 32  # tokens; the prompt is the beginning of the text
 MAX_SECONDS, MAX_GIB, MAX_INT8 = 360, 4, 1.007  # what this demo promises on two cores
 
