@@ -313,3 +313,11 @@ def test_what_does_not_fit_is_refused(change, message):
     weight, arrays, _ = make("int4_g128")
     with pytest.raises(ValueError, match=message):
         quantized_matmul(*change(jnp.ones((2, 512)), arrays, weight))
+
+
+@pytest.mark.parametrize(("weight", "layout"), LAID)
+def test_no_rows_give_no_rows(weight, layout):
+    weight, order = problems.WEIGHTS[weight], LAYOUTS[layout]
+    arrays = {n: jnp.zeros(v.shape, v.dtype) for n, v in order.shapes(weight).items()}
+    x = jnp.zeros((0, weight.k))
+    assert quantized_matmul(x, arrays, weight, layout).shape == (0, weight.n)

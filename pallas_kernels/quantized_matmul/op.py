@@ -56,6 +56,8 @@ def quantized_matmul(
     _check(x, arrays, weight, layout)
     problem = Problem(x.shape[0], weight, layout, x.dtype.name, jnp.dtype(out).name)
     choose("quantized_matmul", problem, device, implementation)
+    if problem.m == 0:  # nothing to cut into blocks
+        return jnp.zeros((0, weight.n), problem.out)
     return _matmul(x, arrays, problem, (device, implementation))
 
 
