@@ -31,7 +31,7 @@ from pallas_kernels.quantized_matmul.mosaic_gpu import Config, columns, plan
 from pallas_kernels.quantized_matmul.problem import Problem
 
 LAG = 2  # turns after which a cluster's sums are collected
-BF16, F32 = jnp.bfloat16, jnp.float32
+F32 = jnp.float32
 
 
 class Shape(NamedTuple):
@@ -353,9 +353,7 @@ def _load_x(shape: Shape, config: Config):
     8 col + 2 c and the next.
     """
     box, parts = 4 * config.depth, config.cluster * config.warpgroups
-    count = config.depth * 16 * shape.columns
-    totals = config.depth * layout.DEPTH // shape.group * shape.columns * 2
-    kept_layout, totals_layout = _x_layouts(shape, config)
+    (count, kept_layout), (totals, totals_layout) = _x_layouts(shape, config)
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(),),
@@ -405,7 +403,7 @@ def _load_x(shape: Shape, config: Config):
         bits = int(np.float32(-shape.start).view(np.uint32)) >> 16  # of a bfloat16
         minus = [_i32(bits << 16 | bits)] * 4
         sums, per_group = [], shape.group // 16
-        for group in range(config.depth * layout.DEPTH // shape.group):
+        for group in range(config.depth * shape.groups):
             for column in range(shape.columns):
                 total = [_zero()] * 4
                 for i in range(group * per_group, (group + 1) * per_group):
@@ -417,11 +415,10 @@ def _load_x(shape: Shape, config: Config):
     return load_x
 
 
-def _x_layouts(shape: Shape, config: Config) -> tuple[Any, Any]:
-    count = config.depth * 16 * shape.columns
-    totals = config.depth * layout.DEPTH // shape.group * shape.columns * 2
-    kept, summed = (plgpu.Layout.WG_STRIDED((n, 128), vec_size=1) for n in (count, totals))
-    return kept, summed
+def _x_layouts(shape: Shape, config: Config) -> list[tuple[int, Any]]:
+    """(values of a thread, their layout) of x and of its sums."""
+    counts = config.depth * 16 * shape.columns, config.depth * shape.groups * shape.columns * 2
+    return [(n, plgpu.Layout.WG_STRIDED((n, 128), vec_size=1)) for n in counts]
 
 
 def _registers(values: list[ir.Value], kind: ir.Type) -> fa.FragmentedArray:
@@ -457,8 +454,8 @@ def _step(shape: Shape, config: Config, row: int):
     64]`: a lane's pair at 2 lane holds channel r + 8 half, rows 8 column + 2 c and the next of x.
     """
     columns, groups, per_group = shape.columns, shape.groups, shape.group // 16
-    depth, f16 = config.depth, "float16"
-    kept, totals = _x_layouts(shape, config)
+    depth = config.depth
+    kept, totals = (layout_of for _, layout_of in _x_layouts(shape, config))
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), (kept, totals)))
     def step(ctx, w_s, sums_s, kept):
@@ -479,7 +476,7 @@ def _step(shape: Shape, config: Config, row: int):
             return _asm(f32, "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", a, b, c)
 
         def halves(word, dtype):
-            if dtype == f16:
+            if dtype == "float16":
                 code = "{ .reg .b16 h, l; mov.b32 {l, h}, $1; cvt.f32.f16 $0, SIDE; }"
                 return [_asm(f32, code.replace("SIDE", side), "=f,r", word) for side in "lh"]
             low, high = arith.shli(word, _i32(16)), arith.andi(word, _i32(0xFFFF0000))

@@ -19,6 +19,8 @@ MULTIPROCESSORS = 132
 FAST_REGISTERS = 4  # depth times eighths of m: more do not fit beside the rest of a warp's values
 MAX_ROWS = 16
 TABLES = pathlib.Path(__file__).parent / "tables"
+# device kind -> what was measured on it; read once, since every matmul of a model asks
+TUNED = {path.stem: json.loads(path.read_text())["rows"] for path in TABLES.glob("*.json")}
 
 
 class Config(NamedTuple):
@@ -126,11 +128,9 @@ def choose_config(m: int, weight: Weight, kind: str) -> Config | None:
     """An exact row of the device's table, else the row of the next larger m, else the best guess;
     None if no config can run.
     """
-    path = TABLES / f"{kind.replace(' ', '_')}.json"
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
     fits = [
         r
-        for r in rows
+        for r in TUNED.get(kind.replace(" ", "_"), [])
         if (r["k"], r["n"], r["words"]) == (weight.k, weight.n, tile_words(weight)) and r["m"] >= m
     ]
     for row in sorted(fits, key=lambda r: r["m"]):
@@ -149,7 +149,9 @@ def supports(problem: Problem, device: Device) -> str | None:
     if problem.layout != "hopper4":
         return f"the weight lies in layout {problem.layout}, not hopper4"
     if problem.x != "bfloat16" or problem.out not in ("bfloat16", "float32"):
-        return f"x is {problem.x} and the result {problem.out}, it takes and gives bfloat16"
+        return (
+            f"x is {problem.x} and the result {problem.out}: it takes bfloat16, gives it or float32"
+        )
     if problem.m > MAX_ROWS:
         return f"x has {problem.m} rows, it takes at most {MAX_ROWS}"
     if problem.weight.k % 8:
