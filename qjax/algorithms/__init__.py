@@ -1,0 +1,1 @@
+"""Algorithms that choose codes: each one file, a factory of pure functions."""

@@ -1,0 +1,53 @@
+"""What an algorithm is: pure functions of a weight, a Spec and the statistics of its input."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+
+from qjax.qtensor import QTensor
+from qjax.spec import Spec
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stats:
+    """What calibration saw of the input x `[tokens, in]` of one weight; float32, or None.
+
+    Leading axes (layers, experts) stand in front of every leaf, as they do in front of the weight.
+
+    Attributes:
+      hessian: `[in, in]`, the sum over tokens of x^T x.
+      mean_abs: `[in]`, the mean over tokens of |x|.
+      max_abs: `[in]`, the maximum over tokens of |x|.
+      second_moment: `[in]`, the mean over tokens of x^2.
+      samples: `[s, in]`, the first tokens seen; rows beyond `count` are zero.
+      count: `[]`, how many tokens there were.
+    """
+
+    hessian: jax.Array | None = None
+    mean_abs: jax.Array | None = None
+    max_abs: jax.Array | None = None
+    second_moment: jax.Array | None = None
+    samples: jax.Array | None = None
+    count: jax.Array | None = None
+
+
+Notes = dict[str, jax.Array]  # scalars for the log and the report, such as the damping used
+
+
+class Algorithm(NamedTuple):
+    """How codes are chosen; made by a factory such as `gptq(damping=0.01)`.
+
+    Attributes:
+      name: of the factory.
+      needs: which fields of Stats `quantize` reads.
+      joint: whether weights that share an input and a Spec are seen as one, side by side along out.
+      quantize: (w `[in, out]`, spec, stats) -> (QTensor of w, notes); leading axes by vmap.
+    """
+
+    name: str
+    needs: frozenset[str]
+    joint: bool
+    quantize: Callable[[jax.Array, Spec, Stats], tuple[QTensor, Notes]]
