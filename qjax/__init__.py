@@ -1,6 +1,10 @@
 """qjax: functional quantization for JAX."""
 
 import qjax.exporting as _exporting  # noqa: F401  registers QTensors with jax.export
+from qjax.algorithms.base import Algorithm as Algorithm
+from qjax.algorithms.base import Stats as Stats
+from qjax.algorithms.gptq import gptq as gptq
+from qjax.algorithms.rtn import rtn as rtn
 from qjax.prepared import Prepared as Prepared
 from qjax.prepared import prepare as prepare
 from qjax.prepared import unprepare as unprepare
