@@ -55,3 +55,14 @@ class Algorithm(NamedTuple):
     joint: bool
     quantize: Callable[[jax.Array, Spec, Stats], tuple[QTensor, Notes]]
     finish: Callable[[QTensor, Notes], QTensor] = lambda q, notes: q
+
+
+def needed(name: str, stats: Stats, field: str) -> jax.Array:
+    """A field of `stats`; raises ValueError, naming the algorithm and the remedy, if it is None."""
+    value = getattr(stats, field)
+    if value is None:
+        raise ValueError(
+            f"{name} needs the {field} of the input, and these Stats have none; collect it with "
+            f"qjax.calibrate(fn, params, batches, recipe), where the recipe asks for {name}"
+        )
+    return value
