@@ -21,6 +21,7 @@ from qjax.recipe import is_gathered as is_gathered
 from qjax.reporting import report as report
 from qjax.run import explain as explain
 from qjax.run import quantized as quantized
+from qjax.sequential import quantize_sequential as quantize_sequential
 from qjax.sharding import partition_specs as partition_specs
 from qjax.sites import Site as Site
 from qjax.sites import find_sites as find_sites
