@@ -1,10 +1,14 @@
 """qjax: functional quantization for JAX."""
 
 import qjax.exporting as _exporting  # noqa: F401  registers QTensors with jax.export
+from qjax.algorithms.awq import awq as awq
 from qjax.algorithms.base import Algorithm as Algorithm
 from qjax.algorithms.base import Stats as Stats
 from qjax.algorithms.gptq import gptq as gptq
+from qjax.algorithms.hqq import hqq as hqq
+from qjax.algorithms.llm_int8 import llm_int8 as llm_int8
 from qjax.algorithms.rtn import rtn as rtn
+from qjax.algorithms.smoothquant import smoothquant as smoothquant
 from qjax.calibration import Args as Args
 from qjax.calibration import calibrate as calibrate
 from qjax.calibration import merge_stats as merge_stats

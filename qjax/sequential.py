@@ -104,12 +104,13 @@ def quantize_sequential(
     for visit in progress(work.visits()):
         done = None if saved is None else saved.load(visit.number)
         if done is None:
-            solved: list[Solved] = []
-            done = work.quantize(visit, min_tokens, solved.append)
+            entries: list[Solved] = []
+            done = work.quantize(visit, min_tokens, entries.append if log is not None else None)
             if saved is not None:
                 saved.store(visit.number, done)
-            for entry in solved if log is not None else ():
-                log(entry)  # pyright: ignore[reportOptionalCall]
+            if log is not None:
+                for entry in entries:
+                    log(entry)
         work.take(done)
     return jax.tree.unflatten(tree, [work.result(path) for path in named])
 
@@ -176,7 +177,7 @@ class _Walk:
             for i, units in enumerate(plan)
         ]
 
-    def quantize(self, visit: _Visit, min_tokens: int, log: Log) -> dict[Unit, QTensor]:
+    def quantize(self, visit: _Visit, min_tokens: int, log: Log | None) -> dict[Unit, QTensor]:
         """Observes all batches at a stop, and quantizes what is ready."""
         self._advance(visit)
         found: dict[int, Stats] | None = None

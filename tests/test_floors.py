@@ -38,7 +38,7 @@ FLOORS = (
     | {"structural", "tracing"},
     {"algorithms", "matrices", "ops", "prepared", "sites", "statistics", "token_masks"},
     {"exporting", "recipe", "recipes", "run", "solving"},
-    {"calibration", "observing", "reporting", "training", "transform"},
+    {"calibration", "observing", "programs", "reporting", "training", "transform"},
     {"evaluate", "io", "models", "sequential"},
     {"__main__", "cli"},
 )
