@@ -57,6 +57,11 @@ def explicit_shards(x: Any) -> tuple[int, ...]:
     return tuple(math.prod(sharding.mesh.shape[n] for n in axis) for axis in names)
 
 
+def varying_axes(x: Any) -> frozenset[str]:
+    """The manual mesh axes along which `x` differs from shard to shard, where that is checked."""
+    return frozenset(getattr(jax.typeof(x), "vma", ()))
+
+
 def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
     """Number of constants and of carries among the operands of a scan."""
     if "ft_in" in params:
