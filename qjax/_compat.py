@@ -59,7 +59,8 @@ def explicit_shards(x: Any) -> tuple[int, ...]:
 
 def varying_axes(x: Any) -> frozenset[str]:
     """The manual mesh axes along which `x` differs from shard to shard, where that is checked."""
-    return frozenset(getattr(jax.typeof(x), "vma", ()))
+    kind: Any = jax.typeof(x)
+    return frozenset(kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying)
 
 
 def scan_counts(params: dict[str, Any]) -> tuple[int, int]:

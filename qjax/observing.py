@@ -655,23 +655,17 @@ def _mask_spec(mask: jax.Array, spec: Any) -> PartitionSpec:
 
 
 def _over_shards(total: Stats, names: tuple[str, ...], checked: bool) -> Stats:
-    """Totals over the shards among which x differs; without a check, over all."""
+    """Totals over all shards; replicas count again, which no mean and no ratio notices."""
     if total.samples is not None:
         raise ValueError("samples cannot be kept inside a shard_map; use an algorithm without them")
-    if checked:
-        varying = {n for v in jax.tree.leaves(total) for n in _compat.varying_axes(v)}
-        names = tuple(n for n in names if n in varying)
-    if not names:
-        return total
 
-    def over(reduce: Callable[..., Any], v: jax.Array) -> jax.Array:
-        missing = tuple(n for n in names if n not in _compat.varying_axes(v))
-        return reduce(lax.pcast(v, missing, to="varying") if checked and missing else v, names)
+    def over(name: str, v: jax.Array) -> jax.Array:
+        alike = tuple(n for n in names if n not in _compat.varying_axes(v)) if checked else ()
+        v = lax.pcast(v, alike, to="varying") if alike else v
+        return lax.pmax(v, names) if name == "max_abs" else lax.psum(v, names)
 
     fields = {f.name: getattr(total, f.name) for f in dataclasses.fields(Stats)}
-    reduces = {"max_abs": lax.pmax}
-    known = {n: v for n, v in fields.items() if v is not None}
-    return Stats(**{n: over(reduces.get(n, lax.psum), v) for n, v in known.items()})
+    return Stats(**{n: over(n, v) for n, v in fields.items() if v is not None})
 
 
 def _lead(total: Stats) -> Axes:

@@ -1,4 +1,4 @@
-"""Cases 7 and 21 to 24 of docs/peers.md: calibration where the nearest JAX peer was seen to fail."""
+"""Cases 7 and 21 to 24 of docs/peers.md: calibration where the nearest JAX peer failed."""
 
 import time
 
