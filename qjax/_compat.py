@@ -57,6 +57,11 @@ def explicit_shards(x: Any) -> tuple[int, ...]:
     return tuple(math.prod(sharding.mesh.shape[n] for n in axis) for axis in names)
 
 
+def varying_axes(x: Any) -> list[str]:
+    """The manual mesh axes that `x` is known to vary over, where `check_vma` keeps account."""
+    return sorted(getattr(jax.typeof(x), "vma", ()))
+
+
 def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
     """Number of constants and of carries among the operands of a scan."""
     if "ft_in" in params:

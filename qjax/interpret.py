@@ -28,13 +28,13 @@ class Thread:
 
     Attributes:
       value: what it holds now; rules keep its structure, shapes and dtypes.
-      split: (value, count) -> value with a leading axis of `count` shards, as it enters a
-        shard_map.
-      join: the inverse of `split`.
+      split: (value, count) -> (value, which of its leaves have been given a leading axis of
+        `count` shards), as it enters a shard_map; the other leaves stay equal on all of them.
+      join: the value again, from what the shards hand out.
     """
 
     def __init__(
-        self, value: Any, split: Callable[[Any, int], Any], join: Callable[[Any], Any]
+        self, value: Any, split: Callable[[Any, int], tuple[Any, Any]], join: Callable[[Any], Any]
     ) -> None:
         self.value, self.split, self.join = value, split, join
 
@@ -259,16 +259,18 @@ def _shard_map(table: Table, eqn: _compat.JaxprEqn, inputs: list[Any], jits: dic
         values.append(entered[0])
         specs.append(entered[1])
     mesh, manual = params["mesh"], params["newly_manual_axes"]
-    over = jax.sharding.PartitionSpec(tuple(a for a in mesh.axis_names if a in manual))
-    held, thread = (), table.thread
+    held, per_shard, thread = (), (), table.thread
     if thread is not None:
-        held = thread.split(thread.value, math.prod(mesh.shape[a] for a in manual))
+        held, per_shard = thread.split(thread.value, math.prod(mesh.shape[a] for a in manual))
+    axes = tuple(a for a in mesh.axis_names if a in manual)
+    spec = jax.sharding.PartitionSpec
+    over = jax.tree.map(lambda own: spec(axes) if own else spec(), per_shard)
 
     def call(*args: Any) -> list[Any]:
-        mine = jax.tree.map(lambda v: v[0], args[-1])
+        mine = jax.tree.map(lambda v, own: v[0] if own else v, args[-1], per_shard)
         *outs, after = _enter(table, params["jaxpr"], args[:-1], mine, jits)
         outs = [_open(table, v, eqn, "a shard_map returns it") for v in outs]
-        return [*outs, jax.tree.map(lambda v: v[None], after)]
+        return [*outs, jax.tree.map(lambda v, own: v[None] if own else v, after, per_shard)]
 
     mapped = jax.shard_map(
         call,
