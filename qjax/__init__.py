@@ -1,6 +1,7 @@
 """qjax: functional quantization for JAX."""
 
 import qjax.exporting as _exporting  # noqa: F401  registers QTensors with jax.export
+from qjax import training as training
 from qjax.prepared import Prepared as Prepared
 from qjax.prepared import prepare as prepare
 from qjax.prepared import unprepare as unprepare
