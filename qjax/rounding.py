@@ -34,7 +34,8 @@ def _symmetric(w: jax.Array, spec: Spec, block: blocks.Block, largest: jax.Array
         inverse = fmt.max / jnp.where(scale == 0, jnp.inf, largest)
     else:
         inverse = reciprocal(scale)
-    return Rounded(blocks.apply(lambda x, s: fmt.encode(x * s), w, block, inverse), scale)
+    codes = blocks.apply(lambda x, s: fmt.encode(x * s), w, block, inverse)
+    return Rounded(codes, scale, inverse=inverse)
 
 
 def minmax(w: jax.Array, spec: Spec, block: blocks.Block, whole: blocks.Block) -> Rounded:
@@ -61,11 +62,11 @@ def _affine(
         codes = blocks.apply(
             lambda x, s, z: fmt.encode(jnp.round(x * s) + z), w, block, inverse, zero
         )
-        return Rounded(codes, scale, zero_point=zero.astype(spec.zero_dtype))
+        return Rounded(codes, scale, zero_point=zero.astype(spec.zero_dtype), inverse=inverse)
     offset = saturate(low - fmt.min * scale.astype(jnp.float32), spec.scale_dtype)
     start = offset.astype(jnp.float32)
     codes = blocks.apply(lambda x, s, o: fmt.encode((x - o) * s), w, block, inverse, start)
-    return Rounded(codes, scale, offset=offset)
+    return Rounded(codes, scale, offset=offset, inverse=inverse)
 
 
 def mean(w: jax.Array, spec: Spec, block: blocks.Block, whole: blocks.Block) -> Rounded:
