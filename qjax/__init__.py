@@ -2,6 +2,13 @@
 
 import qjax.exporting as _exporting  # noqa: F401  registers QTensors with jax.export
 from qjax import training as training
+from qjax.algorithms.base import Algorithm as Algorithm
+from qjax.algorithms.base import Stats as Stats
+from qjax.algorithms.gptq import gptq as gptq
+from qjax.algorithms.rtn import rtn as rtn
+from qjax.calibration import Args as Args
+from qjax.calibration import calibrate as calibrate
+from qjax.calibration import merge_stats as merge_stats
 from qjax.prepared import Prepared as Prepared
 from qjax.prepared import prepare as prepare
 from qjax.prepared import unprepare as unprepare

@@ -92,16 +92,19 @@ def _quantize(
     w: jax.Array, spec: Spec, contracted: tuple[int, ...], batch: tuple[int, ...]
 ) -> QTensor:
     block = block_of(spec, w.shape, contracted, batch)
-    rounded = _round(w.astype(jnp.float32), spec, block, batch)
-    return _held(rounded, spec, block, contracted, batch, np.dtype(w.dtype))
+    rounded = round_blocks(w.astype(jnp.float32), spec, block, batch)
+    return hold(rounded, spec, block, contracted, batch, np.dtype(w.dtype))
 
 
-def _round(w: jax.Array, spec: Spec, block: blocks.Block, batch: tuple[int, ...]) -> Rounded:
+def round_blocks(
+    w: jax.Array, spec: Spec, block: blocks.Block, batch: tuple[int, ...] = ()
+) -> Rounded:
+    """Codes and scales of a float32 weight, by the scale method of `spec`."""
     whole = tuple(1 if a in batch else max(s, 1) for a, s in enumerate(w.shape))
     return SCALE_METHODS[spec.scale_method](w, spec, block, whole)
 
 
-def _held(
+def hold(
     rounded: Rounded,
     spec: Spec,
     block: blocks.Block,
@@ -119,8 +122,8 @@ def _held(
         shape = value.codes.shape if isinstance(value, Rounded) else value.shape
         run = _run_block(shape, inner.block, contracted, batch)
         if not isinstance(value, Rounded):
-            value = _round(value, inner, run, batch)
-        return _held(value, inner, run, contracted, batch, np.dtype(np.float32))
+            value = round_blocks(value, inner, run, batch)
+        return hold(value, inner, run, contracted, batch, np.dtype(np.float32))
 
     return QTensor(
         qvalue=split_planes(FORMATS[spec.format], rounded.codes),

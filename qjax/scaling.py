@@ -10,13 +10,15 @@ class Rounded(NamedTuple):
     """Joined codes and what undoes them.
 
     `scale`, `zero_point` and `offset` have one value per block. A scale or offset that is itself
-    `Rounded` is held as `Spec.scale_spec` says.
+    `Rounded` is held as `Spec.scale_spec` says. `inverse` is what the rule multiplied a block with
+    before it took the nearest codes; None where it did something else.
     """
 
     codes: jax.Array
     scale: "jax.Array | Rounded"
     zero_point: jax.Array | None = None
     offset: "jax.Array | Rounded | None" = None
+    inverse: jax.Array | None = None
 
 
 def round_scale(scale: jax.Array, block_value: jax.Array, dtype: str) -> jax.Array:

@@ -44,10 +44,25 @@ class Algorithm(NamedTuple):
       name: of the factory.
       needs: which fields of Stats `quantize` reads.
       joint: whether weights that share an input and a Spec are seen as one, side by side along out.
+        Where a scale is shared across out (block `()`, tiles, `scale_spec`) they stay apart.
       quantize: (w `[in, out]`, spec, stats) -> (QTensor of w, notes); leading axes by vmap.
+      finish: (QTensor, notes), both with their leading axes and outside jit -> QTensor: sets static
+        fields by what calibration saw. The identity by default.
     """
 
     name: str
     needs: frozenset[str]
     joint: bool
     quantize: Callable[[jax.Array, Spec, Stats], tuple[QTensor, Notes]]
+    finish: Callable[[QTensor, Notes], QTensor] = lambda q, notes: q
+
+
+def needed(name: str, stats: Stats, field: str) -> jax.Array:
+    """A field of `stats`; raises ValueError, naming the algorithm and the remedy, if it is None."""
+    value = getattr(stats, field)
+    if value is None:
+        raise ValueError(
+            f"{name} needs the {field} of the input, and these Stats have none; collect it with "
+            f"qjax.calibrate(fn, params, batches, recipe), where the recipe asks for {name}"
+        )
+    return value
