@@ -91,7 +91,7 @@ def pull(fn, recipe, w, x, g):
     params = {"w": f32(w)}
     state = low.init(params, f32(x))
     if low.recipe.delayed:
-        state = low.update(state, low.grads(params, state, f32(x))[2])
+        state = low.update(state, jax.jit(low.grads)(params, state, f32(x))[2])
     (_, y), (dp, dx), _ = jax.jit(low.grads)(params, state, f32(x))
     return y, dp["w"], dx
 

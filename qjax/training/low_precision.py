@@ -27,6 +27,10 @@ class CastParam:
     casts: dict[str, Casts]
     amax: dict[str, Any]
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.value.shape)
+
 
 @dataclasses.dataclass(frozen=True)
 class FP8:
@@ -72,8 +76,15 @@ class FP8:
         amax = scale_amax(state)
 
         def one(path: Any, leaf: Any) -> Any:
-            found = uses.get(tracing.param_path(path))
-            return leaf if found is None or _is_cast(leaf) else _cast_param(leaf, found, amax)
+            name = tracing.param_path(path)
+            found = uses.get(name, [])
+            for use in found:
+                if use.shape != leaf.shape:
+                    raise ValueError(
+                        f"the state is of another model: it has {name} of shape {use.shape}, the "
+                        f"parameters one of shape {leaf.shape}; make one with init"
+                    )
+            return leaf if not found or _is_cast(leaf) else _cast_param(leaf, found, amax)
 
         return jax.tree_util.tree_map_with_path(one, params, is_leaf=_is_cast)
 
