@@ -1,19 +1,24 @@
 """How much faster than bfloat16 the matmuls of a Llama-shaped layer train in FP8 on this GPU.
 
 The projections alone (q, k, v, o, gate, up, down; no attention), forward and backward, gradients to
-the input and the weights, casts included. Variants take turns in one process; the medians count.
+the input and the weights, casts included. Each recipe and bfloat16 take turns; the medians count.
 Also printed: how many of the optimized program's matmuls are cuBLASLt FP8 calls (three per site are
-wanted) and how many are others.
+wanted; here q, k and v get one gradient, which XLA computes once: 18) and how many are others.
+
+XLA's Triton matmuls are off: tuning them for FP8 takes minutes per program.
 
     python experiments/fp8_speed.py
 
 """
 
 import dataclasses
+import os
 import re
 import statistics
 import time
 from typing import Any
+
+os.environ.setdefault("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=false")
 
 import jax
 import jax.numpy as jnp
@@ -47,23 +52,20 @@ def loss(p: dict[str, jax.Array], x: jax.Array, target: jax.Array) -> jax.Array:
     return jnp.sum((x * target).astype(jnp.float32))
 
 
-def variants(p: Any, *args: jax.Array) -> dict[str, Any]:
-    """Compiled functions of (params, x, target) that return every gradient."""
-    both = jax.jit(jax.grad(loss, argnums=(0, 1)))
-    compiled = {"bf16": both.lower(p, *args).compile()}
-    for name in RECIPES:
-        # The last matmul runs dense by default, as the papers keep the head: here it is none.
-        recipe = dataclasses.replace(training.RECIPES[name], keep_head=False)
-        low = training.fp8(loss, recipe, argnums=(0, 1))
-        state = low.init(p, *args)
-        step = jax.jit(lambda p, *a, low=low, state=state: low.grads(p, state, *a)[1:])
-        compiled[name] = step.lower(p, *args).compile()
-    return compiled
+def compiled(name: str, p: Any, *args: jax.Array) -> Any:
+    """A compiled function of (params, x, target) that returns every gradient."""
+    if name == "bf16":
+        return jax.jit(jax.grad(loss, argnums=(0, 1))).lower(p, *args).compile()
+    # The last matmul runs dense by default, as the papers keep the head: here it is none.
+    recipe = dataclasses.replace(training.RECIPES[name], keep_head=False)
+    low = training.fp8(loss, recipe, argnums=(0, 1))
+    state = low.init(p, *args)
+    return jax.jit(lambda p, *a: low.grads(p, state, *a)[1:]).lower(p, *args).compile()
 
 
-def calls(compiled: Any) -> tuple[int, int]:
+def calls(program: Any) -> tuple[int, int]:
     """(cuBLASLt FP8 matmuls, other matmuls) of the optimized program."""
-    text = compiled.as_text()
+    text = program.as_text()
     fp8 = len(re.findall(r'custom_call_target="__cublas\$lt\$matmul\$f8"', text))
     rest = len(re.findall(r'custom_call_target="__cublas\$(?:gemm|lt\$matmul)"', text))
     rest += len(re.findall(r'kind":"__triton_(?:nested_)?gemm', text))
@@ -73,29 +75,34 @@ def calls(compiled: Any) -> tuple[int, int]:
 def main() -> None:
     """Prints one line per width and variant."""
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {TOKENS} tokens")
-    print(f"{'width':>6} {'recipe':8} {'ms':>8} {'of bf16':>8}  fp8 calls, others")
+    print(f"{'width':>6} {'recipe':8} {'bf16 ms':>8} {'ms':>8} {'gain':>7}  (fp8 calls, others)")
     for width in WIDTHS:
         p = weights(width, int(EXPANSION * width))
         keys = jax.random.split(jax.random.key(1))
         x, target = (jax.random.normal(k, (TOKENS, width)).astype(jnp.bfloat16) for k in keys)
-        compiled = variants(p, x, target)
-        seconds: dict[str, list[float]] = {name: [] for name in compiled}
-        for i in range(RUNS + 1):
-            for name, call in compiled.items():
-                start = time.perf_counter()
-                for _ in range(REPEATS):
-                    out = call(p, x, target)
-                jax.block_until_ready(out)
-                if i:  # the first round warms up
-                    seconds[name].append((time.perf_counter() - start) / REPEATS)
-                del out
-        dense = statistics.median(seconds["bf16"])
-        for name, times in seconds.items():
-            ratio = dense / statistics.median(times)
-            bar = BARS.get((width, name))
+        dense = compiled("bf16", p, x, target)
+        for name in RECIPES:
+            start = time.perf_counter()
+            low = compiled(name, p, x, target)
+            build = time.perf_counter() - start
+            seconds: dict[Any, list[float]] = {dense: [], low: []}
+            for i in range(RUNS + 1):
+                for call, times in seconds.items():
+                    start = time.perf_counter()
+                    for _ in range(REPEATS):
+                        out = call(p, x, target)
+                    jax.block_until_ready(out)
+                    if i:  # the first round warms up
+                        times.append((time.perf_counter() - start) / REPEATS)
+                    del out
+            bf16, ours = (statistics.median(times) for times in seconds.values())
+            ratio, bar = bf16 / ours, BARS.get((width, name))
             verdict = "" if bar is None else f" (bar {bar}: {'met' if ratio >= bar else 'MISSED'})"
-            counts = "{}, {}".format(*calls(compiled[name]))
-            print(f"{width:6} {name:8} {1e3 * dense / ratio:8.2f} {ratio:7.2f}x  {counts}{verdict}")
+            print(
+                f"{width:6} {name:8} {1e3 * bf16:8.2f} {1e3 * ours:8.2f} {ratio:6.2f}x  "
+                f"{calls(low)}, built in {build:.0f} s{verdict}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
