@@ -17,7 +17,8 @@ PARAMS = {
     "bias": jnp.zeros(8),
 }
 X = jax.random.normal(KEYS[2], (16, 32))
-SPECS = ["int4_g16", "int8", "nf4_g16", "fp8_e4m3", "mxfp4", "uint4_g16", "int8/int8_token"]
+SPECS = ["int4_g16", "uint4_g16", "int8/int8_token"]
+SPECS += [pytest.param(s, marks=pytest.mark.slow) for s in ("int8", "nf4_g16", "fp8_e4m3", "mxfp4")]
 
 
 def model(p, x):
