@@ -82,7 +82,7 @@ def quantized(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return _evaluate(fn, args, kwargs, _table(None), with_paths=False)
+        return _evaluate(fn, args, kwargs, rule_table(None), with_paths=False)
 
     return call
 
@@ -120,7 +120,9 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
             full[i] = v
         inner_args, inner_kwargs = jax.tree.unflatten(tree, full)
         return tracing.arrays_of(
-            _evaluate(fn, inner_args, inner_kwargs, _table(record), with_paths=True, keep=jaxprs)
+            _evaluate(
+                fn, inner_args, inner_kwargs, rule_table(record), with_paths=True, keep=jaxprs
+            )
         )
 
     jax.eval_shape(run, [leaves[i] for i in dynamic])
@@ -164,7 +166,9 @@ def _dense(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
 
-def _table(record: Record | None) -> Table:
+def rule_table(record: Record | None) -> Table:
+    """The run table; `record` is told of every use of a box."""
+
     def note(box: Box, eqn: _compat.JaxprEqn, how: str) -> None:
         if record is not None:
             record(box, eqn, how)
@@ -185,12 +189,12 @@ def _table(record: Record | None) -> Table:
         tensor, specs = entered
         return dataclasses.replace(box, tensor=tensor), dataclasses.replace(box, tensor=specs)
 
-    rules = {name: functools.partial(_carry, rule) for name, rule in STRUCTURAL.items()}
+    rules = {name: functools.partial(carry, rule) for name, rule in STRUCTURAL.items()}
     rules |= {name: functools.partial(rule, note) for name, rule in COMPUTING.items()}
     return Table(lambda v: isinstance(v, Box), rules, open_box, slice_leading, shard)
 
 
-def _carry(
+def carry(
     rule: Callable[[dict[str, Any], list[Any]], Any], eqn: _compat.JaxprEqn, inputs: list[Any]
 ) -> list[Any] | Decline:
     """Runs a structural rule on the tensors inside boxes and boxes what comes out."""

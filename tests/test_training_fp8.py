@@ -96,7 +96,7 @@ def settled():
     return after(scanned, BITWISE)
 
 
-@pytest.mark.parametrize("fn", [scanned, scanned_remat])
+@pytest.mark.parametrize("fn", [pytest.param(scanned, marks=pytest.mark.slow), scanned_remat])
 def test_layers_of_a_scan_are_seen_apart(fn):
     _, state, run = after(fn, BITWISE)
     value, grads, seen = run(BITWISE, state, X)
@@ -127,8 +127,15 @@ def test_uses_of_one_weight_are_reduced_by_maximum(fn):
         assert got == pytest.approx(max(float(u[name]) for u in uses), rel=1e-6)
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    ("kind", "check_vma"),
+    [
+        (AxisType.Auto, False),
+        (AxisType.Explicit, True),
+        pytest.param(AxisType.Auto, True, marks=pytest.mark.slow),
+        pytest.param(AxisType.Explicit, False, marks=pytest.mark.slow),
+    ],
+)
 def test_shards_of_a_shard_map_are_reduced_by_maximum(kind, check_vma):
     mesh = jax.make_mesh((4, 2), ("d", "t"), axis_types=(kind,) * 2)
 
@@ -284,8 +291,8 @@ def test_gradients_have_the_structure_and_dtypes_of_the_parameters():
         y = x.astype(jnp.bfloat16) @ p["w"][0]
         return ends(jnp.tanh(y.astype(jnp.float32) + p["w"][1]["b"][None]), p["head"])
 
-    low, state, _ = after(loss, params, 1)
-    _, grads, _ = low.value_and_grad(params, state, X)
+    _, state, run = after(loss, params, 1)
+    _, grads, _ = run(params, state, X)
     kinds = lambda tree: jax.tree.map(lambda v: (v.shape, v.dtype.name), tree)
     assert kinds(grads) == kinds(params)
     assert cosine(grads, jax.grad(loss)(params, X)) > 0.95
@@ -341,7 +348,7 @@ def casts_of(shape):
     return wanted
 
 
-@pytest.mark.parametrize("recipe", ["current", "delayed", "block"])
+@pytest.mark.parametrize("recipe", ["delayed", "block"])
 def test_weights_are_cast_once_outside_of_loops_and_rematerialization(recipe):
     def microbatches(p, x):
         one = lambda total, part: (total + scanned_remat(p, part), None)
@@ -456,13 +463,13 @@ def test_the_form_that_xla_rewrites_to_cublas_fp8(name):
     lowered = jax.jit(low.grads).trace(params, state, X).lower(lowering_platforms=("cuda",))
     dots = [line for line in lowered.as_text().splitlines() if "dot_general" in line]
     low_dots = [d for d in dots if d.count("f8E") == 2]
-    assert len(low_dots) == 3 * 3 - (name != "x")  # no gradient of the input is asked for
+    assert len(low_dots) == 3 * 3 - 1  # no gradient of the model's input is asked for
     assert all("-> tensor<" in d and d.rstrip().endswith("f32>") for d in low_dots)
     assert len(dots) - len(low_dots) == 3  # of the head
 
 
 @pytest.mark.usefixtures("standard_promotion")
-@pytest.mark.parametrize("name", ["delayed", "nvfp4"])
+@pytest.mark.parametrize("name", ["delayed", pytest.param("nvfp4", marks=pytest.mark.slow)])
 def test_orbax_resumes_bit_for_bit(name, tmp_path):
     tx = optax.adam(1e-2)
     low = training.fp8(scanned, name)

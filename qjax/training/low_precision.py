@@ -183,7 +183,8 @@ def fp8(
 
     *Deviations*: until an amax was seen, delayed scales are 1, as in TransformerEngine; call
     `grads` and `update` on the first batch before the first step to start from real ones. Under a
-    delayed scale Inf saturates; NaN never does.
+    delayed scale Inf saturates; NaN never does. The noise of stochastic rounding depends on the
+    step and on the count of uses before it, so calls of `grads` with one state share it.
 
     Example:
       >>> def loss_fn(params, x, y):
