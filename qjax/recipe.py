@@ -4,6 +4,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Sequence
 
+from qjax.algorithms.base import Algorithm
 from qjax.sites import Site
 from qjax.spec import Spec
 
@@ -23,6 +24,7 @@ class Rule:
     Attributes:
       pattern: a regular expression that the whole path must match.
       spec: a Spec or its string; `None` leaves the parameter as it is.
+      algorithm: how codes are chosen, such as `qjax.gptq()`; `None` rounds to nearest.
       where: a predicate on the parameter's sites that must hold too.
       axis: the contracted axis or axes, in place of what the sites say; needed where there are no
         sites.
@@ -35,6 +37,7 @@ class Rule:
 
     pattern: str
     spec: Spec | str | None
+    algorithm: Algorithm | None = None
     where: Callable[[Sequence[Site]], bool] | None = dataclasses.field(default=None, kw_only=True)
     axis: int | tuple[int, ...] | None = dataclasses.field(default=None, kw_only=True)
     optional: bool = dataclasses.field(default=False, kw_only=True)
@@ -48,6 +51,17 @@ class Rule:
             ) from error
         if self.spec is not None:
             object.__setattr__(self, "spec", Spec.parse(self.spec))
+        if self.algorithm is not None:
+            if not isinstance(self.algorithm, Algorithm):
+                raise ValueError(
+                    f"rule {self.pattern!r}: the algorithm must be what a factory such as "
+                    f"qjax.gptq() returns, got {self.algorithm!r}"
+                )
+            if self.spec is None:
+                raise ValueError(
+                    f"rule {self.pattern!r} keeps what it matches (spec None), so "
+                    f"{self.algorithm.name} has nothing to do; give it a spec"
+                )
 
     def matches(self, path: str, sites: Sequence[Site]) -> bool:
         return re.fullmatch(self.pattern, path) is not None and (

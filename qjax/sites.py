@@ -26,8 +26,8 @@ class Site(NamedTuple):
         axes that are indexed.
       free_axes: the other axes: output channels; for a lookup, the axes of a row.
       stacked_axes: axes that a scan iterates over (layers).
-      input_key: equal for sites that multiply the same value, up to casts and structural
-        operations.
+      input_key: equal for sites that multiply the same value along the same axes, up to casts and
+        structural operations.
     """
 
     path: str
@@ -95,19 +95,49 @@ def find_sites(
     return finder.sites()
 
 
-class _Finder:
-    """Collects sites during one walk, and numbers values so that equal inputs are known as
-    equal.
-    """
+class ValueNumbers:
+    """Numbers the values of one walk, so that equal inputs are known as equal."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple[Any, ...], Site] = {}
         self._keys: dict[int, tuple[Callable[[], Any], str]] = {}
         self._count = 0
         self._numbers: dict[Any, str] = {}
 
+    def key(self, value: Any) -> str:
+        """Equal for the same value, up to casts and equal structural operations."""
+        alive, key = self._keys.get(id(value), (lambda: None, ""))
+        if alive() is value:  # otherwise the id has passed to another value
+            return key
+        self._count += 1
+        return self._set(value, f"x{self._count}")
+
+    def note(self, eqn: _compat.JaxprEqn, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+        """Gives the result of the same structural operation on the same value the same key."""
+        if eqn.primitive.name not in MOVES or len(outputs) != 1:
+            return
+        number = (eqn.primitive.name, str(eqn.params), *(self.key(v) for v in inputs))
+        if eqn.primitive.name == "convert_element_type":
+            key = self.key(inputs[0])
+        else:
+            key = self._numbers.setdefault(number, self.key(outputs[0]))
+        self._set(outputs[0], key)
+
+    def _set(self, value: Any, key: str) -> str:
+        """Remembers a key; weakly, so that no tracer outlives its trace."""
+        alive = weakref.ref(value) if isinstance(value, _compat.Tracer) else lambda: value
+        self._keys[id(value)] = (alive, key)
+        return key
+
+
+class _Finder:
+    """Collects sites during one walk."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[Any, ...], Site] = {}
+        self._values = ValueNumbers()
+
     def table(self) -> Table:
-        rules = {name: functools.partial(self._move, move) for name, move in _MOVES.items()}
+        rules = {name: functools.partial(self._move, move) for name, move in MOVES.items()}
         rules |= {
             "dot_general": self._dot_general,
             "ragged_dot_general": self._ragged_dot,
@@ -121,7 +151,7 @@ class _Finder:
             lambda box, eqn, why: box.value,
             _slice_leading,
             lambda box, spec, mesh: (box, dataclasses.replace(box, value=spec)),
-            self._note,
+            self._values.note,
         )
 
     def sites(self) -> dict[str, tuple[Site, ...]]:
@@ -130,32 +160,8 @@ class _Finder:
             by_path.setdefault(site.path, []).append(site)
         return {path: tuple(found) for path, found in by_path.items()}
 
-    def _key(self, value: Any) -> str:
-        alive, key = self._keys.get(id(value), (lambda: None, ""))
-        if alive() is value:  # otherwise the id has passed to another value
-            return key
-        self._count += 1
-        return self._set_key(value, f"x{self._count}")
-
     def _key_of(self, value: Any) -> str:
-        return value.path if isinstance(value, _Tagged) else self._key(value)
-
-    def _set_key(self, value: Any, key: str) -> str:
-        """Remembers a key; weakly, so that no tracer outlives its trace."""
-        alive = weakref.ref(value) if isinstance(value, _compat.Tracer) else lambda: value
-        self._keys[id(value)] = (alive, key)
-        return key
-
-    def _note(self, eqn: _compat.JaxprEqn, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-        """Gives the result of the same structural operation on the same value the same key."""
-        if eqn.primitive.name not in _MOVES or len(outputs) != 1:
-            return
-        number = (eqn.primitive.name, str(eqn.params), *(self._key(v) for v in inputs))
-        if eqn.primitive.name == "convert_element_type":
-            key = self._key(inputs[0])
-        else:
-            key = self._numbers.setdefault(number, self._key(outputs[0]))
-        self._set_key(outputs[0], key)
+        return value.path if isinstance(value, _Tagged) else self._values.key(value)
 
     def _move(
         self, move: Callable[..., Any], eqn: _compat.JaxprEqn, inputs: list[Any]
@@ -179,7 +185,7 @@ class _Finder:
         contract, batch = eqn.params["dimension_numbers"]
         for side, box in enumerate(inputs):
             if isinstance(box, _Tagged):
-                key = self._key_of(inputs[1 - side])
+                key = f"{self._key_of(inputs[1 - side])}{contract[1 - side]}{batch[1 - side]}"
                 self._add(eqn, box, side, _axes(box, contract[side]), _axes(box, batch[side]), key)
         return Decline("recorded")
 
@@ -205,7 +211,7 @@ class _Finder:
             return Decline("it is an index")
         sizes = zip(eqn.params["slice_sizes"], box.value.shape, strict=True)
         looked_up = tuple(a for a, (taken, size) in enumerate(sizes) if taken != size)
-        self._add(eqn, box, 0, (), _axes(box, looked_up), self._key(indices))
+        self._add(eqn, box, 0, (), _axes(box, looked_up), self._values.key(indices))
         return Decline("recorded")
 
     def _add(
@@ -257,7 +263,7 @@ _same: Callable[..., Any] = lambda params, shape, axes: axes
 
 # How structural primitives move axes: primitive -> (parameters, shape, axes) -> axes of each
 # output.
-_MOVES: Mapping[str, Callable[..., Any]] = {
+MOVES: Mapping[str, Callable[..., Any]] = {
     "transpose": lambda p, shape, axes: [axes[i] for i in p["permutation"]],
     "reshape": _reshape_axes,
     "squeeze": lambda p, shape, axes: [a for i, a in enumerate(axes) if i not in p["dimensions"]],

@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from qjax.algorithms.base import Algorithm, Stats
 from qjax.qtensor import dequantize, is_qtensor
 from qjax.quantizing import quantize
 from qjax.recipe import Recipe, Rule
 from qjax.sites import Site
+from qjax.solving import MIN_TOKENS, Solved, Task, solve
 from qjax.spec import Spec
 from qjax.tracing import param_path
 
@@ -18,15 +20,29 @@ Sites = Mapping[str, tuple[Site, ...]]
 
 
 class Decision(NamedTuple):
-    """What a recipe decides for a parameter: Spec and axes to quantize with, or why it is kept."""
+    """What a recipe decides for a parameter: Spec, axes and algorithm, or why it is kept."""
 
     spec: Spec | None
     axis: tuple[int, ...] = ()
     batch_axis: tuple[int, ...] = ()
     kept: str = ""
+    algorithm: Algorithm | None = None
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The fields of Stats that its algorithm reads."""
+        return frozenset() if self.algorithm is None else self.algorithm.needs
 
 
-def quantize_params(params: Any, recipe: Recipe | Spec | str, sites: Sites | None = None) -> Any:
+def quantize_params(
+    params: Any,
+    recipe: Recipe | Spec | str,
+    sites: Sites | None = None,
+    stats: Mapping[str, Stats] | None = None,
+    *,
+    min_tokens: int = MIN_TOKENS,
+    log: Callable[[Solved], None] | None = None,
+) -> Any:
     """The parameter pytree with every weight that `recipe` names replaced by a QTensor.
 
     Pure: pytree in, pytree of the same structure out. What is not quantized is handed on as it is,
@@ -38,14 +54,18 @@ def quantize_params(params: Any, recipe: Recipe | Spec | str, sites: Sites | Non
         are looked up are kept).
       sites: what `find_sites` returned for these parameters: it tells which axes are contracted.
         Without it each rule that quantizes must give `axis`.
+      stats: what `calibrate` returned, for the algorithms that need it.
+      min_tokens: an expert that saw fewer tokens is treated as if its input were white noise
+        (hessian I, moments 1, the largest max_abs of all experts), which means round-to-nearest.
+      log: called with what each algorithm did to each weight.
 
     Returns:
       The quantized pytree, ready for `quantized(fn)`.
 
     Raises:
       ValueError: naming the path, if a weight at a site is matched by no rule, a rule matches
-        nothing, `sites` and `params` disagree, the contracted axis is ambiguous, or a weight holds
-        NaN or Inf.
+        nothing, `sites` and `params` disagree, the contracted axis is ambiguous, a weight holds
+        NaN or Inf, or an algorithm needs statistics that are missing, empty or not finite.
 
     Example:
       >>> params = {"w": jnp.ones((8, 4)), "b": jnp.zeros(4)}
@@ -54,13 +74,31 @@ def quantize_params(params: Any, recipe: Recipe | Spec | str, sites: Sites | Non
       QTensor(int8, shape=(8, 4), block=(8, 1), dtype=float32)
     """
     leaves, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qtensor)
-    paths = [param_path(p) for p, _ in leaves]
-    decisions = decide(
-        dict(zip(paths, (v for _, v in leaves), strict=True)), Recipe.of(recipe), sites
-    )
-    return jax.tree.unflatten(
-        tree, [_apply(path, v, decisions[path]) for path, (_, v) in zip(paths, leaves, strict=True)]
-    )
+    named = {param_path(p): v for p, v in leaves}
+    decisions = decide(named, Recipe.of(recipe), sites)
+    done = apply_decisions(named, decisions, sites, stats, min_tokens, log)
+    return jax.tree.unflatten(tree, list(done.values()))
+
+
+def apply_decisions(
+    named: Mapping[str, Any],
+    decisions: Mapping[str, Decision],
+    sites: Sites | None,
+    stats: Mapping[str, Stats] | None,
+    min_tokens: int,
+    log: Callable[[Solved], None] | None,
+) -> dict[str, Any]:
+    """What becomes of the named parameters, by path."""
+    tasks = [
+        _task(path, value, decisions[path], sites, stats)
+        for path, value in named.items()
+        if decisions[path].algorithm is not None
+    ]
+    solved = solve(tasks, min_tokens, log)
+    return {
+        path: solved[path] if path in solved else _apply(path, value, decisions[path])
+        for path, value in named.items()
+    }
 
 
 def requantize_params(
@@ -100,8 +138,12 @@ def requantize_params(
     decisions = decide(dense, Recipe.of(recipe), sites)
 
     def one(path: str, leaf: Any) -> Any:
-        again = decisions[path].spec is not None and is_qtensor(leaf)
-        return _apply(path, dequantize(leaf) if again else leaf, decisions[path])
+        decision = decisions[path]
+        again = decision.spec is not None and is_qtensor(leaf)
+        value = dequantize(leaf) if again else leaf
+        if decision.algorithm is None:
+            return _apply(path, value, decision)
+        return solve([_task(path, value, decision, None, None)], MIN_TOKENS, None)[path]
 
     done = [one(path, leaf) for path, leaf in progress(list(named.items()))]
     return jax.tree.unflatten(tree, done), decisions
@@ -156,7 +198,7 @@ def _decide_one(path: str, value: Any, recipe: Recipe, sites: Sites | None) -> D
     axis, batch = _axes(path, value, rule, uses)
     if not axis:
         return Decision(None, kept="its matmul contracts no axis of it")
-    return Decision(rule.spec, axis, batch)
+    return Decision(rule.spec, axis, batch, algorithm=rule.algorithm)
 
 
 def _axes(
@@ -185,6 +227,23 @@ def _axes(
             "give its rule the axis along which scales are to be shared"
         )
     return choices[0], batch
+
+
+def _task(
+    path: str,
+    value: Any,
+    decision: Decision,
+    sites: Sites | None,
+    stats: Mapping[str, Stats] | None,
+) -> Task:
+    spec, algorithm = decision.spec, decision.algorithm
+    assert spec is not None
+    assert algorithm is not None
+    uses = (sites or {}).get(path, ())
+    key = tuple(sorted({site.input_key for site in uses if site.primitive != "gather"})) or None
+    found = None if stats is None else stats.get(path)
+    value = jnp.asarray(value)
+    return Task(path, value, spec, decision.axis, decision.batch_axis, algorithm, found, key)
 
 
 def _apply(path: str, value: Any, decision: Decision) -> Any:

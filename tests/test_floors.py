@@ -36,10 +36,10 @@ FLOORS = (
         "trees",
     }
     | {"structural", "tracing"},
-    {"algorithms", "ops", "prepared", "sites"},
-    {"exporting", "recipe", "recipes", "run"},
-    {"calibration", "reporting", "training", "transform"},
-    {"evaluate", "io", "models"},
+    {"algorithms", "matrices", "ops", "prepared", "sites", "statistics", "token_masks"},
+    {"exporting", "recipe", "recipes", "run", "solving"},
+    {"calibration", "observing", "reporting", "training", "transform"},
+    {"evaluate", "io", "models", "sequential"},
     {"__main__", "cli"},
 )
 KERNEL_IMPORTERS = {"ops", "prepared"}

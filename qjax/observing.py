@@ -1,0 +1,625 @@
+"""Runs a jaxpr and collects, for tagged parameters, statistics of what they are multiplied with.
+
+Nothing is differentiated here, so `jit` and `remat` are evaluated in line; loops and branches hand
+the statistics of their bodies out, stacked for a weight that is itself stacked along the loop and
+summed for one that every iteration uses. An equation that meets no tagged parameter is bound
+unchanged.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from qjax import _compat, token_masks
+from qjax.algorithms.base import Stats
+from qjax.sites import MOVES, ValueNumbers
+from qjax.statistics import add, empty, ragged_totals, reduced, totals
+from qjax.structural import CannotCarry
+from qjax.token_masks import Mask
+
+Axes = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tagged:
+    """A parameter on its way through a jaxpr.
+
+    Attributes:
+      value: the array.
+      path: of the parameter.
+      axes: the parameter's axes that each axis of `value` holds.
+      starts: (axis of the parameter, where a slice of it starts; None where that is not known).
+      loops: for each loop around, outermost first, the parameter's axes that it iterates over, or
+        None where every iteration has all of it.
+    """
+
+    value: Any
+    path: str
+    axes: tuple[Axes, ...]
+    starts: tuple[tuple[int, int | None], ...] = ()
+    loops: tuple[Axes | None, ...] = ()
+
+
+class Use(NamedTuple):
+    """One use of a parameter: which total it reads, and what the leading axes of that are."""
+
+    path: str
+    name: str
+    loops: tuple[Axes | None, ...]
+    lead: tuple[Axes, ...]
+
+
+Values = list[Any]
+Masks = list[Mask]
+
+_INLINE = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "remat": "jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+}
+
+
+class Observer:
+    """One walk through a function.
+
+    Args:
+      needs: by path, the fields of Stats that are wanted; the parameters not named are no concern.
+      shapes: by path, the shape of the parameter.
+    """
+
+    def __init__(self, needs: Mapping[str, frozenset[str]], shapes: Mapping[str, Axes]) -> None:
+        self._needs, self._shapes = needs, shapes
+        self._values = ValueNumbers()
+        self._equations: dict[int, int] = {}
+        self._scopes: list[dict[str, Stats]] = [{}]
+        self._names: dict[Any, str] = {}
+        self._uses: dict[tuple[str, str], Use] = {}
+        self._stacked: dict[tuple[str, int], bool] = {}
+        self._depth = 0
+        self._entries = 0
+
+    def tagged(self, path: str, value: Any) -> Any:
+        """`value` tagged as the parameter of that path, if statistics are wanted for it."""
+        if path not in self._needs:
+            return value
+        return Tagged(value, path, tuple((a,) for a in range(value.ndim)))
+
+    def run(self, jaxpr: Any, args: Sequence[Any], masks: Sequence[Mask]) -> tuple[Values, Masks]:
+        """The outputs of a closed jaxpr, and their masks."""
+        jaxpr, consts = _compat.open_jaxpr(jaxpr)
+        values: dict[Any, Any] = {}
+        values.update(zip(jaxpr.constvars, ((c, None) for c in consts), strict=True))
+        values.update(zip(jaxpr.invars, zip(args, masks, strict=True), strict=True))
+        read = lambda v: (v.val, None) if isinstance(v, _compat.Literal) else values[v]
+        for eqn in jaxpr.eqns:
+            inputs = [read(v) for v in eqn.invars]
+            with _compat.equation_context(eqn):
+                outputs = self.step(eqn, [v for v, _ in inputs], [m for _, m in inputs])
+            values.update(zip(eqn.outvars, zip(*outputs, strict=True), strict=True))
+        outputs = [read(v) for v in jaxpr.outvars]
+        return [v for v, _ in outputs], [m for _, m in outputs]
+
+    def totals(self) -> dict[str, Stats]:
+        """By path, what was collected; weights with the same input have the same object."""
+        found: dict[str, Stats] = {}
+        made: dict[Any, Stats] = {}
+        for use in self._uses.values():
+            dims = [
+                *(a for d, a in enumerate(use.loops) if self._stacked[use.name, d]),
+                *use.lead,
+            ]
+            key = (use.name, tuple(dims), self._shapes[use.path] if any(dims) else None)
+            if key not in made:
+                made[key] = _on_lead_axes(self._scopes[0][use.name], dims, self._shapes[use.path])
+            total = made[key]
+            before = found.get(use.path)
+            if before is not None and _lead(before) != _lead(total):
+                raise ValueError(
+                    f"{use.path}: one use stacks {_lead(before)} of it and another {_lead(total)}, "
+                    "so their statistics do not add up; quantize it without an algorithm"
+                )
+            found[use.path] = total if before is None else add(before, total)
+        return found
+
+    # --- equations
+
+    def step(self, eqn: _compat.JaxprEqn, inputs: Values, masks: Masks) -> tuple[Values, Masks]:
+        """One equation."""
+        name, tagged = eqn.primitive.name, any(isinstance(v, Tagged) for v in inputs)
+        if name in _INLINE and (tagged or any(m is not None for m in masks)):
+            return self.run(eqn.params[_INLINE[name]], inputs, masks)
+        if not tagged:
+            return self.bound(eqn, inputs, masks)
+        if name in MOVES and isinstance(inputs[0], Tagged):
+            moved = self._move(eqn, inputs)
+            if moved is not None:
+                return moved, [None] * len(moved)
+        if name == "optimization_barrier":
+            outputs = _compat.bind(eqn, _opened(inputs))
+            again = [
+                dataclasses.replace(v, value=o) if isinstance(v, Tagged) else o
+                for v, o in zip(inputs, outputs, strict=True)
+            ]
+            return again, masks
+        return self.use(eqn, inputs, masks)
+
+    def use(self, eqn: _compat.JaxprEqn, inputs: Values, masks: Masks) -> tuple[Values, Masks]:
+        """An equation that takes a tagged parameter and does not merely move it."""
+        if eqn.primitive.name in _ENTER:
+            return _ENTER[eqn.primitive.name](self, eqn, inputs, masks)
+        self.observe(eqn, inputs, masks)
+        return self.bound(eqn, _opened(inputs), masks)
+
+    def observe(self, eqn: _compat.JaxprEqn, inputs: Values, masks: Masks) -> None:
+        """Collects what one equation tells; of a matmul the weight's shape is enough."""
+        if eqn.primitive.name in _ENTER:
+            self.use(eqn, inputs, masks)
+        for site in operands(eqn, inputs, masks):
+            self._collect(eqn, site)
+
+    def bound(self, eqn: _compat.JaxprEqn, inputs: Values, masks: Masks) -> tuple[Values, Masks]:
+        """An equation bound as it was traced, with the masks of its outputs."""
+        outputs = _compat.bind(eqn, inputs)
+        self._values.note(eqn, inputs, outputs)
+        return outputs, token_masks.follow(eqn, inputs, masks, outputs)
+
+    def _move(self, eqn: _compat.JaxprEqn, inputs: Values) -> Values | None:
+        box = inputs[0]
+        try:
+            axes = MOVES[eqn.primitive.name](eqn.params, box.value.shape, box.axes)
+        except CannotCarry:
+            return None
+        outputs = self.move(eqn, inputs)
+        starts = _starts(eqn, box, outputs)
+        return [
+            dataclasses.replace(box, value=v, axes=tuple(axes), starts=s)
+            for v, s in zip(outputs, starts, strict=True)
+        ]
+
+    def move(self, eqn: _compat.JaxprEqn, inputs: Values) -> Values:
+        """The outputs of a structural operation on a parameter."""
+        return _compat.bind(eqn, _opened(inputs))
+
+    # --- statistics
+
+    def key(self, site: "Operand") -> Any:
+        """Equal for operands that have the same statistics."""
+        needs = self._needs[site.box.path]
+        return (self._values.key(site.x), site.signature(self._shapes[site.box.path]), needs)
+
+    def _collect(self, eqn: _compat.JaxprEqn, site: "Operand") -> None:
+        path = site.box.path
+        number = self._equations.setdefault(id(eqn), len(self._equations))
+        key = (*self.key(site), self._entries)
+        name = self._names.get(key)
+        if name is None:
+            name = self._names[key] = f"{path}@{number}"
+            self._emit(name, site.totals(self._shapes[path], self._needs[path]))
+        use = Use(path, name, site.box.loops, site.lead)
+        self._uses.setdefault((path, name), use)
+
+    def _emit(self, name: str, total: Stats) -> None:
+        scope = self._scopes[-1]
+        scope[name] = add(scope[name], total) if name in scope else total
+
+    @contextlib.contextmanager
+    def _scope(self) -> Iterator[dict[str, Stats]]:
+        """Collects what the body of a loop or branch emits."""
+        self._scopes.append({})
+        outer, self._entries = self._entries, max((self._entries, *self._seen())) + 1
+        try:
+            yield self._scopes[-1]
+        finally:
+            self._scopes.pop()
+            self._entries = outer
+
+    def _seen(self) -> list[int]:
+        return [key[-1] for key in self._names]
+
+    @contextlib.contextmanager
+    def _loop(self) -> Iterator[int]:
+        self._depth += 1
+        try:
+            yield self._depth - 1
+        finally:
+            self._depth -= 1
+
+    # --- loops and branches
+
+    def _scan(self, eqn: _compat.JaxprEqn, inputs: Values, masks: Masks) -> tuple[Values, Masks]:
+        params = eqn.params
+        num_consts, num_carry = _compat.scan_counts(params)
+        body, _ = _compat.open_jaxpr(params["jaxpr"])
+        first_x = num_consts + num_carry
+        fixed = _fixed(inputs[num_consts:first_x], body.outvars, body.invars[num_consts:first_x])
+        outer = [_inside(v, None) for v in inputs[:num_consts]]
+        carried = [
+            _inside(v, None) if f else _open(v)
+            for v, f in zip(inputs[num_consts:first_x], fixed, strict=True)
+        ]
+        carry_masks = masks[num_consts:first_x]
+        xs, x_masks = inputs[first_x:], masks[first_x:]
+
+        def step(state: Values, x: tuple[Values, Masks]) -> Any:
+            sliced, sliced_masks = x
+            rest = iter(state)
+            carry = [v if f else next(rest) for v, f in zip(carried, fixed, strict=True)]
+            boxes = [_sliced(v, s) for v, s in zip(xs, sliced, strict=True)]
+            cut = [
+                s if s is not None else (None if m is None else m[0])
+                for m, s in zip(x_masks, sliced_masks, strict=True)
+            ]
+            with self._scope() as emitted:
+                outs, out_masks = self.run(
+                    params["jaxpr"],
+                    [*outer, *carry, *boxes],
+                    [*masks[:num_consts], *carry_masks, *cut],
+                )
+            outs = _opened(outs)
+            moving = [v for v, f in zip(outs[:num_carry], fixed, strict=True) if not f]
+            return moving, outs[num_carry:], out_masks[num_carry:], emitted
+
+        state = [v for v, f in zip(carried, fixed, strict=True) if not f]
+        long = [None if m is None or m.shape[0] == 1 else m for m in x_masks]
+        arrays = (_opened(xs), long)
+        with self._loop() as depth:
+            one = jax.tree.map(
+                lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype),
+                jax.tree.map(jnp.asarray, arrays),
+            )
+            shapes = jax.eval_shape(step, state, one)[3]
+            stacked = {n for n in shapes if self._is_stacked(n, depth)}
+            start = {n: empty(shapes[n]) for n in shapes if n not in stacked}
+
+            def whole(state: Any, x: Any) -> Any:
+                moving, ys, y_masks, emitted = step(state[0], x)
+                summed = {n: add(state[1][n], emitted[n]) for n in start}
+                return (moving, summed), (ys, y_masks, {n: emitted[n] for n in stacked})
+
+            options = {k: params[k] for k in ("length", "reverse", "unroll") if k in params}
+            (end, summed), (ys, y_masks, stacks) = lax.scan(
+                whole, (state, start), arrays, **options
+            )
+        for name, total in (summed | stacks).items():
+            self._emit(name, total)
+        rest = iter(end)
+        kept = inputs[num_consts:first_x]
+        final = [v if f else next(rest) for v, f in zip(kept, fixed, strict=True)]
+        return [*final, *ys], [*carry_masks, *y_masks]
+
+    def _is_stacked(self, name: str, depth: int) -> bool:
+        users = [u for u in self._uses.values() if u.name == name]
+        found = any(u.loops[depth] is not None for u in users)
+        self._stacked[name, depth] = found
+        return found
+
+    def _while(self, eqn: _compat.JaxprEqn, inputs: Values, masks: Masks) -> tuple[Values, Masks]:
+        params = eqn.params
+        num_cond, num_body = params["cond_nconsts"], params["body_nconsts"]
+        first = num_cond + num_body
+        body, _ = _compat.open_jaxpr(params["body_jaxpr"])
+        fixed = _fixed(inputs[first:], body.outvars, body.invars[num_body:])
+        outer = [_inside(v, None) for v in inputs[num_cond:first]]
+        carried = [
+            _inside(v, None) if f else _open(v) for v, f in zip(inputs[first:], fixed, strict=True)
+        ]
+
+        def carry(state: Values) -> Values:
+            rest = iter(state)
+            return [v if f else next(rest) for v, f in zip(carried, fixed, strict=True)]
+
+        def step(state: Values) -> tuple[Values, dict[str, Stats]]:
+            with self._scope() as emitted:
+                args = [*outer, *carry(state)]
+                outs, _ = self.run(params["body_jaxpr"], args, masks[num_cond:])
+            return [_open(v) for v, f in zip(outs, fixed, strict=True) if not f], emitted
+
+        def proceed(state: Any) -> Any:
+            args = [*_opened(inputs[:num_cond]), *_opened(carry(state[0]))]
+            return self.run(params["cond_jaxpr"], args, [None] * len(args))[0][0]
+
+        def whole(state: Any) -> Any:
+            moving, emitted = step(state[0])
+            return moving, {n: add(state[1][n], emitted[n]) for n in state[1]}
+
+        state = [v for v, f in zip(carried, fixed, strict=True) if not f]
+        with self._loop() as depth:
+            shapes = jax.eval_shape(step, state)[1]
+            for name in shapes:
+                self._stacked[name, depth] = False
+            end, summed = lax.while_loop(proceed, whole, (state, empty(shapes)))
+        for name, total in summed.items():
+            self._emit(name, total)
+        rest = iter(end)
+        final = [v if f else next(rest) for v, f in zip(inputs[first:], fixed, strict=True)]
+        return final, masks[first:]
+
+    def _cond(self, eqn: _compat.JaxprEqn, inputs: Values, masks: Masks) -> tuple[Values, Masks]:
+        index, *operands = inputs
+        plain = _opened(operands)
+
+        def enter(branch: Any) -> Callable[..., Any]:
+            def call(*values: Any) -> Any:
+                boxes = [
+                    dataclasses.replace(v, value=new) if isinstance(v, Tagged) else new
+                    for v, new in zip(operands, values, strict=True)
+                ]
+                with self._scope() as emitted:
+                    outs, _ = self.run(branch, boxes, masks[1:])
+                return _opened(outs), emitted
+
+            return call
+
+        calls = [enter(branch) for branch in eqn.params["branches"]]
+        shapes: dict[str, Any] = {}
+        for call in calls:
+            shapes |= jax.eval_shape(call, *plain)[1]
+
+        def complete(call: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*values: Any) -> Any:
+                outs, emitted = call(*values)
+                return outs, empty(shapes) | emitted
+
+            return run
+
+        outs, emitted = lax.switch(_open(index), [complete(c) for c in calls], *plain)
+        for name, total in emitted.items():
+            self._emit(name, total)
+        return list(outs), token_masks.follow(eqn, [_open(index), *plain], masks, outs)
+
+
+_ENTER: Mapping[str, Callable[..., tuple[Values, Masks]]] = {
+    "scan": Observer._scan,
+    "while": Observer._while,
+    "cond": Observer._cond,
+}
+
+
+class Operand(NamedTuple):
+    """What a tagged parameter is multiplied with in one equation.
+
+    `contract` and `batch` are pairs (axis of the parameter's value, axis of x). `sizes`: tokens per
+    expert of a ragged dot, whose expert axis of the value is `group`.
+    """
+
+    box: Tagged
+    x: Any
+    mask: Mask
+    contract: tuple[tuple[int, int], ...]
+    batch: tuple[tuple[int, int], ...] = ()
+    sizes: Any = None
+    group: int | None = None
+
+    @property
+    def lead(self) -> tuple[Axes, ...]:
+        """The parameter's axes that the leading axes of the totals hold."""
+        if self.group is not None:
+            return (self.box.axes[self.group],)
+        return tuple(self.box.axes[w] for w, _ in self._sorted(self.batch))
+
+    def signature(self, shape: Axes) -> Any:
+        """How x is read: together with x it tells the totals."""
+        axes = tuple((self.box.axes[w], a) for w, a in self._sorted(self.contract))
+        sizes = tuple(tuple(shape[i] for i in group) for group, _ in axes)
+        batch = tuple(a for _, a in self._sorted(self.batch))
+        order = tuple(a for _, a in axes)
+        flat = [i for group, _ in axes for i in group]
+        ranks = tuple(sorted(flat).index(i) for i in flat)
+        starts = tuple(s for a, s in self.box.starts if a in flat)
+        return (order, sizes, ranks, batch, starts, self.group is not None)
+
+    def totals(self, shape: Axes, needs: frozenset[str]) -> Stats:
+        x, keep = self._arranged(shape)
+        if self.group is not None:
+            if keep is not None:
+                keep = jnp.broadcast_to(keep, x.shape[:1])
+            return ragged_totals(x, self.sizes, keep, needs)
+        lead = len(self.batch)
+        if lead:  # an expert's capacity that no token takes is filled with zeros
+            taken = jnp.any(x != 0, -1)
+            keep = taken if keep is None else keep & taken
+        return totals(x, lead, keep, needs)
+
+    def _sorted(self, pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        return sorted(pairs, key=lambda pair: self.box.axes[pair[0]])
+
+    def _arranged(self, shape: Axes) -> tuple[jax.Array, Mask]:
+        """Gives x as `[*lead, *tokens, in]`, features in the parameter's order, and its mask."""
+        contract, batch = self._sorted(self.contract), [a for _, a in self._sorted(self.batch)]
+        inner = [a for _, a in contract]
+        tokens = [a for a in range(self.x.ndim) if a not in (*inner, *batch)]
+        x = lax.transpose(jnp.asarray(self.x), (*batch, *tokens, *inner))
+        outer, axes = len(batch) + len(tokens), []
+        for d, (w, _) in enumerate(contract):
+            group = self.box.axes[w]
+            axes += group
+            x = self._widened(x, outer + d, group, [shape[a] for a in group])
+        x = x.reshape(*x.shape[:outer], *(shape[a] for a in axes))
+        order = sorted(range(len(axes)), key=lambda i: axes[i])
+        x = lax.transpose(x, (*range(outer), *(outer + i for i in order)))
+        x = x.reshape(*x.shape[:outer], math.prod(shape[a] for a in axes))
+        if self.mask is None:
+            return x, None
+        keep = lax.transpose(
+            jnp.any(self.mask, tuple(inner), keepdims=True), (*batch, *tokens, *inner)
+        )
+        return x, keep.reshape(keep.shape[:outer])
+
+    def _widened(self, x: jax.Array, dim: int, group: Axes, sizes: Sequence[int]) -> jax.Array:
+        """Widens x with zeros where the parameter is a slice along a contracted axis."""
+        size = math.prod(sizes)
+        if x.shape[dim] == size:
+            return x
+        start = dict(self.box.starts).get(group[0], 0) if len(group) == 1 else None
+        if start is None:
+            raise ValueError(
+                f"{self.box.path}: a matmul contracts {x.shape[dim]} of the {size} features of "
+                f"axes {group}, from a place that is not known before it runs; quantize it without "
+                "an algorithm"
+            )
+        widths = [(0, 0)] * x.ndim
+        widths[dim] = (start, size - start - x.shape[dim])
+        return jnp.pad(x, widths)
+
+
+def operands(eqn: _compat.JaxprEqn, inputs: Values, masks: Masks) -> list[Operand]:
+    """The uses of tagged parameters in a matmul, ragged dot or convolution; lookups have none."""
+    rule = _OPERANDS.get(eqn.primitive.name)
+    return [] if rule is None else rule(eqn, inputs, masks)
+
+
+def _dot(eqn: _compat.JaxprEqn, inputs: Values, masks: Masks) -> list[Operand]:
+    contract, batch = eqn.params["dimension_numbers"]
+    found = []
+    for side, box in enumerate(inputs):
+        if isinstance(box, Tagged) and contract[side]:
+            pair = lambda dims, side=side: tuple(zip(dims[side], dims[1 - side], strict=True))
+            x, mask = _open(inputs[1 - side]), masks[1 - side]
+            found.append(Operand(box, x, mask, pair(contract), pair(batch)))
+    return found
+
+
+def _ragged(eqn: _compat.JaxprEqn, inputs: Values, masks: Masks) -> list[Operand]:
+    x, box, sizes = inputs[:3]
+    if not isinstance(box, Tagged):
+        return []
+    rows_by_experts = lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), (0,), (0,))
+    if eqn.params["ragged_dot_dimension_numbers"] != rows_by_experts or eqn.params["group_offset"]:
+        raise ValueError(
+            f"{box.path}: statistics of a ragged dot need rows [tokens, in] by experts "
+            f"[experts, in, out], got {eqn.params['ragged_dot_dimension_numbers']}; quantize it "
+            "without an algorithm"
+        )
+    return [Operand(box, _open(x), masks[0], ((1, 1),), (), _open(sizes), 0)]
+
+
+def _conv(eqn: _compat.JaxprEqn, inputs: Values, masks: Masks) -> list[Operand]:
+    """Patches of x `[batch, *places, channels * window]`, times a kernel `[channels, *window]`."""
+    x, box = inputs
+    if not isinstance(box, Tagged):
+        return []
+    params, names = eqn.params, eqn.params["dimension_numbers"]
+    if params["feature_group_count"] != 1 or params["batch_group_count"] != 1:
+        raise ValueError(
+            f"{box.path}: of a grouped convolution every group has inputs of its own; quantize it "
+            "without an algorithm"
+        )
+    _, channels, *window = names.rhs_spec
+    shape = box.value.shape
+    patches = lax.conv_general_dilated_patches(
+        _open(x),
+        [shape[a] for a in window],
+        params["window_strides"],
+        params["padding"],
+        params["lhs_dilation"],
+        params["rhs_dilation"],
+        lax.ConvDimensionNumbers(names.lhs_spec, tuple(range(len(shape))), names.lhs_spec),
+        precision=lax.Precision.HIGHEST,
+    )
+    batch, features, *places = names.lhs_spec
+    patches = lax.transpose(patches, (batch, *places, features))
+    patches = patches.reshape(*patches.shape[:-1], *(shape[a] for a in (channels, *window)))
+    mask = masks[0]
+    if mask is not None:
+        mask = jnp.any(mask, tuple(a for a in range(mask.ndim) if a != batch))
+        mask = mask.reshape(-1, *(1,) * (patches.ndim - 1))
+    first = 1 + len(places)
+    pairs = tuple((w, first + i) for i, w in enumerate((channels, *window)))
+    return [Operand(box, patches, mask, pairs)]
+
+
+_OPERANDS: Mapping[str, Callable[..., list[Operand]]] = {
+    "dot_general": _dot,
+    "ragged_dot_general": _ragged,
+    "conv_general_dilated": _conv,
+}
+
+
+def _open(value: Any) -> Any:
+    return value.value if isinstance(value, Tagged) else value
+
+
+def _opened(values: Sequence[Any]) -> Values:
+    return [_open(v) for v in values]
+
+
+def _inside(value: Any, axes: Axes | None) -> Any:
+    if not isinstance(value, Tagged):
+        return value
+    return dataclasses.replace(value, loops=(*value.loops, axes))
+
+
+def _sliced(value: Any, part: Any) -> Any:
+    """A loop's slice `part` of what it iterates over."""
+    if not isinstance(value, Tagged):
+        return part
+    box = dataclasses.replace(value, value=part, axes=value.axes[1:])
+    return _inside(box, value.axes[0] or None)
+
+
+def _fixed(carry: Values, outvars: Sequence[Any], invars: Sequence[Any]) -> list[bool]:
+    """Which carries are parameters that the body hands on."""
+    pairs = zip(carry, outvars[: len(carry)], invars[: len(carry)], strict=True)
+    return [isinstance(v, Tagged) and out is var for v, out, var in pairs]
+
+
+def _starts(eqn: _compat.JaxprEqn, box: Tagged, outputs: Values) -> list[Any]:
+    """Where the slices of a parameter that a structural operation gives begin."""
+    name, params = eqn.primitive.name, eqn.params
+    if name not in ("slice", "split", "dynamic_slice"):
+        return [box.starts] * len(outputs)
+    begins = [[0] * box.value.ndim for _ in outputs]
+    if name == "slice":
+        begins = [list(params["start_indices"])]
+    elif name == "split":
+        at = 0
+        for begin, size in zip(begins, params["sizes"], strict=True):
+            begin[params["axis"]], at = at, at + size
+    found = []
+    for begin, output in zip(begins, outputs, strict=True):
+        starts: dict[int, int | None] = dict(box.starts)
+        for d, axes in enumerate(box.axes):
+            if output.shape[d] == box.value.shape[d]:
+                continue
+            strided = name == "slice" and params["strides"] and params["strides"][d] != 1
+            known = name != "dynamic_slice" and len(axes) == 1 and not strided
+            for a in axes:
+                before = starts.get(a, 0)
+                starts[a] = before + begin[d] if known and before is not None else None
+        found.append(tuple(sorted(starts.items())))
+    return found
+
+
+def _lead(total: Stats) -> Axes:
+    assert total.count is not None
+    return total.count.shape
+
+
+def _on_lead_axes(total: Stats, dims: Sequence[Axes | None], shape: Axes) -> Stats:
+    """Totals whose leading axes hold `dims`, on the parameter's axes in rising order; what no axis
+    of the parameter stands for is summed.
+    """
+    for d in reversed([d for d, axes in enumerate(dims) if axes is None]):
+        total = reduced(total, d)
+    axes = [a for group in dims if group is not None for a in group]
+    sizes = [shape[a] for a in axes]
+    count = sum(group is not None for group in dims)
+    if count == len(axes) and axes == sorted(axes):
+        return total
+    order = sorted(range(len(axes)), key=lambda i: axes[i])
+
+    def place(leaf: jax.Array) -> jax.Array:
+        split = leaf.reshape(*sizes, *leaf.shape[count:])
+        return lax.transpose(split, (*order, *range(len(axes), split.ndim)))
+
+    return jax.tree.map(place, total)
