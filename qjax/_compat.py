@@ -57,6 +57,11 @@ def explicit_shards(x: Any) -> tuple[int, ...]:
     return tuple(math.prod(sharding.mesh.shape[n] for n in axis) for axis in names)
 
 
+def varying_axes(x: Any) -> list[str]:
+    """The manual mesh axes that `x` is known to vary over, where `check_vma` keeps account."""
+    return sorted(getattr(jax.typeof(x), "vma", ()))
+
+
 def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
     """Number of constants and of carries among the operands of a scan."""
     if "ft_in" in params:
@@ -68,7 +73,8 @@ def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
 def jit_options(params: dict[str, Any], boxed: Sequence[bool]) -> dict[str, Any]:
     """Keyword arguments of `jax.jit` that give an inner jit back its shardings and donation.
 
-    Operands that are boxed hold several arrays each and take no sharding of their own.
+    Operands that are boxed hold several arrays each and take no sharding of their own, nor does
+    the operand and result that the interpreter adds at the end.
     """
 
     def keep(shardings: Sequence[Any]) -> tuple[Any, ...] | None:
@@ -79,9 +85,9 @@ def jit_options(params: dict[str, Any], boxed: Sequence[bool]) -> dict[str, Any]
     inputs = keep([None if b else s for s, b in zip(params["in_shardings"], boxed, strict=True)])
     outputs = keep(params["out_shardings"])
     if inputs is not None:
-        options["in_shardings"] = inputs
+        options["in_shardings"] = (*inputs, None)
     if outputs is not None:
-        options["out_shardings"] = list(outputs)
+        options["out_shardings"] = [*outputs, None]
     donated = tuple(i for i, d in enumerate(params["donated_invars"]) if d)
     if donated:
         options["donate_argnums"] = donated
