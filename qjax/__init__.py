@@ -1,11 +1,8 @@
 """qjax: functional quantization for JAX."""
 
 import qjax.exporting as _exporting  # noqa: F401  registers QTensors with jax.export
-<<<<<<< HEAD
-from qjax.algorithms.awq import awq as awq
-=======
 from qjax import training as training
->>>>>>> main
+from qjax.algorithms.awq import awq as awq
 from qjax.algorithms.base import Algorithm as Algorithm
 from qjax.algorithms.base import Stats as Stats
 from qjax.algorithms.gptq import gptq as gptq

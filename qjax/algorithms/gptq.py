@@ -23,11 +23,7 @@ _SLAB = 1024  # rows that one loop solves; more are halved first, which saves ne
 
 
 def gptq(damping: float = 0.01, act_order: ActOrder = "static", block_size: int = 128) -> Algorithm:
-<<<<<<< HEAD
     """GPTQ: rounds the rows of w `[in, out]` in turn, each corrected for what those before lost.
-=======
-    """GPTQ: rounds the rows of w `[in, out]` in turn, each corrected for the errors before it.
->>>>>>> main
 
     With H = X^T X + damping * mean(diag(X^T X)) * I = R D R^T, R unit upper triangular and D
     diagonal, and e the errors of the rows done so far,
