@@ -2,7 +2,7 @@
 
 `named("w4a16_gptq")` is a Recipe. Tables that are looked up, tied heads included, are kept, and so
 is what routes tokens to experts. An untied head becomes int8, which loses nothing that one can
-measure (all of SmolLM2's projections in int8 cost 0.1 % of perplexity; `experiments/perplexity.py`).
+measure: SmolLM2 with every projection in int8 costs 0.1 % (`experiments/perplexity.py`).
 For mixed precision by path put rules in front:
 
     Recipe(Rule(".*/down/kernel", "int8"), *named("w4a16_gptq").rules)
