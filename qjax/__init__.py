@@ -2,10 +2,14 @@
 
 import qjax.exporting as _exporting  # noqa: F401  registers QTensors with jax.export
 from qjax import training as training
+from qjax.algorithms.awq import awq as awq
 from qjax.algorithms.base import Algorithm as Algorithm
 from qjax.algorithms.base import Stats as Stats
 from qjax.algorithms.gptq import gptq as gptq
+from qjax.algorithms.hqq import hqq as hqq
+from qjax.algorithms.llm_int8 import llm_int8 as llm_int8
 from qjax.algorithms.rtn import rtn as rtn
+from qjax.algorithms.smoothquant import smoothquant as smoothquant
 from qjax.calibration import Args as Args
 from qjax.calibration import calibrate as calibrate
 from qjax.calibration import merge_stats as merge_stats
@@ -22,6 +26,7 @@ from qjax.recipe import is_gathered as is_gathered
 from qjax.reporting import report as report
 from qjax.run import explain as explain
 from qjax.run import quantized as quantized
+from qjax.sequential import quantize_sequential as quantize_sequential
 from qjax.sharding import partition_specs as partition_specs
 from qjax.sites import Site as Site
 from qjax.sites import find_sites as find_sites

@@ -42,7 +42,8 @@ class Activation:
       for all of x' (`block` ()), or the static `scale` if there is one; codes saturate.
     - `threshold` (LLM.int8(), arXiv:2208.07339, section 3.2): features of x' of which any token has
       a magnitude of at least that are multiplied in floating point with the dequantized rows, the
-      others in `spec`.
+      others in `spec`. Up to `budget` of them are gathered; where a call has more, or the weight
+      has no rows to gather (groups, parallel axes, prepared), that product takes all features.
 
     Gradients are straight-through: those of x @ dequantize(w).
 
@@ -51,6 +52,7 @@ class Activation:
       axis: the contracted axes of the weight in rising order, counted from its end (negative), so
         that stacking layers does not move them; () where no leaf changes coordinates.
       threshold: of outlier features; None for none.
+      budget: how many outlier features a call has at most, in general; None for all.
       input_scale: positive floats `[*lead, k]`. `lead` are leading axes of the weight that are
         stacked (layers) or run in parallel (experts); all leaves of k have the same.
       permutation: integers `[*lead, k]`, each of 0..k-1 once.
@@ -69,6 +71,7 @@ class Activation:
     spec: Spec | None = dataclasses.field(default=None, metadata={"static": True})
     axis: Axes = dataclasses.field(default=(), metadata={"static": True})
     threshold: float | None = dataclasses.field(default=None, metadata={"static": True})
+    budget: int | None = dataclasses.field(default=None, metadata={"static": True})
     input_scale: jax.Array | None = None
     permutation: jax.Array | None = None
     signs: jax.Array | None = None
@@ -89,7 +92,7 @@ def quantizing(act: Activation) -> Activation | None:
     """What is left of `act` once x is in the weight's coordinates."""
     if act.spec is None:
         return None
-    return Activation(spec=act.spec, threshold=act.threshold, scale=act.scale)
+    return dataclasses.replace(act, axis=(), **dict.fromkeys(COORDINATES))
 
 
 def to_storage(act: Activation, w: jax.Array) -> jax.Array:
@@ -243,6 +246,13 @@ def _check_static(act: Activation, ndim: int, where: str) -> None:
         raise ValueError(
             f"{where}activation.threshold must be a positive float beside a spec, "
             f"got {act.threshold!r} beside {act.spec}"
+        )
+    if act.budget is not None and (
+        act.threshold is None or type(act.budget) is not int or act.budget < 1
+    ):
+        raise ValueError(
+            f"{where}activation.budget must be a positive int beside a threshold, "
+            f"got {act.budget!r} beside {act.threshold}"
         )
 
 

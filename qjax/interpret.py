@@ -70,21 +70,36 @@ def interpret(table: Table, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
     return _run(table, jaxpr, args, {})
 
 
+def interpret_equations(
+    table: Table, eqns: Sequence[_compat.JaxprEqn], values: Mapping[Any, Any]
+) -> dict[Any, Any]:
+    """The values of all variables after some equations, from those before; both may hold boxes."""
+    after = dict(values)
+    _equations(table, eqns, after, {})
+    return after
+
+
 def _run(table: Table, jaxpr: Any, args: Sequence[Any], jits: dict) -> list[Any]:
     jaxpr, consts = _compat.open_jaxpr(jaxpr)
     values: dict[Any, Any] = {}
-
-    def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, _compat.Literal) else values[atom]
-
     values.update(zip(jaxpr.constvars, consts, strict=True))
     values.update(zip(jaxpr.invars, args, strict=True))
-    for eqn in jaxpr.eqns:
-        inputs = [read(v) for v in eqn.invars]
+    _equations(table, jaxpr.eqns, values, jits)
+    return [_read(v, values) for v in jaxpr.outvars]
+
+
+def _read(atom: Any, values: Mapping[Any, Any]) -> Any:
+    return atom.val if isinstance(atom, _compat.Literal) else values[atom]
+
+
+def _equations(
+    table: Table, eqns: Sequence[_compat.JaxprEqn], values: dict[Any, Any], jits: dict
+) -> None:
+    for eqn in eqns:
+        inputs = [_read(v, values) for v in eqn.invars]
         with _compat.equation_context(eqn):
             outputs = _step(table, eqn, inputs, jits)
         values.update(zip(eqn.outvars, outputs, strict=True))
-    return [read(v) for v in jaxpr.outvars]
 
 
 def _step(table: Table, eqn: _compat.JaxprEqn, inputs: list[Any], jits: dict) -> list[Any]:

@@ -139,9 +139,7 @@ class Observer:
         if name in _INLINE and (tagged or any(m is not None for m in masks)):
             return self.run(eqn.params[_INLINE[name]], inputs, masks)
         if not tagged:
-            outputs = _compat.bind(eqn, inputs)
-            self._values.note(eqn, inputs, outputs)
-            return outputs, token_masks.follow(eqn, inputs, masks, outputs)
+            return self.bound(eqn, inputs, masks)
         if name in MOVES and isinstance(inputs[0], Tagged):
             moved = self._move(eqn, inputs)
             if moved is not None:
@@ -157,14 +155,23 @@ class Observer:
 
     def use(self, eqn: _compat.JaxprEqn, inputs: Values, masks: Masks) -> tuple[Values, Masks]:
         """An equation that takes a tagged parameter and does not merely move it."""
-        name = eqn.primitive.name
-        if name in _ENTER:
-            return _ENTER[name](self, eqn, inputs, masks)
+        if eqn.primitive.name in _ENTER:
+            return _ENTER[eqn.primitive.name](self, eqn, inputs, masks)
+        self.observe(eqn, inputs, masks)
+        return self.bound(eqn, _opened(inputs), masks)
+
+    def observe(self, eqn: _compat.JaxprEqn, inputs: Values, masks: Masks) -> None:
+        """Collects what one equation tells; of a matmul the weight's shape is enough."""
+        if eqn.primitive.name in _ENTER:
+            self.use(eqn, inputs, masks)
         for site in operands(eqn, inputs, masks):
             self._collect(eqn, site)
-        opened = _opened(inputs)
-        outputs = _compat.bind(eqn, opened)
-        return outputs, token_masks.follow(eqn, opened, masks, outputs)
+
+    def bound(self, eqn: _compat.JaxprEqn, inputs: Values, masks: Masks) -> tuple[Values, Masks]:
+        """An equation bound as it was traced, with the masks of its outputs."""
+        outputs = _compat.bind(eqn, inputs)
+        self._values.note(eqn, inputs, outputs)
+        return outputs, token_masks.follow(eqn, inputs, masks, outputs)
 
     def _move(self, eqn: _compat.JaxprEqn, inputs: Values) -> Values | None:
         box = inputs[0]
@@ -172,12 +179,16 @@ class Observer:
             axes = MOVES[eqn.primitive.name](eqn.params, box.value.shape, box.axes)
         except CannotCarry:
             return None
-        outputs = _compat.bind(eqn, _opened(inputs))
+        outputs = self.move(eqn, inputs)
         starts = _starts(eqn, box, outputs)
         return [
             dataclasses.replace(box, value=v, axes=tuple(axes), starts=s)
             for v, s in zip(outputs, starts, strict=True)
         ]
+
+    def move(self, eqn: _compat.JaxprEqn, inputs: Values) -> Values:
+        """The outputs of a structural operation on a parameter."""
+        return _compat.bind(eqn, _opened(inputs))
 
     # --- statistics
 

@@ -198,6 +198,7 @@ def linear(x: jax.Array, q: Quantized, op: Op, extra: tuple = ()) -> tuple[jax.A
     act = q.activation
     if act is not None and act.spec is not None and _static_fits(act, op):
         outliers = "" if act.threshold is None else f", outliers from {act.threshold:g} apart"
+        outliers += f", {act.budget} at once" if _gathers(q, op) else ""
         how = f"{_rounding(act)} {name}, {_way(q, op)}{outliers}"
         return _dynamic(x, q, extra, op), how
     if _way(q, op) == "scales after":
@@ -417,7 +418,7 @@ def _dynamic(x: jax.Array, q: Any, extra: tuple, op: Op) -> jax.Array:
             y = _grouped_dot(x_codes, codes, q, op, accumulator)
     y = _times(y, op.place_x_scale(x_scale, x, q))
     if apart is not None:
-        y = y + op(apart.astype(jnp.float32), dequantize(q).astype(jnp.float32), extra, jnp.float32)
+        y = y + _outliers(apart.astype(jnp.float32), q, op, extra)
     return y.astype(op.out_dtype)
 
 
@@ -426,6 +427,45 @@ def _dynamic_jvp(op: Op, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
     x, q, extra = primals
     tangent = op(tangents[0], dequantize(q), extra, op.out_dtype).astype(op.out_dtype)
     return _dynamic(x, q, extra, op), tangent
+
+
+def _outliers(x: jax.Array, q: Quantized, op: Op, extra: tuple) -> jax.Array:
+    """The product with x, zero but for its outlier features, in float32."""
+    if not (isinstance(q, QTensor) and _gathers(q, op)):
+        return op(x, dequantize(q).astype(jnp.float32), extra, jnp.float32)
+    assert isinstance(op, Dot)
+    assert q.activation is not None
+    assert q.activation.budget is not None
+    (w_axis,), (x_axis,) = op.contracted(), op.axes(1 - op.weight_side)[0]
+    fmt, size, budget = FORMATS[q.format], x.shape[x_axis], q.activation.budget
+    codes = join_planes(fmt, q.qvalue)
+    found = jnp.any(x != 0, axis=op.rows(x))
+
+    def of(x: jax.Array, codes: jax.Array) -> jax.Array:
+        return op(x, fmt.decode(codes, jnp.dtype(jnp.float32)), extra, jnp.float32)
+
+    def gathered() -> jax.Array:
+        (at,) = jnp.nonzero(found, size=budget, fill_value=size)
+        columns = jnp.take(x, at, axis=x_axis, mode="fill", fill_value=0)
+        return of(columns, jnp.take(codes, at, axis=w_axis, mode="clip"))
+
+    y = lax.cond(jnp.sum(found) <= budget, gathered, lambda: of(x, codes))
+    return _times(y, op.place_weight_scale(_scale(q), q, x, extra))
+
+
+def _gathers(q: QTensor, op: Op) -> bool:
+    """Whether outlier features are gathered: where there is one row of codes to each."""
+    act = q.activation
+    return (
+        act is not None
+        and act.budget is not None
+        and isinstance(op, Dot)
+        and op.out_sharding is None
+        and _way(q, op) == "scales after"
+        and len(op.contracted()) == 1
+        and not op.axes(op.weight_side)[1]
+        and act.budget < q.shape[op.contracted()[0]]
+    )
 
 
 def _codes_of(x: jax.Array, act: Activation, op: Op, extra: tuple) -> tuple[Any, jax.Array]:

@@ -82,7 +82,7 @@ def quantized(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return _evaluate(fn, args, kwargs, rule_table(None), with_paths=False)
+        return _evaluate(fn, args, kwargs, run_table(None), with_paths=False)
 
     return call
 
@@ -120,9 +120,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
             full[i] = v
         inner_args, inner_kwargs = jax.tree.unflatten(tree, full)
         return tracing.arrays_of(
-            _evaluate(
-                fn, inner_args, inner_kwargs, rule_table(record), with_paths=True, keep=jaxprs
-            )
+            _evaluate(fn, inner_args, inner_kwargs, run_table(record), with_paths=True, keep=jaxprs)
         )
 
     jax.eval_shape(run, [leaves[i] for i in dynamic])
@@ -143,7 +141,7 @@ def _evaluate(
     for path, leaf in leaves:
         if is_qtensor(leaf):
             leaf.check(tracing.param_path(path[2:]))
-    traced = tracing.trace(fn, [v for _, v in leaves], tree, _dense)
+    traced = tracing.trace(fn, [v for _, v in leaves], tree, dense_leaf)
     if keep is not None:
         keep.append(traced.jaxpr)
     frozen = iter(lax.stop_gradient([v for _, v in leaves if is_qtensor(v)]))
@@ -156,7 +154,8 @@ def _evaluate(
     return traced.rebuild([dequantize(v.tensor) if isinstance(v, Box) else v for v in outputs])
 
 
-def _dense(leaf: Any) -> Any:
+def dense_leaf(leaf: Any) -> Any:
+    """What stands for a leaf of the parameters while a function is traced."""
     if not is_qtensor(leaf):
         return leaf
     if isinstance(leaf, Prepared):
@@ -166,8 +165,8 @@ def _dense(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
 
-def rule_table(record: Record | None) -> Table:
-    """The run table; `record` is told of every use of a box."""
+def run_table(record: Record | None) -> Table:
+    """The rules by which boxed weights run; `record` is told what became of each."""
 
     def note(box: Box, eqn: _compat.JaxprEqn, how: str) -> None:
         if record is not None:

@@ -76,17 +76,29 @@ def quantize_params(
     leaves, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qtensor)
     named = {param_path(p): v for p, v in leaves}
     decisions = decide(named, Recipe.of(recipe), sites)
+    done = apply_decisions(named, decisions, sites, stats, min_tokens, log)
+    return jax.tree.unflatten(tree, list(done.values()))
+
+
+def apply_decisions(
+    named: Mapping[str, Any],
+    decisions: Mapping[str, Decision],
+    sites: Sites | None,
+    stats: Mapping[str, Stats] | None,
+    min_tokens: int,
+    log: Callable[[Solved], None] | None,
+) -> dict[str, Any]:
+    """What becomes of the named parameters, by path."""
     tasks = [
-        _task(path, named[path], d, sites, stats)
-        for path, d in decisions.items()
-        if d.algorithm is not None
+        _task(path, value, decisions[path], sites, stats)
+        for path, value in named.items()
+        if decisions[path].algorithm is not None
     ]
     solved = solve(tasks, min_tokens, log)
-    done = [
-        solved[path] if path in solved else _apply(path, v, decisions[path])
-        for path, v in named.items()
-    ]
-    return jax.tree.unflatten(tree, done)
+    return {
+        path: solved[path] if path in solved else _apply(path, value, decisions[path])
+        for path, value in named.items()
+    }
 
 
 def requantize_params(

@@ -204,5 +204,5 @@ def test_wrong_arguments(arguments, message):
 
 
 def test_it_says_which_statistics_it_misses():
-    with pytest.raises(ValueError, match=r"gptq needs the hessian .* qjax.calibrate"):
+    with pytest.raises(ValueError, match=r"gptq needs the hessian .* qjax\.calibrate"):
         qjax.gptq().quantize(jnp.ones((8, 4)), Spec.parse("int4"), qjax.Stats())

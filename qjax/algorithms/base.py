@@ -7,7 +7,6 @@ from typing import NamedTuple
 import jax
 
 from qjax.qtensor import QTensor
-from qjax.spec import Spec
 
 
 @jax.tree_util.register_dataclass
@@ -45,7 +44,9 @@ class Algorithm(NamedTuple):
       needs: which fields of Stats `quantize` reads.
       joint: whether weights that share an input and a Spec are seen as one, side by side along out.
         Where a scale is shared across out (block `()`, tiles, `scale_spec`) they stay apart.
-      quantize: (w `[in, out]`, spec, stats) -> (QTensor of w, notes); leading axes by vmap.
+      quantize: (w `[in, out]`, spec, stats) -> (QTensor of w, notes); leading axes by vmap. Those
+        of rtn and gptq, which others end in, take as `within` what scales are chosen from: w, with
+        some elements clipped.
       finish: (QTensor, notes), both with their leading axes and outside jit -> QTensor: sets static
         fields by what calibration saw. The identity by default.
     """
@@ -53,7 +54,7 @@ class Algorithm(NamedTuple):
     name: str
     needs: frozenset[str]
     joint: bool
-    quantize: Callable[[jax.Array, Spec, Stats], tuple[QTensor, Notes]]
+    quantize: Callable[..., tuple[QTensor, Notes]]
     finish: Callable[[QTensor, Notes], QTensor] = lambda q, notes: q
 
 

@@ -23,7 +23,7 @@ _SLAB = 1024  # rows that one loop solves; more are halved first, which saves ne
 
 
 def gptq(damping: float = 0.01, act_order: ActOrder = "static", block_size: int = 128) -> Algorithm:
-    """GPTQ: rounds the rows of w `[in, out]` in turn, each corrected for the errors before it.
+    """GPTQ: rounds the rows of w `[in, out]` in turn, each corrected for what those before lost.
 
     With H = X^T X + damping * mean(diag(X^T X)) * I = R D R^T, R unit upper triangular and D
     diagonal, and e the errors of the rows done so far,
@@ -68,8 +68,11 @@ def gptq(damping: float = 0.01, act_order: ActOrder = "static", block_size: int 
     if block_size < 1:
         raise ValueError(f"gptq: block_size must be at least 1, got {block_size}; take 128")
 
-    def quantize(w: jax.Array, spec: Spec, stats: Stats) -> tuple[QTensor, Notes]:
-        return _quantize(w, spec, needed("gptq", stats, "hessian"), damping, act_order, block_size)
+    def quantize(
+        w: jax.Array, spec: Spec, stats: Stats, within: jax.Array | None = None
+    ) -> tuple[QTensor, Notes]:
+        h = needed("gptq", stats, "hessian")
+        return _quantize(w, spec, h, damping, act_order, block_size, within)
 
     return Algorithm("gptq", frozenset({"hessian"}), True, quantize)
 
@@ -82,12 +85,13 @@ def _quantize(
     damping: float,
     act_order: ActOrder,
     block_size: int,
+    within: jax.Array | None,
 ) -> tuple[QTensor, Notes]:
     h = _normalized(hessian.astype(np.promote_types(np.float32, hessian.dtype)))
     order = jnp.argsort(-jnp.diag(h), stable=True).astype(jnp.int32)
     if act_order == "dynamic":
-        w = w[order]
-    q, grid, group = nearest(w, spec)
+        w, within = w[order], None if within is None else within[order]
+    q, grid, group = nearest(w, spec, within)
     group, exact = jnp.asarray(group), w.astype(h.dtype)
     if act_order is not None:
         h = h[order][:, order]

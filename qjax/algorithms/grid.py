@@ -1,5 +1,6 @@
 """Grid: the values that a QTensor's scales allow, for algorithms that choose codes one by one."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax import blocks, quantizing
-from qjax.formats import Format
+from qjax.formats import FORMATS, Format, split_planes
 from qjax.qtensor import QTensor, dequantize
 from qjax.scaling import reciprocal
 from qjax.spec import Spec
@@ -43,19 +44,22 @@ class Grid(NamedTuple):
         x = x * self.scale.astype(dtype)
         return x if self.offset is None else x + self.offset.astype(dtype)
 
-    def rows(self, index: jax.Array) -> "Grid":
+    def rows(self, index: jax.Array | np.ndarray) -> "Grid":
         """The rows of blocks at `index`."""
-        return Grid(*(None if leaf is None else leaf[index] for leaf in self))
+        return jax.tree.map(lambda leaf: leaf[index], self)
 
 
-def nearest(w: jax.Array, spec: Spec) -> tuple[QTensor, Grid, np.ndarray]:
-    """A weight `[in, out]` rounded to nearest.
+def nearest(
+    w: jax.Array, spec: Spec, within: jax.Array | None = None
+) -> tuple[QTensor, Grid, np.ndarray]:
+    """A weight `[in, out]` rounded to nearest; its scales are those of `within`.
 
     Returns:
       The QTensor; its grid `[blocks of in, out]`; and to which of these blocks each row belongs.
     """
     block = quantizing.block_of(spec, w.shape, (AXIS,))
-    rounded = quantizing.round_blocks(w.astype(jnp.float32), spec, block)
+    ranges = w if within is None else within
+    rounded = quantizing.round_blocks(ranges.astype(jnp.float32), spec, block)
     q = quantizing.hold(rounded, spec, block, (AXIS,), (), np.dtype(w.dtype))
     count = -(-w.shape[0] // block[0])
 
@@ -71,4 +75,8 @@ def nearest(w: jax.Array, spec: Spec) -> tuple[QTensor, Grid, np.ndarray]:
     inverse = reciprocal(scale) if rounded.inverse is None else per_row(rounded.inverse)
     assert inverse is not None
     grid = Grid(inverse, scale, per_row(q.zero_point), per_row(q.offset))
-    return q, grid, np.arange(w.shape[0]) // block[0]
+    group = np.arange(w.shape[0]) // block[0]
+    if within is not None:
+        codes = grid.rows(group).codes(FORMATS[spec.format], w.astype(jnp.float32))
+        q = dataclasses.replace(q, qvalue=split_planes(FORMATS[spec.format], codes))
+    return q, grid, group

@@ -1,5 +1,7 @@
 """RTN: round to nearest."""
 
+import functools
+
 import jax
 
 from qjax.algorithms.base import Algorithm, Notes, Stats
@@ -26,8 +28,15 @@ def rtn(scale_method: str | None = None) -> Algorithm:
       True
     """
 
-    def quantize(w: jax.Array, spec: Spec, stats: Stats) -> tuple[QTensor, Notes]:
+    def quantize(
+        w: jax.Array, spec: Spec, stats: Stats, within: jax.Array | None = None
+    ) -> tuple[QTensor, Notes]:
         method = spec.scale_method if scale_method is None else scale_method
-        return nearest(w, spec._replace(scale_method=method))[0], {}
+        return _rtn(w, spec._replace(scale_method=method), within), {}
 
     return Algorithm("rtn", frozenset(), False, quantize)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _rtn(w: jax.Array, spec: Spec, within: jax.Array | None) -> QTensor:
+    return nearest(w, spec, within)[0]

@@ -109,6 +109,7 @@ def describe(tree: Any) -> Described:
             "spec": None if act.spec is None else _spec_json(act.spec),
             "axis": list(act.axis),
             "threshold": act.threshold,
+            "budget": act.budget,
             **{n: None if v is None else array(v, f"{name}.{n}") for n, v in leaves.items()},
         }
 
@@ -257,6 +258,8 @@ class _Reader:
         return q
 
     def activation(self, node: Any, name: str) -> Activation:
+        if isinstance(node, dict):
+            node = {"budget": None, **node}  # files written before there were budgets
         fields = self.fields(
             node,
             f"{name} activation",
@@ -264,6 +267,7 @@ class _Reader:
                 "spec": lambda v: v is None or isinstance(v, dict),
                 "axis": lambda v: isinstance(v, list) and all(type(a) is int for a in v),
                 "threshold": lambda v: v is None or isinstance(v, float),
+                "budget": lambda v: v is None or type(v) is int,
                 **dict.fromkeys(ACTIVATION_LEAVES, lambda v: v is None or isinstance(v, dict)),
             },
         )

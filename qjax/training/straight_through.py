@@ -107,7 +107,7 @@ def _straight_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, Any]:
 
 def _table() -> Table:
     quiet = lambda box, eqn, how: None
-    base = run.rule_table(None)
+    base = run.run_table(None)
 
     def slice_leading(fake: _Fake) -> _Fake | None:
         cut = base.slice_leading(run.Box(fake.tensor, fake.path))

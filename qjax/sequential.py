@@ -1,0 +1,429 @@
+"""quantize_sequential: calibrates and quantizes a model in one pass, site after site."""
+
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax import _compat, tracing, trees
+from qjax.algorithms.base import Algorithm, Stats
+from qjax.calibration import Call, wanted
+from qjax.io.folder import read_folder, write_folder
+from qjax.programs import Program, Runner, Unit, flatten, reads
+from qjax.qtensor import QTensor, is_qtensor
+from qjax.recipe import Recipe
+from qjax.run import Box, dense_leaf, run_table
+from qjax.solving import MIN_TOKENS, Solved, Task, solve
+from qjax.spec import Spec
+from qjax.statistics import add, finished
+from qjax.transform import Decision, apply_decisions, decide
+
+Log = Callable[[Solved], None]
+
+
+def quantize_sequential(
+    fn: Callable[..., Any],
+    params: Any,
+    batches: Iterable[Any],
+    recipe: Recipe | Spec | str,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    *,
+    mask: Callable[..., Any] | None = None,
+    min_tokens: int = MIN_TOKENS,
+    log: Log | None = None,
+    progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
+) -> Any:
+    """Quantizes a model in one pass, each weight from activations of what is quantized already.
+
+    The function is traced once for each shape of batch and walked along its data flow. Before the
+    first use of a weight whose algorithm needs statistics all batches are brought there, the
+    statistics of its input are collected, the weight is quantized, and the walk goes on with its
+    codes. Weights with the same input (q, k and v) are quantized together. Of the batches only the
+    values that later equations read are kept, of the weights one site at a time is copied.
+
+    - A scan over layers is unrolled, layer by layer, if it holds nothing else to be calibrated.
+    - A weight that is a constant of a scan, or inside of `while`, `cond` or `shard_map`, is
+      observed while that operation runs as a whole on float weights, and quantized before it runs
+      again on codes.
+    - A weight that is used several times is quantized at its last matmul, from the inputs of all;
+      before, it runs as it was.
+    - Weights whose algorithm needs no statistics are quantized at the start.
+
+    Args:
+      fn, params: as for `calibrate`.
+      batches: as for `calibrate`, in something that can be iterated again, such as a list.
+      recipe: as for `quantize_params`.
+      checkpoint_dir: a folder where every site is saved once it is done. Called again with the same
+        arguments, a run that was killed continues there and gives the same bits (on the same
+        machine: another one may sum in another order).
+      mask: as for `calibrate`.
+      min_tokens: as for `quantize_params`.
+      log: called with what the algorithm did to each weight: output error before and after, damping
+        and seconds.
+      progress: hands on the sites, and may show how far it is, such as `rich.progress.track`.
+
+    Returns:
+      The quantized pytree, ready for `quantized(fn)`; stacked layers are stacked again.
+
+    Raises:
+      ValueError: as `calibrate` and `quantize_params`; if `batches` can be iterated only once; or
+        if `checkpoint_dir` holds a run on other batches, parameters or another recipe.
+
+    Example:
+      >>> params = {"w": jnp.eye(4), "v": jnp.eye(4)}
+      >>> fn = lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"]
+      >>> batches = [jax.random.normal(jax.random.key(i), (8, 4)) for i in range(2)]
+      >>> recipe = qjax.Recipe(qjax.Rule(".*", "int4", qjax.gptq()))
+      >>> quantize_sequential(fn, params, batches, recipe)["v"]
+      QTensor(int4, shape=(4, 4), block=(4, 1), dtype=float32)
+    """
+    recipe = Recipe.of(recipe)
+    if iter(batches) is batches:
+        raise ValueError(
+            "quantize_sequential: the batches can be iterated only once, so a run could not be "
+            "resumed; give a list, such as list(batches)"
+        )
+    calls = [Call.of(fn, params, batch, mask) for batch in batches]
+    if not calls:
+        raise ValueError("quantize_sequential: there are no batches; give at least one")
+    leaves, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qtensor)
+    named = {tracing.param_path(p): v for p, v in leaves}
+    sites = calls[0].sites()
+    decisions = decide(named, recipe, sites)
+    needed = wanted(calls[0], recipe)
+    rest = {path: v for path, v in named.items() if path not in needed}
+    held = named | apply_decisions(rest, decisions, sites, None, min_tokens, log)
+    saved = None if checkpoint_dir is None else _Saved(checkpoint_dir, calls, named, recipe)
+    work = _Walk(calls, held, tree, needed)
+    for visit in progress(work.visits()):
+        done = None if saved is None else saved.load(visit.number)
+        if done is None:
+            solved: list[Solved] = []
+            done = work.quantize(visit, min_tokens, solved.append)
+            if saved is not None:
+                saved.store(visit.number, done)
+            for entry in solved if log is not None else ():
+                log(entry)  # pyright: ignore[reportOptionalCall]
+        work.take(done)
+    return jax.tree.unflatten(tree, [work.result(path) for path in named])
+
+
+class _Visit(NamedTuple):
+    """A stop of the walk: what is observed there, and what is quantized after it."""
+
+    number: int
+    position: int  # in the markers of the first program's groups
+    ready: tuple[Unit, ...]
+
+
+class _Batch(NamedTuple):
+    """A batch on its way: which program it runs, and the values that are alive."""
+
+    program: int
+    values: dict[Any, Any]
+
+
+class _Walk:
+    """The state of one pass."""
+
+    def __init__(
+        self,
+        calls: Sequence[Call],
+        held: Mapping[str, Any],
+        tree: Any,
+        needed: Mapping[str, Decision],
+    ) -> None:
+        self._held, self._needed = held, needed
+        self._needs = {path: d.needs for path, d in needed.items()}
+        self._codes: dict[Unit, QTensor] = {}
+        self._totals: dict[Unit, Stats] = {}
+        self._runner = Runner(run_table(None))
+        self._programs: list[_Path] = []
+        numbers: dict[Any, int] = {}
+        self._batches: list[_Batch] = []
+        for call in calls:
+            if call.key not in numbers:
+                numbers[call.key] = len(self._programs)
+                self._programs.append(_Path(_program(call, held, tree, self._needs)))
+            program = numbers[call.key]
+            self._batches.append(_Batch(program, self._programs[program].start(call.arrays)))
+        first = self._programs[0].plan
+        if any(p.plan != first for p in self._programs[1:]):
+            raise ValueError(
+                "batches of different shapes use the weights in a different order; give batches "
+                "with the same structure and Python values"
+            )
+        seen = {unit.path for units in first for unit in units}
+        missing = [path for path in needed if path not in seen]
+        if missing:
+            raise ValueError(
+                f"{missing[0]}: no matmul that can be observed uses it, so there are no statistics "
+                "for its algorithm; give it a Rule without one"
+            )
+
+    def visits(self) -> list[_Visit]:
+        """The stops in order; a unit is ready at its last one."""
+        plan = self._programs[0].plan
+        last = {unit: i for i, units in enumerate(plan) for unit in units}
+        return [
+            _Visit(i, i, tuple(u for u in dict.fromkeys(units) if last[u] == i))
+            for i, units in enumerate(plan)
+        ]
+
+    def quantize(self, visit: _Visit, min_tokens: int, log: Log) -> dict[Unit, QTensor]:
+        """Observes all batches at a stop, and quantizes what is ready."""
+        self._advance(visit)
+        found: dict[int, Stats] | None = None
+        first = self._programs[0].markers[visit.position][0]
+        for batch in self._batches:
+            path = self._programs[batch.program]
+            marker = path.markers[visit.position][0]
+            values = [self._value(path, batch, atom) for atom in marker.atoms]
+            shapes = {u: self._shape(u) for u in marker.units}
+            found = self._runner.observe(marker, self._needs, shapes, found, values)
+        assert found is not None
+        by_unit = {u: found[i] for i, u in enumerate(first.units) if i in found}
+        # every use of the same input has the totals of the first
+        shared = next(iter(by_unit.values()), None) if len(first.units) == 1 else None
+        for marker in self._programs[0].markers[visit.position]:
+            for unit in marker.units:
+                total = by_unit.get(unit, shared)
+                if total is not None:
+                    before = self._totals.get(unit)
+                    self._totals[unit] = total if before is None else add(before, total)
+        tasks = [self._task(u, visit, alone=self._totals[u] is not shared) for u in visit.ready]
+        done = solve(tasks, min_tokens, log)
+        for unit in visit.ready:
+            del self._totals[unit]
+        return {unit: done[str(unit)] for unit in visit.ready}
+
+    def take(self, done: Mapping[Unit, QTensor]) -> None:
+        """Goes on with these codes."""
+        self._codes |= done
+
+    def result(self, path: str) -> Any:
+        """What became of a parameter."""
+        if path not in self._needed:
+            return self._held[path]
+        if Unit(path) in self._codes:
+            return self._codes[Unit(path)]
+        layers = sorted((u for u in self._codes if u.path == path), key=lambda u: u.layer or 0)
+        return trees.stack([{path: self._codes[u]} for u in layers])[path]
+
+    def _advance(self, visit: _Visit) -> None:
+        for i, batch in enumerate(self._batches):
+            path = self._programs[batch.program]
+            end = path.markers[visit.position][0].index
+            if end <= path.done(batch):
+                continue
+            given = lambda v, path=path, batch=batch: self._value(path, batch, v)
+            wanted = path.alive(path.done(batch), end, visit.position)
+            values = self._runner.stretch(path.between(path.done(batch), end), given, wanted)
+            self._batches[i] = path.keep(batch, end, visit.position, wanted, values)
+        for path in self._programs:
+            path.drop(path.markers[visit.position][0].index, visit.position)
+
+    def _task(self, unit: Unit, visit: _Visit, alone: bool) -> Task:
+        decision = self._needed[unit.path]
+        spec, algorithm = decision.spec, decision.algorithm
+        assert spec is not None
+        assert algorithm is not None
+        down = 0 if unit.layer is None else 1
+        axis = tuple(a - down for a in decision.axis)
+        batch_axis = tuple(a - down for a in decision.batch_axis if a >= down)
+        stats = finished(self._totals[unit])
+        key = None if alone else visit.number
+        return Task(str(unit), self._weight(unit), spec, axis, batch_axis, algorithm, stats, key)
+
+    def _shape(self, unit: Unit) -> tuple[int, ...]:
+        shape = self._held[unit.path].shape
+        return tuple(shape if unit.layer is None else shape[1:])
+
+    def _weight(self, unit: Unit) -> Any:
+        w = self._held[unit.path]
+        if unit.layer is None:
+            return w
+        numpy = isinstance(w, np.ndarray)
+        return w[unit.layer] if numpy else jax.lax.dynamic_index_in_dim(w, unit.layer, 0, False)
+
+    def _value(self, path: "_Path", batch: _Batch, atom: Any) -> Any:
+        if isinstance(atom, _compat.Literal):
+            return atom.val
+        if atom in batch.values:
+            return batch.values[atom]
+        if atom in path.shared:
+            return path.shared[atom]
+        source = path.program.sources[atom]
+        if source.kind == "const":
+            return source.what
+        if source.kind == "index":
+            return jnp.asarray(source.what, jnp.int32)
+        unit = source.what if source.kind == "layer" else Unit(source.what)
+        if unit in self._codes:
+            return Box(self._codes[unit], None)
+        w = self._weight(unit)
+        return Box(w, None) if is_qtensor(w) else w
+
+
+class _Path:
+    """A program and its stops: uses of the same input are one."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        groups: dict[str, list[Any]] = {}
+        for marker in program.markers:
+            groups.setdefault(marker.group, []).append(marker)
+        self.markers = [tuple(group) for group in groups.values()]
+        self.plan = [tuple(u for m in group for u in m.units) for group in self.markers]
+        self.shared: dict[Any, Any] = {}
+        self._of_batch = self._dependent()
+
+    def start(self, arrays: Sequence[Any]) -> dict[Any, Any]:
+        """The values of a batch before the first equation."""
+        batch = {v: s.what for v, s in self.program.sources.items() if s.kind == "batch"}
+        return {_POSITION: 0} | {v: arrays[i] for v, i in batch.items()}
+
+    def done(self, batch: _Batch) -> int:
+        return batch.values[_POSITION]
+
+    def between(self, start: int, end: int) -> Sequence[Any]:
+        return self.program.eqns[start:end]
+
+    def alive(self, start: int, end: int, position: int) -> list[Any]:
+        """The variables that `eqns[start:end]` make and something later reads, in order."""
+        later = self._later(end, position)
+        made = [v for eqn in self.program.eqns[start:end] for v in eqn.outvars]
+        return [v for v in made if v in later]
+
+    def keep(
+        self, batch: _Batch, end: int, position: int, made: Sequence[Any], values: Sequence[Any]
+    ) -> _Batch:
+        """The batch after a stretch: what nothing reads any more is dropped, and what does not
+        depend on the batch is kept once.
+        """
+        later = self._later(end, position)
+        mine = {v: x for v, x in batch.values.items() if v is _POSITION or v in later}
+        for v, x in zip(made, values, strict=True):
+            if v in self._of_batch:
+                mine[v] = x
+            else:
+                self.shared.setdefault(v, x)
+        return batch._replace(values=mine | {_POSITION: end})
+
+    def drop(self, end: int, position: int) -> None:
+        """Forgets the values kept once that nothing reads any more."""
+        later = self._later(end, position)
+        self.shared = {v: x for v, x in self.shared.items() if v in later}
+
+    def _later(self, end: int, position: int) -> set[Any]:
+        last = self.markers[-1][0].index
+        found = set(reads(self.program.eqns[end:last]))
+        for group in self.markers[position:]:
+            found.update(v for v in group[0].atoms if not isinstance(v, _compat.Literal))
+        return found
+
+    def _dependent(self) -> set[Any]:
+        """The variables that depend on the batch."""
+        found = {v for v, s in self.program.sources.items() if s.kind == "batch"}
+        for eqn in self.program.eqns:
+            if any(v in found for v in reads([eqn])):
+                found.update(eqn.outvars)
+        return found
+
+
+_POSITION = "position"  # beside the variables of a batch: the equation before which they stand
+
+
+def _program(
+    call: Call, held: Mapping[str, Any], tree: Any, needs: Mapping[str, frozenset[str]]
+) -> Program:
+    params = jax.tree.unflatten(tree, list(held.values()))
+    args, kwargs = call.arguments(call.arrays)
+    leaves, whole = jax.tree.flatten(((params, *args), kwargs), is_leaf=is_qtensor)
+    jaxpr = tracing.trace(call.fn, leaves, whole, dense_leaf).jaxpr
+    paths = [p for p, v in held.items() if tracing.is_array(v) or is_qtensor(v)]
+    return flatten(jaxpr, [*paths, *[None] * len(call.arrays)], needs, call.masks)
+
+
+class _Saved:
+    """Sites that are done, each in a folder of its own that appears whole or not at all."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        calls: Sequence[Call],
+        named: Mapping[str, Any],
+        recipe: Recipe,
+    ) -> None:
+        self._path = pathlib.Path(path)
+        self._path.mkdir(parents=True, exist_ok=True)
+        mine = {
+            "batches": _digest([v for call in calls for v in (repr(call.key), *call.arrays)]),
+            "parameters": _digest([v for p, x in named.items() for v in (p, _sampled(x))]),
+            "recipe": _digest([_described(rule) for rule in recipe.rules]),
+        }
+        manifest = self._path / "run.json"
+        if not manifest.exists():
+            temporary = manifest.with_suffix(".tmp")
+            temporary.write_text(json.dumps(mine))
+            temporary.replace(manifest)
+        found = json.loads(manifest.read_text())
+        for name, digest in mine.items():
+            if found.get(name) != digest:
+                raise ValueError(
+                    f"{self._path}: holds a run with other {name}; give the same {name} to go on "
+                    "with it, or another checkpoint_dir"
+                )
+
+    def load(self, number: int) -> dict[Unit, QTensor] | None:
+        """What was quantized at a stop, if it is there."""
+        folder = self._path / f"{number:05d}"
+        if not folder.exists():
+            return None
+        found = read_folder(folder)
+        return {Unit(*unit): found.params[i] for i, unit in enumerate(found.metadata["units"])}
+
+    def store(self, number: int, done: Mapping[Unit, QTensor]) -> None:
+        codes = dict(enumerate(done.values()))
+        write_folder(
+            self._path / f"{number:05d}", codes, metadata={"units": [list(u) for u in done]}
+        )
+
+
+def _digest(values: Iterable[Any]) -> str:
+    sha = hashlib.sha256()
+    for v in values:
+        if isinstance(v, str):
+            sha.update(v.encode())
+        else:
+            array = np.asarray(v)
+            sha.update(f"{array.dtype}{array.shape}".encode())
+            sha.update(np.ascontiguousarray(array).tobytes())
+    return sha.hexdigest()
+
+
+def _sampled(value: Any) -> Any:
+    """Some elements of a parameter, enough to tell it from another."""
+    if is_qtensor(value) or not tracing.is_array(value):
+        return repr(value)
+    return np.asarray(value.reshape(-1)[:: max(value.size // 4096, 1)])
+
+
+def _described(rule: Any) -> str:
+    text = f"{rule.pattern} {rule.spec!r} {rule.axis}"
+    if rule.algorithm is None:
+        return text
+    return f"{text} {rule.algorithm.name} {_options(rule.algorithm)}"
+
+
+def _options(algorithm: Algorithm) -> str:
+    """The hyperparameters of an algorithm: what its closure holds."""
+    cells = getattr(algorithm.quantize, "__closure__", None) or ()
+    kinds = (str, int, float, bool, type(None), tuple)
+    return repr([c.cell_contents for c in cells if isinstance(c.cell_contents, kinds)])
