@@ -1,6 +1,7 @@
 """qjax: functional quantization for JAX."""
 
 import qjax.exporting as _exporting  # noqa: F401  registers QTensors with jax.export
+from qjax import training as training
 from qjax.algorithms.awq import awq as awq
 from qjax.algorithms.base import Algorithm as Algorithm
 from qjax.algorithms.base import Stats as Stats

@@ -57,10 +57,17 @@ def explicit_shards(x: Any) -> tuple[int, ...]:
     return tuple(math.prod(sharding.mesh.shape[n] for n in axis) for axis in names)
 
 
-def varying_axes(x: Any) -> frozenset[str]:
-    """The manual mesh axes along which `x` differs from shard to shard, where that is checked."""
+def laid_out(x: Any, mesh: Any, spec: jax.sharding.PartitionSpec) -> Any:
+    """`x` with `spec` in its type where the mesh has Explicit axes; as it is elsewhere."""
+    if jax.sharding.AxisType.Explicit not in mesh.axis_types:
+        return x
+    return jax.sharding.reshard(x, jax.sharding.NamedSharding(mesh, spec))
+
+
+def varying_axes(x: Any) -> list[str]:
+    """The manual mesh axes that `x` is known to vary over, where `check_vma` keeps account."""
     kind: Any = jax.typeof(x)
-    return frozenset(kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying)
+    return sorted(kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying)
 
 
 def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
@@ -74,7 +81,8 @@ def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
 def jit_options(params: dict[str, Any], boxed: Sequence[bool]) -> dict[str, Any]:
     """Keyword arguments of `jax.jit` that give an inner jit back its shardings and donation.
 
-    Operands that are boxed hold several arrays each and take no sharding of their own.
+    Operands that are boxed hold several arrays each and take no sharding of their own, nor does
+    the operand and result that the interpreter adds at the end.
     """
 
     def keep(shardings: Sequence[Any]) -> tuple[Any, ...] | None:
@@ -85,9 +93,9 @@ def jit_options(params: dict[str, Any], boxed: Sequence[bool]) -> dict[str, Any]
     inputs = keep([None if b else s for s, b in zip(params["in_shardings"], boxed, strict=True)])
     outputs = keep(params["out_shardings"])
     if inputs is not None:
-        options["in_shardings"] = inputs
+        options["in_shardings"] = (*inputs, None)
     if outputs is not None:
-        options["out_shardings"] = list(outputs)
+        options["out_shardings"] = [*outputs, None]
     donated = tuple(i for i, d in enumerate(params["donated_invars"]) if d)
     if donated:
         options["donate_argnums"] = donated

@@ -5,6 +5,7 @@ rule, or when the rule declines, the box is opened into the array that it stands
 equation runs as it was traced. An equation that meets no box is bound unchanged, whatever it is.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,25 @@ class Decline(NamedTuple):
     """A rule's answer when it cannot carry a box: the boxes are opened, and this is why."""
 
     reason: str
+
+
+class Thread:
+    """A pytree of arrays that runs through an evaluation in program order, beside its values.
+
+    Rules read and replace `value`. Calls, loops and branches take it in and hand it out, so that
+    what a rule put there in one iteration is what the next one finds.
+
+    Attributes:
+      value: what it holds now; rules keep its structure, shapes and dtypes.
+      split: (value, count) -> (value, which of its leaves have been given a leading axis of
+        `count` shards), as it enters a shard_map; the other leaves stay equal on all of them.
+      join: the value again, from what the shards hand out.
+    """
+
+    def __init__(
+        self, value: Any, split: Callable[[Any, int], tuple[Any, Any]], join: Callable[[Any], Any]
+    ) -> None:
+        self.value, self.split, self.join = value, split, join
 
 
 class Table(NamedTuple):
@@ -33,6 +53,7 @@ class Table(NamedTuple):
       shard: (box, PartitionSpec, mesh) -> (box, the PartitionSpecs of its leaves) as it enters a
         shard_map, or None if the shards cut it where it cannot be cut.
       note: called with every equation that met no box, its inputs and outputs; `None` to skip.
+      thread: what the rules carry from equation to equation; `None` for nothing.
     """
 
     is_box: Callable[[Any], bool]
@@ -41,6 +62,7 @@ class Table(NamedTuple):
     slice_leading: Callable[[Any], Any]
     shard: Callable[[Any, Any, Any], tuple[Any, Any] | None]
     note: Callable[[_compat.JaxprEqn, list[Any], list[Any]], None] | None = None
+    thread: Thread | None = None
 
 
 def interpret(table: Table, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
@@ -87,13 +109,34 @@ def _step(table: Table, eqn: _compat.JaxprEqn, inputs: list[Any], jits: dict) ->
             table.note(eqn, inputs, outputs)
         return outputs
     name = eqn.primitive.name
-    if name in _ENTER:
-        return _ENTER[name](table, eqn, inputs, jits)
+    if name in _ENTERED:
+        return _ENTERED[name](table, eqn, inputs, jits)
     rule = table.rules.get(name)
     result = Decline(f"{name} has no rule for it") if rule is None else rule(eqn, inputs)
     if isinstance(result, Decline):
         return _compat.bind(eqn, [_open(table, v, eqn, result.reason) for v in inputs])
     return result
+
+
+def _enter(table: Table, jaxpr: Any, args: Sequence[Any], held: Any, jits: dict) -> list[Any]:
+    """The outputs of an inner jaxpr, and last what the thread holds after it."""
+    if table.thread is None:
+        return [*_run(table, jaxpr, args, jits), ()]
+    table.thread.value = held
+    outputs = _run(table, jaxpr, args, jits)
+    held, table.thread.value = table.thread.value, None  # no tracer outlives its trace
+    return [*outputs, held]
+
+
+def _leave(table: Table, outputs: Sequence[Any]) -> list[Any]:
+    """The outputs without their last, which the thread takes."""
+    if table.thread is not None:
+        table.thread.value = outputs[-1]
+    return list(outputs[:-1])
+
+
+def _held(table: Table) -> Any:
+    return () if table.thread is None else table.thread.value
 
 
 def _open(table: Table, value: Any, eqn: _compat.JaxprEqn, reason: str) -> Any:
@@ -108,21 +151,22 @@ def _jit(table: Table, eqn: _compat.JaxprEqn, inputs: list[Any], jits: dict) -> 
     if key not in jits:
 
         def call(*args: Any) -> list[Any]:
-            return _run(table, inner, args, jits)
+            return _enter(table, inner, args[:-1], args[-1], jits)
 
         call.__name__ = params["name"]
         boxed = [table.is_box(v) for v in inputs]
         jits[key] = jax.jit(call, **_compat.jit_options(params, boxed))
-    return jits[key](*inputs)
+    return _leave(table, jits[key](*inputs, _held(table)))
 
 
 def _remat(table: Table, eqn: _compat.JaxprEqn, inputs: list[Any], jits: dict) -> list[Any]:
     params = eqn.params
 
     def call(*args: Any) -> list[Any]:
-        return _run(table, params["jaxpr"], args, jits)
+        return _enter(table, params["jaxpr"], args[:-1], args[-1], jits)
 
-    return jax.checkpoint(call, prevent_cse=params["prevent_cse"], policy=params["policy"])(*inputs)
+    again = jax.checkpoint(call, prevent_cse=params["prevent_cse"], policy=params["policy"])
+    return _leave(table, again(*inputs, _held(table)))
 
 
 def _scan(table: Table, eqn: _compat.JaxprEqn, inputs: list[Any], jits: dict) -> list[Any]:
@@ -139,13 +183,14 @@ def _scan(table: Table, eqn: _compat.JaxprEqn, inputs: list[Any], jits: dict) ->
         sliced.append(_open(table, x, eqn, reason) if cut is None else cut)
 
     def step(state: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
-        outs = _run(table, params["jaxpr"], [*consts, *moving.join(state), *x], jits)
+        args = [*consts, *moving.join(state[:-1]), *x]
+        *outs, held = _enter(table, params["jaxpr"], args, state[-1], jits)
         ys = [_open(table, v, eqn, "a scan stacks it") for v in outs[num_carry:]]
-        return moving.part(outs[:num_carry]), ys
+        return [*moving.part(outs[:num_carry]), held], ys
 
     options = {k: params[k] for k in ("length", "reverse", "unroll") if k in params}
-    end, ys = jax.lax.scan(step, moving.part(carry), sliced, **options)
-    return moving.join(end) + list(ys)
+    end, ys = jax.lax.scan(step, [*moving.part(carry), _held(table)], sliced, **options)
+    return moving.join(_leave(table, end)) + list(ys)
 
 
 def _while(table: Table, eqn: _compat.JaxprEqn, inputs: list[Any], jits: dict) -> list[Any]:
@@ -157,13 +202,16 @@ def _while(table: Table, eqn: _compat.JaxprEqn, inputs: list[Any], jits: dict) -
     moving = _Moving(table, eqn, carry, body.outvars, body.invars[num_body:])
 
     def cond(state: list[Any]) -> Any:
-        return _run(table, params["cond_jaxpr"], [*cond_consts, *moving.join(state)], jits)[0]
+        args = [*cond_consts, *moving.join(state[:-1])]
+        return _enter(table, params["cond_jaxpr"], args, state[-1], jits)[0]
 
     def step(state: list[Any]) -> list[Any]:
-        args = [*body_consts, *moving.join(state)]
-        return moving.part(_run(table, params["body_jaxpr"], args, jits))
+        args = [*body_consts, *moving.join(state[:-1])]
+        *outs, held = _enter(table, params["body_jaxpr"], args, state[-1], jits)
+        return [*moving.part(outs), held]
 
-    return moving.join(jax.lax.while_loop(cond, step, moving.part(carry)))
+    end = jax.lax.while_loop(cond, step, [*moving.part(carry), _held(table)])
+    return moving.join(_leave(table, end))
 
 
 class _Moving:
@@ -200,21 +248,24 @@ def _cond(table: Table, eqn: _compat.JaxprEqn, inputs: list[Any], jits: dict) ->
     branches = eqn.params["branches"]
     index = _open(table, index, eqn, "it chooses a branch")
 
+    held = _held(table)
+
     def plain(branch: Any) -> list[Any]:
-        outs = jax.eval_shape(lambda *args: _run(table, branch, args, jits), *operands)
-        return [jax.tree.structure(v) for v in outs]
+        run = lambda *args: _enter(table, branch, args[:-1], args[-1], jits)[:-1]
+        return [jax.tree.structure(v) for v in jax.eval_shape(run, *operands, held)]
 
     alike = [len(set(trees)) == 1 for trees in zip(*map(plain, branches), strict=True)]
 
     def enter(branch: Any) -> Callable[..., list[Any]]:
         def call(*args: Any) -> list[Any]:
-            outs = zip(_run(table, branch, args, jits), alike, strict=True)
+            *outs, after = _enter(table, branch, args[:-1], args[-1], jits)
             reason = "the branches hold it differently"
-            return [v if same else _open(table, v, eqn, reason) for v, same in outs]
+            pairs = zip(outs, alike, strict=True)
+            return [*(v if same else _open(table, v, eqn, reason) for v, same in pairs), after]
 
         return call
 
-    return list(jax.lax.switch(index, [enter(b) for b in branches], *operands))
+    return _leave(table, jax.lax.switch(index, [enter(b) for b in branches], *operands, held))
 
 
 def _shard_map(table: Table, eqn: _compat.JaxprEqn, inputs: list[Any], jits: dict) -> list[Any]:
@@ -225,23 +276,37 @@ def _shard_map(table: Table, eqn: _compat.JaxprEqn, inputs: list[Any], jits: dic
         entered = entered or (_open(table, value, eqn, reason), spec)
         values.append(entered[0])
         specs.append(entered[1])
+    mesh, manual = params["mesh"], params["newly_manual_axes"]
+    held, per_shard, thread = (), (), table.thread
+    if thread is not None:
+        held, per_shard = thread.split(thread.value, math.prod(mesh.shape[a] for a in manual))
+    axes = tuple(a for a in mesh.axis_names if a in manual)
+    spec = jax.sharding.PartitionSpec
+    over = jax.tree.map(lambda own: spec(axes) if own else spec(), per_shard)
+    held = jax.tree.map(lambda v, where: _compat.laid_out(v, mesh, where), held, over)
 
     def call(*args: Any) -> list[Any]:
-        outs = _run(table, params["jaxpr"], args, jits)
-        return [_open(table, v, eqn, "a shard_map returns it") for v in outs]
+        mine = jax.tree.map(lambda v, own: v[0] if own else v, args[-1], per_shard)
+        *outs, after = _enter(table, params["jaxpr"], args[:-1], mine, jits)
+        outs = [_open(table, v, eqn, "a shard_map returns it") for v in outs]
+        return [*outs, jax.tree.map(lambda v, own: v[None] if own else v, after, per_shard)]
 
     mapped = jax.shard_map(
         call,
-        mesh=params["mesh"],
-        in_specs=tuple(specs),
-        out_specs=list(params["out_specs"]),
-        axis_names=params["newly_manual_axes"],
+        mesh=mesh,
+        in_specs=(*specs, over),
+        out_specs=[*params["out_specs"], over],
+        axis_names=manual,
         check_vma=params["check_vma"],
     )
-    return list(mapped(*values))
+    *outs, after = mapped(*values, held)
+    if thread is not None:
+        whole = jax.tree.map(lambda v: _compat.laid_out(v, mesh, spec()), after)
+        thread.value = thread.join(whole)
+    return outs
 
 
-_ENTER = {
+_ENTERED = {
     "jit": _jit,
     "pjit": _jit,
     "remat": _remat,

@@ -107,7 +107,7 @@ def pad_stats(stats: Stats, how: Layout) -> Stats:
         if leaf is None:
             return None
         kept = leaf.shape[: leaf.ndim - axes]
-        split = leaf.reshape(*kept, *(-1, size) * axes)
+        split = leaf.reshape(*kept, *(how.rows // how.inner, size) * axes)
         widths = [(0, 0)] * len(kept) + [(0, 0), (0, how.inner - size)] * axes
         return jnp.pad(split, widths).reshape(*kept, *(how.rows,) * axes)
 

@@ -20,7 +20,6 @@ from qjax.activation import Activation
 from qjax.formats import FORMATS, join_planes, split_planes
 from qjax.prepared import Prepared
 from qjax.qtensor import QTensor, Quantized, dequantize
-from qjax.rounding import SCALE_METHODS
 from qjax.spec import Spec
 
 Axes = tuple[int, ...]
@@ -490,9 +489,15 @@ def _codes_of(x: jax.Array, act: Activation, op: Op, extra: tuple) -> tuple[Any,
 
 @functools.partial(jax.jit, static_argnums=(1, 2))  # a model has hundreds: traced and lowered once
 def _rounded(x: jax.Array, spec: Spec, block: blocks.Block) -> tuple[Any, jax.Array]:
-    rounded = SCALE_METHODS[spec.scale_method](x, spec, block, block)
-    assert isinstance(rounded.scale, jax.Array)
-    return split_planes(FORMATS[spec.format], rounded.codes), rounded.scale
+    """As `quantize`, but the scale is max|x| * (1 / largest code): XLA fuses a product for free."""
+    fmt = FORMATS[spec.format]
+    top = blocks.largest(x, block)
+    inverse = fmt.max / jnp.where(top < fmt.max * _TINY, jnp.inf, top)
+    codes = blocks.apply(lambda v, s: fmt.encode(v * s), x, block, inverse)
+    return split_planes(fmt, codes), jnp.where(jnp.isfinite(top), top * (1 / fmt.max), jnp.nan)
+
+
+_TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
 def _operands(x_codes: Any, q: QTensor) -> tuple[Any, jax.Array, Any]:

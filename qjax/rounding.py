@@ -5,6 +5,7 @@ elementwise or block-wise, so that they run under jit on arrays of any rank. `wh
 everything that one weight of a stack spans.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -74,10 +75,23 @@ def mean(w: jax.Array, spec: Spec, block: blocks.Block, whole: blocks.Block) -> 
     The mean is kept once per block, so that leaves stay alike in shape.
     """
     view, within, _ = blocks.split(w, whole)
-    average = jnp.mean(view, axis=within).reshape(blocks.scale_shape(w.shape, whole))
+    lines = jnp.moveaxis(view, within, range(view.ndim - len(within), view.ndim))
+    count = math.prod(view.shape[a] for a in within)
+    lines = lines.reshape(*lines.shape[: view.ndim - len(within)], count)
+    average = _sum_by_halves(lines) / max(count, 1)
+    average = average.reshape(blocks.scale_shape(w.shape, whole))
     centered = blocks.apply(jnp.subtract, w, whole, average)
     rounded = absmax(centered, spec, block, whole)
     return rounded._replace(offset=jnp.broadcast_to(average, blocks.scale_shape(w.shape, block)))
+
+
+def _sum_by_halves(x: jax.Array) -> jax.Array:
+    """The sum along the last axis in one order on every machine: XLA's depends on the processor."""
+    length = 1 << (max(x.shape[-1], 1) - 1).bit_length()
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, length - x.shape[-1])])
+    while (half := x.shape[-1] // 2) > 0:
+        x = lax.optimization_barrier(x[..., :half] + x[..., half:])
+    return x[..., 0]
 
 
 def mse(w: jax.Array, spec: Spec, block: blocks.Block, whole: blocks.Block) -> Rounded:

@@ -77,12 +77,25 @@ def find_sites(
     values = [v for _, v in leaves]
     jaxpr = tracing.trace(fn, values, tree, lambda v: v).jaxpr
     num_params = len(jax.tree.leaves(params))
-    finder = _Finder()
     paths = [
         tracing.param_path(p[2:]) if i < num_params else None
         for i, (p, v) in enumerate(leaves)
         if tracing.is_array(v)
     ]
+    by_path: dict[str, list[Site]] = {}
+    for site in walk(jaxpr, [v for v in values if tracing.is_array(v)], paths).values():
+        by_path.setdefault(site.path, []).append(site)
+    return {path: tuple(found) for path, found in by_path.items()}
+
+
+def walk(
+    jaxpr: Any, values: Sequence[Any], paths: Sequence[str | None]
+) -> dict[tuple[int, str], Site]:
+    """The sites in a closed jaxpr, in program order, by the `id` of their equation and their path.
+
+    `values` are its arguments; those that are parameters have a path.
+    """
+    finder = _Finder()
 
     def run(arrays: list[Any]) -> None:
         boxes = [
@@ -91,8 +104,8 @@ def find_sites(
         ]
         interpret(finder.table(), jaxpr, boxes)
 
-    jax.eval_shape(run, [v for v in values if tracing.is_array(v)])
-    return finder.sites()
+    jax.eval_shape(run, list(values))
+    return finder.found
 
 
 class ValueNumbers:
@@ -133,7 +146,7 @@ class _Finder:
     """Collects sites during one walk."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple[Any, ...], Site] = {}
+        self.found: dict[tuple[int, str], Site] = {}
         self._values = ValueNumbers()
 
     def table(self) -> Table:
@@ -153,12 +166,6 @@ class _Finder:
             lambda box, spec, mesh: (box, dataclasses.replace(box, value=spec)),
             self._values.note,
         )
-
-    def sites(self) -> dict[str, tuple[Site, ...]]:
-        by_path: dict[str, list[Site]] = {}
-        for site in self._found.values():
-            by_path.setdefault(site.path, []).append(site)
-        return {path: tuple(found) for path, found in by_path.items()}
 
     def _key_of(self, value: Any) -> str:
         return value.path if isinstance(value, _Tagged) else self._values.key(value)
@@ -226,7 +233,7 @@ class _Finder:
         seen = {a for axes in box.axes for a in axes}
         free = tuple(sorted(seen - set(contract) - set(batch)))
         site = Site(box.path, eqn.primitive.name, side, contract, batch, free, box.stacked, key)
-        self._found.setdefault((id(eqn), box.path), site)
+        self.found.setdefault((id(eqn), box.path), site)
 
 
 def _axes(box: _Tagged, dims: Sequence[int]) -> tuple[int, ...]:

@@ -1,6 +1,9 @@
 """quantize_sequential against the definition: the model cut by hand at every site."""
 
 import json
+import subprocess
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -200,6 +203,51 @@ def test_killed_anywhere_and_resumed_it_ends_with_the_same_bits(tmp_path):
         assert jax.tree.structure(again) == jax.tree.structure(whole)
         for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(whole), strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+CHILD = """
+import sys
+sys.path.insert(0, "tests")
+import jax, numpy as np, qjax
+from test_sequential import deep, normal
+fn, p = deep(12)
+xs = [normal(90 + i, 64, 8) for i in range(2)]
+recipe = qjax.Recipe(qjax.Rule(".*", "int4_g4", qjax.gptq(act_order="dynamic")))
+q = qjax.quantize_sequential(fn, p, xs, recipe, sys.argv[1], log=lambda e: print(e, flush=True))
+np.savez(sys.argv[2], *[np.asarray(v).astype(np.float32) for v in jax.tree.leaves(q)])
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments_by_the_system(tmp_path):
+    def start(folder):
+        command = [
+            sys.executable,
+            "-c",
+            CHILD,
+            str(tmp_path / folder),
+            str(tmp_path / folder) + ".npz",
+        ]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    begin, child = time.perf_counter(), start("whole")
+    child.stdout.readline()
+    first = time.perf_counter() - begin
+    child.communicate()
+    span = time.perf_counter() - begin - first
+    wanted, rng, cut = np.load(tmp_path / "whole.npz"), np.random.default_rng(0), set()
+    for trial in range(20):
+        folder = f"run{trial}"
+        child = start(folder)
+        child.stdout.readline()  # the first site is done
+        time.sleep(rng.uniform(0, 0.7 * span))
+        child.kill()
+        child.communicate()
+        cut.add(len(list((tmp_path / folder).glob("[0-9]*"))))
+        start(folder).communicate()
+        got = np.load(tmp_path / f"{folder}.npz")
+        assert all(np.array_equal(got[n], wanted[n]) for n in wanted.files)
+    assert len(cut) > 3  # it was killed in different places
 
 
 def test_a_run_on_other_batches_is_refused(tmp_path):

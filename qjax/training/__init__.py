@@ -1,0 +1,10 @@
+"""Low-precision training: pure transforms of any loss function."""
+
+from qjax.training.low_precision import FP8 as FP8
+from qjax.training.low_precision import fp8 as fp8
+from qjax.training.recipes import RECIPES as RECIPES
+from qjax.training.recipes import Cast as Cast
+from qjax.training.recipes import Recipe as Recipe
+from qjax.training.state import State as State
+from qjax.training.straight_through import FakeQuant as FakeQuant
+from qjax.training.straight_through import fake_quant as fake_quant

@@ -1,0 +1,78 @@
+"""Named recipes on small decoders: what each parameter becomes."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import qjax
+from qjax import models
+from qjax.recipes import RECIPES, named
+from qjax.tracing import param_path
+from qjax.transform import decide
+
+SIZES = {"vocab_size": 64, "hidden_size": 256, "intermediate_size": 512, "num_layers": 2}
+SIZES |= {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64}
+
+
+def decided(name, **change):
+    """What the recipe makes of each parameter: the string of its Spec, or why it is kept."""
+    model = models.Decoder(models.Config(**SIZES | change))
+    tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    sites = qjax.find_sites(model.apply, params, tokens)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    shapes = {param_path(p): v for p, v in leaves}
+    found = decide(shapes, named(name), sites)
+    return {
+        path: str(d.spec) if d.spec is not None else f"kept: {d.kept}" for path, d in found.items()
+    }
+
+
+@pytest.mark.parametrize("name", [n for n in RECIPES if "_k_" not in n])
+def test_projections_are_quantized_the_table_and_router_kept_the_head_in_8_bits(name):
+    dense = decided(name)
+    spec = str(named(name).rules[-1].spec)
+    assert {v for p, v in dense.items() if p.count("layers") and p.endswith("kernel")} == {spec}
+    assert dense["params/embed/embedding"].startswith("kept: rule '.*' where is_gathered")
+    assert dense["params/head/kernel"].removesuffix("_e4m3") in ("int8", "fp8")
+    assert decided(name, tied=True)["params/embed/embedding"].startswith("kept")
+    experts = decided(name, num_experts=4, experts_per_token=2, scan=True)
+    router = experts["params/layers/block/mlp/router/kernel"]
+    assert router.startswith("kept: rule")
+    assert experts["params/layers/block/mlp/experts/down/kernel"] == spec
+
+
+def test_a_mix_of_k_quants():
+    mix = decided("q4_k_m")
+    layer = "params/layers_1/"
+    assert mix[f"{layer}attention/v/kernel"] == mix[f"{layer}mlp/down/kernel"] == "q6_k"
+    others = [f"{layer}attention/{n}/kernel" for n in "qko"] + [
+        f"{layer}mlp/{n}/kernel" for n in ("gate", "up")
+    ]
+    assert {mix[p] for p in others} == {"q4_k"}
+    assert mix["params/embed/embedding"] == mix["params/head/kernel"] == "q6_k"
+    assert decided("q5_k_m")[others[0]] == "q5_k"
+    assert decided("q3_k_m")[others[0]] == "q3_k"
+
+
+def test_mixed_precision_by_path_stands_in_front():
+    recipe = qjax.Recipe(qjax.Rule(".*/down/kernel", "int8"), *named("w4a16_gptq").rules)
+    assert recipe.rule_for("params/layers_0/mlp/down/kernel", ()).spec.format == "int8"
+    assert recipe.rule_for("params/layers_0/mlp/up/kernel", ()).algorithm.name == "gptq"
+
+
+def test_algorithms_run_on_their_recipes_specs():
+    w = jax.random.normal(jax.random.key(0), (128, 8))
+    x = jax.random.normal(jax.random.key(1), (64, 128))
+    stats = qjax.Stats(x.T @ x, jnp.abs(x).mean(0), jnp.abs(x).max(0), jnp.square(x).mean(0))
+    for make in RECIPES.values():
+        rule = make().rules[-1]
+        if rule.algorithm is not None:
+            q = rule.algorithm.finish(*rule.algorithm.quantize(w, rule.spec, stats))
+            error = jnp.linalg.norm(w - qjax.dequantize(q)) / jnp.linalg.norm(w)
+            assert error < (0.5 if rule.spec.format == "int3" else 0.25)
+
+
+def test_an_unknown_name():
+    with pytest.raises(ValueError, match=r"no recipe is named 'w4'; there are w8a16, .*q4_k_m"):
+        named("w4")
