@@ -96,6 +96,31 @@ def _parser() -> argparse.ArgumentParser:
         "spec none keeps them; rules go before --spec, the first that matches decides; embeddings "
         "and tied heads are kept unless a rule names them",
     )
+    quantize.add_argument(
+        "--algorithm",
+        choices=("rtn", "gptq", "awq", "smoothquant", "llm_int8", "hqq"),
+        help="how codes are chosen for --spec (rules round to nearest)",
+    )
+    quantize.add_argument(
+        "--calibration", metavar="FILE", help="UTF-8 text for algorithms that calibrate; - is stdin"
+    )
+    quantize.add_argument(
+        "--windows", type=_at_least(1), default=64, metavar="N", help="windows of that text (64)"
+    )
+    quantize.add_argument(
+        "--length", type=_at_least(2), default=512, metavar="N", help="tokens per window (512)"
+    )
+    quantize.add_argument(
+        "--batch", type=_at_least(1), default=4, metavar="N", help="windows run at once (4)"
+    )
+    quantize.add_argument(
+        "--checkpoint", metavar="DIR", help="save every site here, and resume from here"
+    )
+    quantize.add_argument(
+        "--report",
+        metavar="BASE",
+        help="write the error of each weight to BASE.json and BASE.png (DIR-report)",
+    )
     quantize.add_argument("--output", required=True, metavar="DIR", help="the folder to write")
     quantize.add_argument(
         "--force", action="store_true", help="replace DIR if qjax wrote it earlier"

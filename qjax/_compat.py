@@ -57,6 +57,13 @@ def explicit_shards(x: Any) -> tuple[int, ...]:
     return tuple(math.prod(sharding.mesh.shape[n] for n in axis) for axis in names)
 
 
+def laid_out(x: Any, mesh: Any, spec: jax.sharding.PartitionSpec) -> Any:
+    """`x` with `spec` in its type where the mesh has Explicit axes; as it is elsewhere."""
+    if jax.sharding.AxisType.Explicit not in mesh.axis_types:
+        return x
+    return jax.sharding.reshard(x, jax.sharding.NamedSharding(mesh, spec))
+
+
 def varying_axes(x: Any) -> list[str]:
     """The manual mesh axes that `x` is known to vary over, where `check_vma` keeps account."""
     return sorted(getattr(jax.typeof(x), "vma", ()))

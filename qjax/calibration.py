@@ -160,6 +160,7 @@ class Call:
             for v, fit in zip(arrays, fits, strict=True)
         ]
 
+    @functools.cached_property
     def sites(self) -> dict[str, Any]:
         """`find_sites` of the function: QTensors in the parameters are none."""
         args, kwargs = self.arguments(self.arrays)
@@ -185,7 +186,7 @@ def wanted(call: Call, recipe: Recipe) -> dict[str, Any]:
     """By path, the decision for each parameter whose algorithm needs statistics."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(call.params, is_leaf=is_qtensor)
     named = {tracing.param_path(p): v for p, v in leaves}
-    decisions = decide(named, recipe, call.sites())
+    decisions = decide(named, recipe, call.sites)
     found = {path: d for path, d in decisions.items() if d.needs}
     if not found:
         raise ValueError(

@@ -120,9 +120,12 @@ def _step(table: Table, eqn: _compat.JaxprEqn, inputs: list[Any], jits: dict) ->
 
 def _enter(table: Table, jaxpr: Any, args: Sequence[Any], held: Any, jits: dict) -> list[Any]:
     """The outputs of an inner jaxpr, and last what the thread holds after it."""
-    if table.thread is not None:
-        table.thread.value = held
-    return [*_run(table, jaxpr, args, jits), _held(table)]
+    if table.thread is None:
+        return [*_run(table, jaxpr, args, jits), ()]
+    table.thread.value = held
+    outputs = _run(table, jaxpr, args, jits)
+    held, table.thread.value = table.thread.value, None  # no tracer outlives its trace
+    return [*outputs, held]
 
 
 def _leave(table: Table, outputs: Sequence[Any]) -> list[Any]:
@@ -280,6 +283,7 @@ def _shard_map(table: Table, eqn: _compat.JaxprEqn, inputs: list[Any], jits: dic
     axes = tuple(a for a in mesh.axis_names if a in manual)
     spec = jax.sharding.PartitionSpec
     over = jax.tree.map(lambda own: spec(axes) if own else spec(), per_shard)
+    held = jax.tree.map(lambda v, where: _compat.laid_out(v, mesh, where), held, over)
 
     def call(*args: Any) -> list[Any]:
         mine = jax.tree.map(lambda v, own: v[0] if own else v, args[-1], per_shard)
@@ -297,7 +301,8 @@ def _shard_map(table: Table, eqn: _compat.JaxprEqn, inputs: list[Any], jits: dic
     )
     *outs, after = mapped(*values, held)
     if thread is not None:
-        thread.value = thread.join(after)
+        whole = jax.tree.map(lambda v: _compat.laid_out(v, mesh, spec()), after)
+        thread.value = thread.join(whole)
     return outs
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from qjax import _compat, token_masks
 from qjax.algorithms.base import Stats
@@ -377,8 +378,46 @@ class Observer:
             self._emit(name, total)
         return list(outs), token_masks.follow(eqn, [_open(index), *plain], masks, outs)
 
+    def _shard_map(
+        self, eqn: _compat.JaxprEqn, inputs: Values, masks: Masks
+    ) -> tuple[Values, Masks]:
+        """Every shard observes its own tokens of whole features, and they are summed."""
+        params, names = eqn.params, tuple(sorted(eqn.params["newly_manual_axes"]))
+        boxes = [
+            _sharded(v, spec) if isinstance(v, Tagged) else None
+            for v, spec in zip(inputs, params["in_specs"], strict=True)
+        ]
+        held = [(i, m) for i, m in enumerate(masks) if m is not None]
+        mask_specs = [_mask_spec(m, params["in_specs"][i]) for i, m in held]
+
+        def call(values: Values, kept: list[Any]) -> Any:
+            inside: Masks = [None] * len(values)
+            for (i, _), m in zip(held, kept, strict=True):
+                inside[i] = m
+            args = [
+                v if box is None else dataclasses.replace(box, value=v)
+                for v, box in zip(values, boxes, strict=True)
+            ]
+            with self._scope() as emitted:
+                outs, _ = self.run(params["jaxpr"], args, inside)
+            checked = params["check_vma"]
+            return _opened(outs), {n: _over_shards(t, names, checked) for n, t in emitted.items()}
+
+        outs, emitted = jax.shard_map(
+            call,
+            mesh=params["mesh"],
+            in_specs=(list(params["in_specs"]), mask_specs),
+            out_specs=(list(params["out_specs"]), PartitionSpec()),
+            axis_names=params["newly_manual_axes"],
+            check_vma=params["check_vma"],
+        )(_opened(inputs), [m for _, m in held])
+        for name, total in emitted.items():
+            self._emit(name, total)
+        return list(outs), token_masks.follow(eqn, _opened(inputs), masks, outs)
+
 
 _ENTER: Mapping[str, Callable[..., tuple[Values, Masks]]] = {
+    "shard_map": Observer._shard_map,
     "scan": Observer._scan,
     "while": Observer._while,
     "cond": Observer._cond,
@@ -458,7 +497,7 @@ class Operand(NamedTuple):
     def _widened(self, x: jax.Array, dim: int, group: Axes, sizes: Sequence[int]) -> jax.Array:
         """Widens x with zeros where the parameter is a slice along a contracted axis."""
         size = math.prod(sizes)
-        if x.shape[dim] == size:
+        if x.shape[dim] == size and None not in (dict(self.box.starts).get(a, 0) for a in group):
             return x
         start = dict(self.box.starts).get(group[0], 0) if len(group) == 1 else None
         if start is None:
@@ -598,6 +637,41 @@ def _starts(eqn: _compat.JaxprEqn, box: Tagged, outputs: Values) -> list[Any]:
                 starts[a] = before + begin[d] if known and before is not None else None
         found.append(tuple(sorted(starts.items())))
     return found
+
+
+def _sharded(box: Tagged, spec: Any) -> Tagged:
+    """A parameter in a shard_map: where a cut axis begins is not known before it runs."""
+    cut = {
+        a for axes, entry in zip(box.axes, spec, strict=False) if entry is not None for a in axes
+    }
+    return dataclasses.replace(
+        box, starts=tuple(sorted((dict(box.starts) | dict.fromkeys(cut)).items()))
+    )
+
+
+def _mask_spec(mask: jax.Array, spec: Any) -> PartitionSpec:
+    entries = [*spec, *[None] * (mask.ndim - len(spec))]
+    return PartitionSpec(*(e if s != 1 else None for e, s in zip(entries, mask.shape, strict=True)))
+
+
+def _over_shards(total: Stats, names: tuple[str, ...], checked: bool) -> Stats:
+    """Totals over the shards among which x differs; without a check, over all."""
+    if total.samples is not None:
+        raise ValueError("samples cannot be kept inside a shard_map; use an algorithm without them")
+    if checked:
+        varying = {n for v in jax.tree.leaves(total) for n in _compat.varying_axes(v)}
+        names = tuple(n for n in names if n in varying)
+    if not names:
+        return total
+
+    def over(reduce: Callable[..., Any], v: jax.Array) -> jax.Array:
+        missing = tuple(n for n in names if n not in _compat.varying_axes(v))
+        return reduce(lax.pcast(v, missing, to="varying") if checked and missing else v, names)
+
+    fields = {f.name: getattr(total, f.name) for f in dataclasses.fields(Stats)}
+    reduces = {"max_abs": lax.pmax}
+    known = {n: v for n, v in fields.items() if v is not None}
+    return Stats(**{n: over(reduces.get(n, lax.psum), v) for n, v in known.items()})
 
 
 def _lead(total: Stats) -> Axes:

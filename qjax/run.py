@@ -188,12 +188,12 @@ def run_table(record: Record | None) -> Table:
         tensor, specs = entered
         return dataclasses.replace(box, tensor=tensor), dataclasses.replace(box, tensor=specs)
 
-    rules = {name: functools.partial(_carry, rule) for name, rule in STRUCTURAL.items()}
+    rules = {name: functools.partial(carry, rule) for name, rule in STRUCTURAL.items()}
     rules |= {name: functools.partial(rule, note) for name, rule in COMPUTING.items()}
     return Table(lambda v: isinstance(v, Box), rules, open_box, slice_leading, shard)
 
 
-def _carry(
+def carry(
     rule: Callable[[dict[str, Any], list[Any]], Any], eqn: _compat.JaxprEqn, inputs: list[Any]
 ) -> list[Any] | Decline:
     """Runs a structural rule on the tensors inside boxes and boxes what comes out."""

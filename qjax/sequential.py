@@ -94,7 +94,7 @@ def quantize_sequential(
         raise ValueError("quantize_sequential: there are no batches; give at least one")
     leaves, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qtensor)
     named = {tracing.param_path(p): v for p, v in leaves}
-    sites = calls[0].sites()
+    sites = calls[0].sites
     decisions = decide(named, recipe, sites)
     needed = wanted(calls[0], recipe)
     rest = {path: v for path, v in named.items() if path not in needed}
@@ -104,12 +104,13 @@ def quantize_sequential(
     for visit in progress(work.visits()):
         done = None if saved is None else saved.load(visit.number)
         if done is None:
-            solved: list[Solved] = []
-            done = work.quantize(visit, min_tokens, solved.append)
+            entries: list[Solved] = []
+            done = work.quantize(visit, min_tokens, entries.append if log is not None else None)
             if saved is not None:
                 saved.store(visit.number, done)
-            for entry in solved if log is not None else ():
-                log(entry)  # pyright: ignore[reportOptionalCall]
+            if log is not None:
+                for entry in entries:
+                    log(entry)
         work.take(done)
     return jax.tree.unflatten(tree, [work.result(path) for path in named])
 
@@ -176,7 +177,7 @@ class _Walk:
             for i, units in enumerate(plan)
         ]
 
-    def quantize(self, visit: _Visit, min_tokens: int, log: Log) -> dict[Unit, QTensor]:
+    def quantize(self, visit: _Visit, min_tokens: int, log: Log | None) -> dict[Unit, QTensor]:
         """Observes all batches at a stop, and quantizes what is ready."""
         self._advance(visit)
         found: dict[int, Stats] | None = None
@@ -197,7 +198,11 @@ class _Walk:
                 if total is not None:
                     before = self._totals.get(unit)
                     self._totals[unit] = total if before is None else add(before, total)
-        tasks = [self._task(u, visit, alone=self._totals[u] is not shared) for u in visit.ready]
+        together = None if shared is None else finished(shared)
+        tasks = [
+            self._task(u, visit, together if self._totals[u] is shared else None)
+            for u in visit.ready
+        ]
         done = solve(tasks, min_tokens, log)
         for unit in visit.ready:
             del self._totals[unit]
@@ -229,7 +234,7 @@ class _Walk:
         for path in self._programs:
             path.drop(path.markers[visit.position][0].index, visit.position)
 
-    def _task(self, unit: Unit, visit: _Visit, alone: bool) -> Task:
+    def _task(self, unit: Unit, visit: _Visit, shared: Stats | None) -> Task:
         decision = self._needed[unit.path]
         spec, algorithm = decision.spec, decision.algorithm
         assert spec is not None
@@ -237,8 +242,8 @@ class _Walk:
         down = 0 if unit.layer is None else 1
         axis = tuple(a - down for a in decision.axis)
         batch_axis = tuple(a - down for a in decision.batch_axis if a >= down)
-        stats = finished(self._totals[unit])
-        key = None if alone else visit.number
+        stats = finished(self._totals[unit]) if shared is None else shared
+        key = None if shared is None else visit.number
         return Task(str(unit), self._weight(unit), spec, axis, batch_axis, algorithm, stats, key)
 
     def _shape(self, unit: Unit) -> tuple[int, ...]:
@@ -425,5 +430,9 @@ def _described(rule: Any) -> str:
 def _options(algorithm: Algorithm) -> str:
     """The hyperparameters of an algorithm: what its closure holds."""
     cells = getattr(algorithm.quantize, "__closure__", None) or ()
+    values = [c.cell_contents for c in cells]
+    inner = [f"{v.name} {_options(v)}" for v in values if isinstance(v, Algorithm)]
     kinds = (str, int, float, bool, type(None), tuple)
-    return repr([c.cell_contents for c in cells if isinstance(c.cell_contents, kinds)])
+    return repr(
+        [v for v in values if isinstance(v, kinds) and not isinstance(v, Algorithm)] + inner
+    )

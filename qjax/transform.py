@@ -106,6 +106,7 @@ def requantize_params(
     recipe: Recipe | Spec | str,
     sites: Sites | None = None,
     progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
+    log: Callable[[Solved], None] | None = None,
 ) -> tuple[Any, dict[str, Decision]]:
     """`quantize_params` where QTensors are quantized anew: the weights of a file held in codes.
 
@@ -116,6 +117,7 @@ def requantize_params(
       params: a pytree of arrays and QTensors.
       recipe, sites: as for `quantize_params`.
       progress: hands on the weights one by one, and may show how far it is.
+      log: called with what an algorithm did to each weight.
 
     Returns:
       The quantized pytree, and by path what was decided.
@@ -143,7 +145,7 @@ def requantize_params(
         value = dequantize(leaf) if again else leaf
         if decision.algorithm is None:
             return _apply(path, value, decision)
-        return solve([_task(path, value, decision, None, None)], MIN_TOKENS, None)[path]
+        return solve([_task(path, value, decision, None, None)], MIN_TOKENS, log)[path]
 
     done = [one(path, leaf) for path, leaf in progress(list(named.items()))]
     return jax.tree.unflatten(tree, done), decisions

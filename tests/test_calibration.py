@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
 import qjax
 from qjax.algorithms.base import Algorithm
@@ -325,6 +326,40 @@ def test_sharded_batches():
     where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     stats = qjax.calibrate(lambda p, x: x @ p["w"], p, [jax.device_put(x, where)], recipe())
     check(stats["w"], flat(x, 6))
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_inside_shard_map(checked):
+    mesh = jax.make_mesh((2, 2), ("data", "out"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    run = jax.shard_map(
+        lambda w, x: x @ w,
+        mesh=mesh,
+        in_specs=(P(None, "out"), P("data")),
+        out_specs=P("data", "out"),
+        check_vma=checked,
+    )
+    x, keep = normal(1, 8, 6), np.arange(8) % 3 > 0
+    mask = lambda x: jnp.asarray(keep)
+    fn = lambda p, x: run(p["w"], x)
+    stats = qjax.calibrate(fn, {"w": normal(0, 6, 4)}, [x], recipe(), mask=mask)["w"]
+    times = 1 if checked else 2  # unchecked, each replica counts
+    np.testing.assert_allclose(stats.hessian, times * x[keep].T @ x[keep], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(stats.mean_abs, np.abs(x[keep]).mean(0), rtol=1e-5)
+    assert float(stats.count) == times * keep.sum()
+
+
+def test_features_cut_by_a_shard_map_are_refused():
+    mesh = jax.make_mesh((2,), ("in",), axis_types=(jax.sharding.AxisType.Auto,))
+    run = jax.shard_map(
+        lambda w, x: lax.psum(x @ w, "in"),
+        mesh=mesh,
+        in_specs=(P("in"), P(None, "in")),
+        out_specs=P(),
+    )
+    with pytest.raises(ValueError, match=r"^w: a matmul contracts 3 of the 6 features"):
+        qjax.calibrate(
+            lambda p, x: run(p["w"], x), {"w": normal(0, 6, 4)}, [normal(1, 8, 6)], recipe()
+        )
 
 
 # --- what a user gets wrong

@@ -1,5 +1,6 @@
 """The command line as a user meets it: a process with standard output, errors and an exit code."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -310,3 +311,30 @@ def test_the_tokenizer_of_a_folder_travels_with_it(quantized_folder, tmp_path):
     shutil.copytree(quantized_folder[0], moved)
     data = cli_json("generate", moved, "--prompt", "Call me", "--max-tokens", 2)
     assert data["prompt_tokens"] == len(models.load(TINY)[2].encode("Call me"))
+
+
+def test_quantize_calibrates_with_a_text(tmp_path, failure):
+    out, base = tmp_path / "out", tmp_path / "errors"
+    data = cli_json(
+        *("quantize", TINY, "--spec", "int4_g32", "--algorithm", "gptq", "--output", out),
+        *("--calibration", TEXT, "--windows", 3, "--length", 24, "--batch", 2, "--report", base),
+        *("--checkpoint", tmp_path / "run", "--rule", ".*(q|k|v|o|gate|up)/kernel=none"),
+    )
+    solved = {entry["path"]: entry for entry in data["solved"]}
+    assert len(solved) == len([p for p in data["parameters"] if p["format"].startswith("int4")])
+    assert all(entry["tokens"] == 3 * 24 for entry in solved.values())
+    before, after = (sum(e[f"error_{n}"] for e in solved.values()) for n in ("before", "after"))
+    assert 0 < after < before
+    assert json.loads((tmp_path / "errors.json").read_text())["solved"] == data["solved"]
+    if importlib.util.find_spec("matplotlib"):
+        assert (tmp_path / "errors.png").read_bytes().startswith(b"\x89PNG")
+    else:
+        assert data["picture"] is None
+    model, params, _ = models.load(out)
+    logits = qjax.quantized(model.apply)(params, np.ones((1, 3), np.int32))
+    assert np.isfinite(logits).all()
+    short = ("--calibration", TEXT, "--windows", 10**6)
+    args = ("quantize", TINY, "--spec", "int4_g32", "--output", tmp_path / "x")
+    assert "give a longer text" in failure(*args, "--algorithm", "awq", *short)
+    assert "give --calibration FILE" in failure(*args, "--algorithm", "gptq")
+    assert "takes no --calibration" in failure(*args, "--algorithm", "hqq", *short)

@@ -38,7 +38,7 @@ FLOORS = (
     | {"structural", "tracing"},
     {"algorithms", "matrices", "ops", "prepared", "sites", "statistics", "token_masks"},
     {"exporting", "recipe", "recipes", "run", "solving"},
-    {"calibration", "observing", "reporting", "training", "transform"},
+    {"calibration", "observing", "programs", "reporting", "training", "transform"},
     {"evaluate", "io", "models", "sequential"},
     {"__main__", "cli"},
 )
@@ -185,7 +185,9 @@ def test_every_module_has_a_floor():
 def test_third_party_imports_are_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    declared = distributions(project["dependencies"] + extras["models"] + extras["gguf"])
+    declared = distributions(
+        project["dependencies"] + extras["models"] + extras["gguf"] + extras["plot"]
+    )
     providers = importlib.metadata.packages_distributions()
     for edge in imports(ROOT, "qjax"):
         top = edge.target.split(".")[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -55,6 +56,17 @@ def load_model(path: str) -> tuple[models.Decoder, Any, models.Tokenizer]:
         raise ValueError(f"{path}: no such file or folder")
     with progress_console().status(f"Loading {printable(path)}"):
         return models.load(path)
+
+
+def read_text(path: str) -> str:
+    """The text of a UTF-8 file; - is standard input."""
+    raw = sys.stdin.buffer.read() if path == "-" else pathlib.Path(path).read_bytes()
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})"
+        ) from None
 
 
 def printable(text: Any, keep: str = "") -> str:

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import argparse
 import math
-import pathlib
-import sys
 import time
 from typing import Any
 
 from rich.console import Console
 
-from qjax.cli.common import Output, load_model, table, tracked
+from qjax.cli.common import Output, load_model, read_text, table, tracked
 from qjax.evaluate import Perplexity, batched, compare, perplexity, text_windows
 from qjax.run import quantized
 
 
 def run(args: argparse.Namespace) -> Output:
     """Evaluates `args.model`, beside `args.reference` if there is one."""
-    text = _read_text(args.text)
+    text = read_text(args.text)
     model, params, tokenizer = load_model(args.model)
     if args.length > model.config.max_length:
         raise ValueError(
@@ -77,16 +75,6 @@ def run(args: argparse.Namespace) -> Output:
         )
 
     return Output(data, show)
-
-
-def _read_text(path: str) -> str:
-    raw = sys.stdin.buffer.read() if path == "-" else pathlib.Path(path).read_bytes()
-    try:
-        return raw.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})"
-        ) from None
 
 
 def _perplexity(found: Perplexity) -> dict[str, Any]:

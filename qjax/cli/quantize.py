@@ -4,34 +4,70 @@ from __future__ import annotations
 
 import argparse
 import collections
+import json
 import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from qjax.cli.common import Output, load_model, mebibytes, progress_console, table, tracked
+from qjax.algorithms import ALGORITHMS, Algorithm
+from qjax.cli import picture
+from qjax.cli.common import (
+    Output,
+    load_model,
+    mebibytes,
+    printable,
+    progress_console,
+    read_text,
+    table,
+    tracked,
+)
+from qjax.evaluate import batched, text_windows
 from qjax.models.saved import save_folder
-from qjax.qtensor import is_qtensor
+from qjax.qtensor import dequantize, is_qtensor
 from qjax.recipe import Recipe, Rule, is_gathered
 from qjax.reporting import report
+from qjax.sequential import quantize_sequential
 from qjax.sites import find_sites
+from qjax.solving import Solved
 from qjax.spec import Spec
-from qjax.transform import requantize_params
+from qjax.tracing import param_path
+from qjax.transform import Decision, decide, requantize_params
 
 
 def run(args: argparse.Namespace) -> Output:
     """Quantizes `args.model` into the folder `args.output`."""
     if os.path.exists(args.output) and not args.force:
         raise ValueError(f"{args.output}: exists; choose another --output, or give --force")
+    algorithm = None if args.algorithm is None else ALGORITHMS[args.algorithm]()
+    calibrated = algorithm is not None and bool(algorithm.needs)
+    if calibrated != (args.calibration is not None):
+        needs = "needs a text: give --calibration FILE" if calibrated else "takes no --calibration"
+        raise ValueError(f"--algorithm {args.algorithm or 'none'} {needs}")
     model, params, tokenizer = load_model(args.model)
     shapes = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params, is_leaf=is_qtensor
     )
     sites = find_sites(model.apply, shapes, jax.ShapeDtypeStruct((1, 2), jnp.int32))
-    progress = lambda weights: tracked(weights, "Quantizing")
-    recipe = _recipe(args.spec, args.rule)
-    qparams, decisions = requantize_params(params, recipe, sites, progress)
+    recipe = _recipe(args.spec, args.rule, algorithm)
+    entries: list[Solved] = []
+    log = _logger(entries, quiet=args.json)
+    if calibrated:
+        text = read_text(args.calibration)
+        windows = text_windows(tokenizer, text, args.length, args.windows)
+        decisions = decide(_by_path(shapes), recipe, sites)
+        params = _dense(params, decisions)
+        batches = [jnp.asarray(b) for b in batched(windows, args.batch)]
+        progress = lambda visits: tracked(visits, "Quantizing")
+        qparams = quantize_sequential(
+            model.apply, params, batches, recipe, args.checkpoint, log=log, progress=progress
+        )
+    else:
+        progress = lambda weights: tracked(weights, "Quantizing")
+        qparams, decisions = requantize_params(params, recipe, sites, progress, log)
     del params
     with progress_console().status(f"Writing {args.output}"):
         save_folder(args.output, model, qparams, tokenizer, overwrite=args.force)
@@ -51,7 +87,16 @@ def run(args: argparse.Namespace) -> Output:
             }
             for row in found.rows
         ],
+        "solved": [entry._asdict() for entry in entries],
+        "report": None,
+        "picture": None,
     }
+    if entries:
+        base = args.report or f"{args.output.rstrip('/')}-report"
+        data["report"] = f"{base}.json"
+        data["picture"] = picture.draw(f"{base}.png", entries)
+        with open(f"{base}.json", "w", encoding="utf-8") as file:
+            json.dump(data, file, indent=1)
 
     def show(console: Console) -> None:
         groups = collections.defaultdict(list)
@@ -65,6 +110,9 @@ def run(args: argparse.Namespace) -> Output:
         columns = ("format", "parameters", "MiB", "note")
         console.print(table(columns, rows, right=columns[1:3]))
         console.print(f"\n{args.output}: {found.bits_per_weight:.3f} bits per weight", markup=False)
+        if data["report"] is not None:
+            drawn = data["picture"] or f"no picture: {picture.MISSING}"
+            console.print(f"{data['report']}: error of each weight; {drawn}", markup=False)
 
     return Output(data, show)
 
@@ -77,7 +125,34 @@ def parse_rule(text: str) -> Rule:
     return Rule(pattern, None if spec == "none" else spec)
 
 
-def _recipe(spec: Spec, rules: list[Rule]) -> Recipe:
+def _recipe(spec: Spec, rules: list[Rule], algorithm: Algorithm | None) -> Recipe:
     """The rules first; then what a bare spec means, looked-up tables kept."""
-    rest = (Rule(".*", None, where=is_gathered, optional=True), Rule(".*", spec, optional=True))
-    return Recipe(*rules, *rest)
+    tables = Rule(".*", None, where=is_gathered, optional=True)
+    return Recipe(*rules, tables, Rule(".*", spec, algorithm, optional=True))
+
+
+def _logger(entries: list[Solved], quiet: bool) -> Callable[[Solved], None]:
+    """Collects what was solved, and shows it line by line."""
+    console = progress_console()
+
+    def log(entry: Solved) -> None:
+        entries.append(entry)
+        if not quiet:
+            console.print(printable(entry), markup=False, soft_wrap=True)
+
+    return log
+
+
+def _by_path(params: Any) -> dict[str, Any]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qtensor)
+    return {param_path(path): leaf for path, leaf in leaves}
+
+
+def _dense(params: Any, decisions: Mapping[str, Decision]) -> Any:
+    """Dequantizes what is to be quantized anew."""
+
+    def one(path: Sequence[Any], leaf: Any) -> Any:
+        again = is_qtensor(leaf) and decisions[param_path(path)].spec is not None
+        return dequantize(leaf) if again else leaf
+
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_qtensor)

@@ -6,3 +6,5 @@ from qjax.training.recipes import RECIPES as RECIPES
 from qjax.training.recipes import Cast as Cast
 from qjax.training.recipes import Recipe as Recipe
 from qjax.training.state import State as State
+from qjax.training.straight_through import FakeQuant as FakeQuant
+from qjax.training.straight_through import fake_quant as fake_quant

@@ -78,8 +78,11 @@ def cast(
     if how.stochastic:
         assert key is not None
         scaled = stochastic(scaled, fmt, key)
-    codes = fmt.encode(scaled)
-    return QTensor(codes, scale, None, None, None, how.format, blocks.trim(block), dtype)
+    held = how.format
+    if fmt.bits == 4 and not fmt.integer:  # XLA:CPU fails on some conversions of float4
+        held, scaled = "fp8_e4m3", nearest(scaled, fmt)
+    codes = FORMATS[held].encode(scaled)
+    return QTensor(codes, scale, None, None, None, held, blocks.trim(block), dtype)
 
 
 def block_of(how: Cast, shape: Sequence[int], contract: Axes, whole: Axes) -> blocks.Block:
@@ -154,6 +157,12 @@ def stochastic(x: jax.Array, fmt: Format, key: jax.Array) -> jax.Array:
         return jnp.floor(x + u)
     quantum, reciprocal = _spacing(x, fmt)
     return jnp.where(jnp.isfinite(x), jnp.floor(x * reciprocal + u) * quantum, x)
+
+
+def nearest(x: jax.Array, fmt: Format) -> jax.Array:
+    """X rounded to the nearest value of a floating-point format, half to even, and saturated."""
+    quantum, reciprocal = _spacing(x, fmt)
+    return jnp.clip(jnp.round(x * reciprocal) * quantum, fmt.min, fmt.max)
 
 
 def _spacing(x: jax.Array, fmt: Format) -> tuple[jax.Array, jax.Array]:

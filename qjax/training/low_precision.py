@@ -27,6 +27,10 @@ class CastParam:
     casts: dict[str, Casts]
     amax: dict[str, Any]
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.value.shape)
+
 
 @dataclasses.dataclass(frozen=True)
 class FP8:
@@ -72,8 +76,15 @@ class FP8:
         amax = scale_amax(state)
 
         def one(path: Any, leaf: Any) -> Any:
-            found = uses.get(tracing.param_path(path))
-            return leaf if found is None or _is_cast(leaf) else _cast_param(leaf, found, amax)
+            name = tracing.param_path(path)
+            found = uses.get(name, [])
+            for use in found:
+                if use.shape != leaf.shape:
+                    raise ValueError(
+                        f"the state is of another model: it has {name} of shape {use.shape}, the "
+                        f"parameters one of shape {leaf.shape}; make one with init"
+                    )
+            return leaf if not found or _is_cast(leaf) else _cast_param(leaf, found, amax)
 
         return jax.tree_util.tree_map_with_path(one, params, is_leaf=_is_cast)
 
@@ -172,7 +183,8 @@ def fp8(
 
     *Deviations*: until an amax was seen, delayed scales are 1, as in TransformerEngine; call
     `grads` and `update` on the first batch before the first step to start from real ones. Under a
-    delayed scale Inf saturates; NaN never does.
+    delayed scale Inf saturates; NaN never does. The noise of stochastic rounding depends on the
+    step and on the count of uses before it, so calls of `grads` with one state share it.
 
     Example:
       >>> def loss_fn(params, x, y):
