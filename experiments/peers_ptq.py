@@ -84,6 +84,7 @@ def hqq(problem, bits):
 def bitsandbytes(problem):
     """LLM.int8() of bitsandbytes on the CPU, threshold 6: the product."""
     import bitsandbytes as bnb
+    from bitsandbytes.autograd._functions import MatMul8bitLt
 
     w = problem["w"]
     layer = bnb.nn.Linear8bitLt(*w.shape, bias=False, has_fp16_weights=False, threshold=6.0)
@@ -94,7 +95,9 @@ def bitsandbytes(problem):
     x = torch.from_numpy(problem["outliers"]).to(torch.float16)
     start = time.perf_counter()
     with torch.no_grad():
-        y = layer(x)
+        layer(x)  # on a CPU this multiplies x as it is: not LLM.int8(), but it fills the state
+        layer.state.is_training = False
+        y = MatMul8bitLt.apply(x, layer.state.CB, None, None, layer.state)
     return y.float().numpy(), time.perf_counter() - start
 
 
