@@ -96,6 +96,7 @@ def test_a_weight_used_twice_is_quantized_at_its_last_use():
     close(got, {"v": v, "w": by_hand(p["w"], x, jnp.tanh(h @ v))})
 
 
+@pytest.mark.slow
 def test_tied_tables_and_what_needs_no_statistics():
     def fn(p, ids):
         x = jnp.take(p["table"], ids, axis=0)
@@ -120,6 +121,7 @@ LOOPS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOOPS)
 def test_inside_loops_weights_are_observed_whole(name):
     fn = lambda p, x: LOOPS[name](p["w"], x) @ p["v"]
@@ -130,6 +132,7 @@ def test_inside_loops_weights_are_observed_whole(name):
     close(got, {"w": w, "v": by_hand(p["v"], LOOPS[name](w, x))})
 
 
+@pytest.mark.slow
 def test_experts_and_convolutions():
     sizes = jnp.array([3, 0, 5], jnp.int32)
 
@@ -152,6 +155,7 @@ def test_experts_and_convolutions():
     assert "2 experts with too few tokens" in str(seen[1])
 
 
+@pytest.mark.slow
 def test_gptq_on_padded_batches_of_two_shapes_with_a_mask():
     def fn(p, ids):
         x = jnp.take(p["table"], ids, axis=0)
@@ -280,6 +284,7 @@ def test_errors_say_what_to_do():
         qjax.quantize_sequential(fn, p, [normal(0, 4, 8).at[0, 0].set(jnp.nan)], RECIPE)
 
 
+@pytest.mark.slow
 def test_equal_layers_compile_once():
     """What lowers does not grow with the number of layers."""
     counts = []

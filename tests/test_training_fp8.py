@@ -109,7 +109,10 @@ def test_layers_of_a_scan_are_seen_apart(fn):
     assert relative_error(seen["w"], stacked) < 1e-5
 
 
-@pytest.mark.parametrize("fn", [constant, called, branched])
+_slow = lambda fn: pytest.param(fn, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("fn", [constant, _slow(called), _slow(branched)])
 def test_uses_of_one_weight_are_reduced_by_maximum(fn):
     """An amax that rode in an ordinary cotangent would be the sum over the uses."""
     params = {"w": W[0], "head": HEAD}
@@ -192,6 +195,7 @@ def test_microbatches_are_merged_and_equal_one_big_batch():
     assert mean < float(merged["w"]["x"][0])
 
 
+@pytest.mark.slow
 def test_microbatches_inside_the_loss():
     def loss(p, x):
         one = lambda total, part: (total + scanned(p, part), None)
@@ -206,6 +210,7 @@ def test_microbatches_inside_the_loss():
     assert relative_error(got_seen, seen) < 1e-5
 
 
+@pytest.mark.slow
 def test_vmap_over_examples():
     """TransformerEngine's GEMMs have no batching rule."""
     low, state, run = settled()
