@@ -3,7 +3,7 @@
 The projections alone (q, k, v, o, gate, up, down; no attention), forward and backward, gradients to
 the input and the weights, casts included. Each recipe and bfloat16 take turns; the medians count.
 Also printed: how many of the optimized program's matmuls are cuBLASLt FP8 calls (three per site are
-wanted; here q, k and v get one gradient, which XLA computes once: 18) and how many are others.
+wanted, less those that XLA finds equal: q, k and v get the same gradient) and how many are others.
 
 XLA's Triton matmuls are off: tuning them for FP8 takes minutes per program.
 

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec
 
 from qjax import _compat, token_masks
 from qjax.algorithms.base import Stats
+from qjax.ops import is_rows_by_experts
 from qjax.sites import MOVES, ValueNumbers
 from qjax.statistics import add, empty, ragged_totals, reduced, totals
 from qjax.structural import CannotCarry
@@ -87,7 +88,7 @@ class Observer:
         self._uses: dict[tuple[str, str], Use] = {}
         self._stacked: dict[tuple[str, int], bool] = {}
         self._depth = 0
-        self._entries = 0
+        self._entries = self._entered = 0
 
     def tagged(self, path: str, value: Any) -> Any:
         """`value` tagged as the parameter of that path, if statistics are wanted for it."""
@@ -217,15 +218,13 @@ class Observer:
     def _scope(self) -> Iterator[dict[str, Stats]]:
         """Collects what the body of a loop or branch emits."""
         self._scopes.append({})
-        outer, self._entries = self._entries, max((self._entries, *self._seen())) + 1
+        self._entered += 1
+        outer, self._entries = self._entries, self._entered
         try:
             yield self._scopes[-1]
         finally:
             self._scopes.pop()
             self._entries = outer
-
-    def _seen(self) -> list[int]:
-        return [key[-1] for key in self._names]
 
     @contextlib.contextmanager
     def _loop(self) -> Iterator[int]:
@@ -532,8 +531,7 @@ def _ragged(eqn: _compat.JaxprEqn, inputs: Values, masks: Masks) -> list[Operand
     x, box, sizes = inputs[:3]
     if not isinstance(box, Tagged):
         return []
-    rows_by_experts = lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), (0,), (0,))
-    if eqn.params["ragged_dot_dimension_numbers"] != rows_by_experts or eqn.params["group_offset"]:
+    if not is_rows_by_experts(eqn.params):
         raise ValueError(
             f"{box.path}: statistics of a ragged dot need rows [tokens, in] by experts "
             f"[experts, in, out], got {eqn.params['ragged_dot_dimension_numbers']}; quantize it "

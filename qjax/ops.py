@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -122,6 +122,12 @@ class RaggedDot(NamedTuple):
         return scale
 
 
+def is_rows_by_experts(params: Mapping[str, Any]) -> bool:
+    """Whether a `ragged_dot_general` is one of rows `[m, k]` by experts `[g, k, n]`."""
+    plain = lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), (0,), (0,))
+    return params["ragged_dot_dimension_numbers"] == plain and not params["group_offset"]
+
+
 class Conv(NamedTuple):
     """A `lax.conv_general_dilated` whose kernel is a QTensor; a token is one of the batch."""
 
@@ -205,7 +211,7 @@ def linear(x: jax.Array, q: Quantized, op: Op, extra: tuple = ()) -> tuple[jax.A
         fmt = FORMATS[q.format]
         codes = fmt.decode(join_planes(fmt, q.qvalue), jnp.dtype(q.dtype))
         scale = op.place_weight_scale(_scale(q), q, x, extra)
-        y = _times(op(x, codes, extra, jnp.float32), scale)
+        y = times(op(x, codes, extra, jnp.float32), scale)
         return lax.convert_element_type(y, op.out_dtype), f"{name} on codes, scale after"
     y = op(x, dequantize(q), extra, op.out_dtype)
     return lax.convert_element_type(y, op.out_dtype), f"dequantize in the graph, {name}"
@@ -254,7 +260,7 @@ def _scale(q: QTensor) -> jax.Array:
     return lax.convert_element_type(scale, jnp.float32)
 
 
-def _times(y: jax.Array, scale: jax.Array) -> jax.Array:
+def times(y: jax.Array, scale: jax.Array) -> jax.Array:
     """`y * scale`, broadcast by lax: a model has hundreds of these, and jnp's cost a jit each."""
     return lax.mul(y, lax.broadcast_in_dim(scale, y.shape, range(y.ndim)))
 
@@ -412,11 +418,11 @@ def _dynamic(x: jax.Array, q: Any, extra: tuple, op: Op) -> jax.Array:
         x_codes, codes, accumulator = _operands(x_codes, q)
         if way == "scales after":
             y = op(x_codes, codes, extra, accumulator).astype(jnp.float32)
-            y = _times(y, op.place_weight_scale(_scale(q), q, x, extra))
+            y = times(y, op.place_weight_scale(_scale(q), q, x, extra))
         else:
             assert isinstance(op, Dot)
             y = _grouped_dot(x_codes, codes, q, op, accumulator)
-    y = _times(y, op.place_x_scale(x_scale, x, q))
+    y = times(y, op.place_x_scale(x_scale, x, q))
     if apart is not None:
         y = y + _outliers(apart.astype(jnp.float32), q, op, extra)
     return y.astype(op.out_dtype)
@@ -450,7 +456,7 @@ def _outliers(x: jax.Array, q: Quantized, op: Op, extra: tuple) -> jax.Array:
         return of(columns, jnp.take(codes, at, axis=w_axis, mode="clip"))
 
     y = lax.cond(jnp.sum(found) <= budget, gathered, lambda: of(x, codes))
-    return _times(y, op.place_weight_scale(_scale(q), q, x, extra))
+    return times(y, op.place_weight_scale(_scale(q), q, x, extra))
 
 
 def _gathers(q: QTensor, op: Op) -> bool:
@@ -531,7 +537,7 @@ def _grouped_dot(x: Any, w: jax.Array, q: QTensor, dot: Dot, accumulator: Any) -
     numbers = tuple(s if side == 0 else s[::-1] for s in sides)
     y = dot._replace(dimension_numbers=numbers)(x, w, (), accumulator).astype(jnp.float32)
     groups = tuple(wa for wa in w_contract if wa in cut)
-    y = _times(y, _on_output(_scale(q), q.shape, q.block, dot, side, x.ndim - len(groups), groups))
+    y = times(y, _on_output(_scale(q), q.shape, q.block, dot, side, x.ndim - len(groups), groups))
     return y.sum(range(len(w_batch), len(w_batch) + len(groups)))
 
 

@@ -298,8 +298,7 @@ def _dot_general(note: Record, eqn: _compat.JaxprEqn, inputs: list[Any]) -> list
 def _ragged_dot(note: Record, eqn: _compat.JaxprEqn, inputs: list[Any]) -> list[Any] | Decline:
     x, box, group_sizes = inputs
     params = eqn.params
-    rows_by_experts = lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), (0,), (0,))
-    if params["ragged_dot_dimension_numbers"] != rows_by_experts or params["group_offset"]:
+    if not ops.is_rows_by_experts(params):
         return Decline("the ragged dot is not rows by experts")
     if params["out_sharding"] is not None:
         return Decline("the ragged dot has an out_sharding")

@@ -288,6 +288,7 @@ class _Path:
         self.plan = [tuple(u for m in group for u in m.units) for group in self.markers]
         self.shared: dict[Any, Any] = {}
         self._of_batch = self._dependent()
+        self._last_eqn, self._last_stop = self._last_reads()
 
     def start(self, arrays: Sequence[Any]) -> dict[Any, Any]:
         """The values of a batch before the first equation."""
@@ -302,9 +303,8 @@ class _Path:
 
     def alive(self, start: int, end: int, position: int) -> list[Any]:
         """The variables that `eqns[start:end]` make and something later reads, in order."""
-        later = self._later(end, position)
         made = [v for eqn in self.program.eqns[start:end] for v in eqn.outvars]
-        return [v for v in made if v in later]
+        return [v for v in made if self._is_read(v, end, position)]
 
     def keep(
         self, batch: _Batch, end: int, position: int, made: Sequence[Any], values: Sequence[Any]
@@ -312,8 +312,7 @@ class _Path:
         """The batch after a stretch: what nothing reads any more is dropped, and what does not
         depend on the batch is kept once.
         """
-        later = self._later(end, position)
-        mine = {v: x for v, x in batch.values.items() if v is _POSITION or v in later}
+        mine = {v: x for v, x in batch.values.items() if self._is_read(v, end, position)}
         for v, x in zip(made, values, strict=True):
             if v in self._of_batch:
                 mine[v] = x
@@ -323,15 +322,23 @@ class _Path:
 
     def drop(self, end: int, position: int) -> None:
         """Forgets the values kept once that nothing reads any more."""
-        later = self._later(end, position)
-        self.shared = {v: x for v, x in self.shared.items() if v in later}
+        self.shared = {v: x for v, x in self.shared.items() if self._is_read(v, end, position)}
 
-    def _later(self, end: int, position: int) -> set[Any]:
-        last = self.markers[-1][0].index
-        found = set(reads(self.program.eqns[end:last]))
-        for group in self.markers[position:]:
-            found.update(v for v in group[0].atoms if not isinstance(v, _compat.Literal))
-        return found
+    def _is_read(self, v: Any, end: int, position: int) -> bool:
+        """Whether anything from an equation and a stop on reads a variable."""
+        return self._last_eqn.get(v, -1) >= end or self._last_stop.get(v, -1) >= position
+
+    def _last_reads(self) -> tuple[dict[Any, int], dict[Any, int]]:
+        """The last equation and the last stop that read each variable."""
+        eqns = self.program.eqns[: self.markers[-1][0].index] if self.markers else ()
+        in_eqns = {v: i for i, eqn in enumerate(eqns) for v in reads([eqn])}
+        at_stops = {
+            v: i
+            for i, group in enumerate(self.markers)
+            for v in group[0].atoms
+            if not isinstance(v, _compat.Literal)
+        }
+        return in_eqns, at_stops
 
     def _dependent(self) -> set[Any]:
         """The variables that depend on the batch."""

@@ -1,8 +1,9 @@
 """Runs an algorithm on weights of a model: matrices in, QTensors on the parameters' axes out."""
 
+import contextlib
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -121,18 +122,13 @@ def _solve_group(
     return dict(zip((t.path for t in tasks), done, strict=True))
 
 
-class _named:
+@contextlib.contextmanager
+def _named(path: str) -> Iterator[None]:
     """Puts a path in front of a ValueError."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, ValueError):
-            raise ValueError(f"{self._path}: {error}") from error
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _checked(task: Task, how: Layout, min_tokens: int) -> tuple[Stats, int, int | None]:

@@ -50,7 +50,8 @@ def gptq(damping: float = 0.01, act_order: ActOrder = "static", block_size: int 
       the weight was rounded to nearest.
 
     Deviations: a feature that calibration never saw is rounded to nearest; the authors' code sets
-    its weights to zero. Such features count neither for the mean of the diagonal.
+    its weights to zero. Such features count neither for the mean of the diagonal. llama.cpp's
+    types choose codes before their scale is rounded, so that H = I does not give theirs exactly.
 
     Example:
       >>> x = jax.random.normal(jax.random.key(0), (64, 16))

@@ -295,13 +295,13 @@ def _run(
     if uses != start.uses:
         raise ValueError(_mismatch(uses, start.uses))
     casts = iter(jax.tree.leaves(prepared, is_leaf=_is_cast))
-    boxes = []
+    boxes, count, used = [], len(jax.tree.leaves(params)), {u.site.path for u in uses}
     for i, (path, value) in enumerate(leaves):
-        held = next(casts) if i < len(jax.tree.leaves(params)) else None
+        held = next(casts) if i < count else None
         name = tracing.param_path(path[2:])
         if isinstance(held, CastParam):
             value = Weight(value, held.casts, (), name)
-        elif any(u.site.path == name for u in uses) and held is not None:
+        elif name in used and held is not None:
             value = Weight(value, {}, (), name)
         if tracing.is_array(value) or isinstance(value, Weight):
             boxes.append(value)

@@ -100,7 +100,7 @@ class RaggedDot(NamedTuple):
         if after:
             of_x = blocks.expand(x.scale, x.shape, x.block)
             of_g = blocks.expand(g.scale, g.shape, g.block)
-            y = _times(_times(y, of_x[:, :, None]), of_g[:, None, :])
+            y = ops.times(ops.times(y, of_x[:, :, None]), of_g[:, None, :])
         return y.astype(dtype)
 
     def _rows(self, x: Operand, w: Operand, extra: tuple, dtype: Any) -> jax.Array:
@@ -109,8 +109,8 @@ class RaggedDot(NamedTuple):
         a, b = (_codes(v) if after else _opened(v, x, w) for v in (x, w))
         y = op(a, b, extra, jnp.float32)
         if after:
-            y = _times(y, blocks.expand(x.scale, x.shape, x.block))
-            y = _times(y, op.place_weight_scale(w.scale, w, x, extra))
+            y = ops.times(y, blocks.expand(x.scale, x.shape, x.block))
+            y = ops.times(y, op.place_weight_scale(w.scale, w, x, extra))
         return y.astype(dtype)
 
 
@@ -151,12 +151,8 @@ def _dot(a: Operand, b: Operand, numbers: Any, dtype: Any, where: Any) -> jax.Ar
     y = of_a(b.qvalue, a.qvalue, (), jnp.int32 if integer else jnp.float32).astype(jnp.float32)
     scales = of_a.place_weight_scale(a.scale, a, b, ()), of_b.place_weight_scale(b.scale, b, a, ())
     if all(s.size == 1 for s in scales):
-        return _times(y, lax.mul(*scales)).astype(dtype)
-    return _times(_times(y, scales[0]), scales[1]).astype(dtype)
-
-
-def _times(y: jax.Array, scale: jax.Array) -> jax.Array:
-    return lax.mul(y, lax.broadcast_in_dim(scale, y.shape, range(y.ndim)))
+        return ops.times(y, lax.mul(*scales)).astype(dtype)
+    return ops.times(ops.times(y, scales[0]), scales[1]).astype(dtype)
 
 
 class Held(NamedTuple):

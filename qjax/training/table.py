@@ -8,9 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from qjax import _compat, run, sharding, structural
+from qjax import _compat, ops, run, sharding, structural
 from qjax.interpret import Decline, Table, Thread
 from qjax.qtensor import QTensor
 from qjax.training.matmul import Dot, Held, RaggedDot, matmul
@@ -149,8 +148,7 @@ def _ragged_dot(
     inputs: list[Any],
 ) -> list[Any] | Decline:
     x, box, sizes = inputs
-    rows_by_experts = lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), (0,), (0,))
-    if eqn.params["ragged_dot_dimension_numbers"] != rows_by_experts or eqn.params["group_offset"]:
+    if not ops.is_rows_by_experts(eqn.params):
         return Decline("the ragged dot is not rows by experts")
     if not isinstance(box, Weight) or isinstance(x, Weight):
         return Decline("it is not the experts of the ragged dot")
