@@ -18,6 +18,18 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--leaks`: every test under the check of the fixture `no_tracer_leaks`."""
+    parser.addoption("--leaks", action="store_true", help="check for leaked tracers everywhere")
+
+
+@pytest.fixture(autouse=True)
+def _leaks(request: pytest.FixtureRequest) -> None:
+    """Runs the test under the leak check where the command line asks for it."""
+    if request.config.getoption("leaks"):
+        request.getfixturevalue("no_tracer_leaks")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _docstring_names(doctest_namespace: dict[str, Any]) -> None:
     """What every docstring example may use without importing it."""

@@ -5,8 +5,14 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
 import qjax
+
+
+def slow(*values: Any) -> Any:
+    """A parameter of a test that only `make test-slow` runs: others cover most of it."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def dense(qparams: Any) -> Any:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import relative_error
+from helpers import relative_error, slow
 from tiny_models import CONFIGS, make, run, some_tokens, stacked
 
 import qjax
@@ -59,7 +59,7 @@ def test_later_positions_read_what_is_held(dtype):
 
 
 @pytest.mark.parametrize(
-    ("family", "scan"), [("qwen2", False), ("gemma3", True), ("mixtral", True)]
+    ("family", "scan"), [("qwen2", False), slow("gemma3", True), ("mixtral", True)]
 )
 def test_logits_stay_near_those_of_a_float_cache(family, scan, dtype):
     # All experts answer: which ones are chosen jumps where two are as probable.
@@ -94,7 +94,7 @@ def test_computation_in_bfloat16(dtype):
     assert relative_error(found, run(model, params, some_tokens())) < 0.15
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [slow(False), True])
 def test_generation(scan, dtype):
     config = dataclasses.replace(CONFIGS["qwen2"], scan=scan)
     model, params = make(CONFIGS["qwen2"])

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import dense, relative_error
+from helpers import dense, relative_error, slow
 from tiny_models import CONFIGS, make, some_tokens, stacked
 
 import qjax
@@ -88,7 +88,7 @@ def test_sites_tell_experts_from_contracted_axes(family, scan):
 
 
 @pytest.mark.parametrize(("family", "scan"), [("mixtral", True), ("qwen3_moe", False)])
-@pytest.mark.parametrize("spec", ["int8", "int4_g16", "nf4_g16_dq"])
+@pytest.mark.parametrize("spec", [slow("int8"), "int4_g16", slow("nf4_g16_dq")])
 def test_quantized_experts_run_on_codes(family, spec, scan):
     config = dataclasses.replace(CONFIGS[family], num_layers=2 if scan else 1)
     model, params = make(config)

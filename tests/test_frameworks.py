@@ -7,7 +7,7 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
-from helpers import dense, dequantized_uses, relative_error
+from helpers import dense, dequantized_uses, relative_error, slow
 
 import qjax
 
@@ -88,7 +88,7 @@ def plain():
 MODELS = {"linen": (linen, 7), "nnx": (nnx_split, 7), "plain": (plain, 3)}
 
 
-@pytest.mark.parametrize("spec", ["int8", "int4_g16", "nf4_g16_dq", "fp8_e4m3"])
+@pytest.mark.parametrize("spec", [slow("int8"), slow("int4_g16"), "nf4_g16_dq", slow("fp8_e4m3")])
 @pytest.mark.parametrize("name", MODELS)
 def test_model_runs_on_codes(name, spec):
     make, weights = MODELS[name]

@@ -18,13 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
+from helpers import slow
 from jax.sharding import PartitionSpec as P
 
 import qjax
 from qjax.formats import FORMATS
 from qjax.qtensor import Activation
 
-COUNT, PARTS = 1000, 4
+COUNT, PARTS = 1000, 8  # the first part runs by default
 OURS = (str(pathlib.Path(qjax.__file__).parent), __file__)
 SPECS = (
     *("int4_g16", "int8", "nf4_g16_dq", "uint4_g8", "int3_g16", "fp8_e4m3_16x8", "mxfp4", "nvfp4"),
@@ -324,7 +325,7 @@ def _whole_tracebacks():
     jax.config.update("jax_traceback_filtering", before)
 
 
-@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("part", [0, *map(slow, range(1, PARTS))])
 @pytest.mark.usefixtures("_whole_tracebacks", "standard_promotion")
 def test_hostile_trees(part):
     counts = collections.Counter()
@@ -338,5 +339,5 @@ def test_hostile_trees(part):
             error.add_note(f"seed {seed}: {what}: {tree.get('first', tree)}")
             raise
     assert counts.total() == COUNT // PARTS
-    assert counts["right"] > 20
-    assert counts["helps"] > 100
+    assert counts["right"] > 10
+    assert counts["helps"] > 50

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import qjax
 
-SPECS = ("int8", "int4_g16", "nf4_g16_dq", "fp8_e4m3", "int8/int8_token")
+SPECS = ("int4_g16", "nf4_g16_dq", "int8/int8_token")
 # weights [in, out]: sharded along the output, along the contraction, along both
 LAYOUTS = (P(None, "t"), P("t", None), P("p", "t"))
 TIMEOUT = 300

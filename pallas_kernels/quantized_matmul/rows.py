@@ -43,18 +43,19 @@ def _nibbles_support(weight: Weight) -> str | None:
 
 
 def _pack_nibbles(codes: jax.Array, weight: Weight) -> jax.Array:
+    # packed before it is turned: a rounding in the same jit then never writes its 4-bit codes
     unsigned = codes.astype(jnp.int8) + jnp.int8(SIGN if weight.code == "int4" else 0)
-    run = run_length(weight)
-    rows = _pad(unsigned.astype(jnp.uint8).T, weight.groups * padded_group(weight, nibbles=True))
-    halves = rows.reshape(weight.n, -1, 2, run // 2)
-    packed = halves[:, :, 0] | (halves[:, :, 1] << jnp.uint8(4))
-    return packed.reshape(weight.n, -1)
+    length = weight.groups * padded_group(weight, nibbles=True)
+    padded = jnp.pad(unsigned.astype(jnp.uint8), ((0, length - weight.k), (0, 0)))
+    halves = padded.reshape(-1, 2, run_length(weight) // 2, weight.n)
+    packed = halves[:, 0] | (halves[:, 1] << jnp.uint8(4))
+    return packed.reshape(-1, weight.n).T
 
 
 def _unpack_nibbles(packed: jax.Array, weight: Weight) -> jax.Array:
-    runs = packed.reshape(weight.n, -1, run_length(weight) // 2)
-    halves = jnp.stack([runs & jnp.uint8(15), runs >> jnp.uint8(4)], axis=2)
-    codes = halves.reshape(weight.n, -1)[:, : weight.k].T.astype(jnp.int8)
+    runs = packed.T.reshape(-1, run_length(weight) // 2, weight.n)
+    halves = jnp.stack([runs & jnp.uint8(15), runs >> jnp.uint8(4)], axis=1)
+    codes = halves.reshape(-1, weight.n)[: weight.k].astype(jnp.int8)
     return (codes - jnp.int8(SIGN if weight.code == "int4" else 0)).astype(weight.code)
 
 
