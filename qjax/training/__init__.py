@@ -2,6 +2,10 @@
 
 from qjax.training.low_precision import FP8 as FP8
 from qjax.training.low_precision import fp8 as fp8
+from qjax.training.optimizers import adamw4bit as adamw4bit
+from qjax.training.optimizers import adamw8bit as adamw8bit
+from qjax.training.optimizers import lion8bit as lion8bit
+from qjax.training.optimizers import round_stochastically as round_stochastically
 from qjax.training.recipes import RECIPES as RECIPES
 from qjax.training.recipes import Cast as Cast
 from qjax.training.recipes import Recipe as Recipe
