@@ -88,7 +88,7 @@ def codebook(name: str, storage: str, table: np.ndarray, bits: int) -> Format:
 
 
 def _count_below(x: jax.Array, middles: np.ndarray) -> jax.Array:
-    """How many of the sorted `middles` each x exceeds: `searchsorted` from the left, in two lookups.
+    """How many of the sorted `middles` each x exceeds (`searchsorted`, left), in two lookups.
 
     The leading bits of |x| and its sign name a bucket so narrow that it holds one middle at most.
     """

@@ -1,5 +1,6 @@
 """Low-precision training: pure transforms of any loss function."""
 
+from qjax.training.learned import Learned as Learned
 from qjax.training.low_precision import FP8 as FP8
 from qjax.training.low_precision import fp8 as fp8
 from qjax.training.optimizers import adamw4bit as adamw4bit

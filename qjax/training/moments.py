@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax import blocks
-from qjax.formats import FORMATS
+from qjax.formats import FORMATS, split_planes
 from qjax.qtensor import QTensor, dequantize
 from qjax.training import casting
 
@@ -52,7 +52,7 @@ def hold(
         least = float(jnp.finfo(fmt.storage).smallest_subnormal)
         scaled = jnp.where(x > 0, jnp.maximum(scaled, least), scaled)
     scale = top / fmt.max
-    codes = fmt.encode(scaled).astype(fmt.storage)
+    codes = split_planes(fmt, fmt.encode(scaled))
     held = (codes, scale, None, None, None, format, blocks.trim(block), np.dtype(np.float32))
     return QTensor(*held)
 

@@ -162,7 +162,7 @@ def round_stochastically(seed: int = 0) -> optax.GradientTransformation:
     def init(params: Any) -> State:
         return State(jnp.zeros((), jnp.int32), ())
 
-    def update(updates: Any, state: State, params: Any = None) -> tuple[Any, State]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         _need(params)
         keys = _keys(params, seed + 1, state.count)
 
@@ -224,7 +224,7 @@ def _low_bit(
         # arrays of its own for each moment: a buffer that two leaves share cannot be donated
         return State(jnp.zeros((), jnp.int32), tuple(held(zeros(), h, keys) for h in holds))
 
-    def update(updates: Any, state: State, params: Any = None) -> tuple[Any, State]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         t = (state.count + 1).astype(jnp.float32)
         tree = jax.tree.structure(updates)
         leaf = lambda m: moments.is_held(m) or m is None
