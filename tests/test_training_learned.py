@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import relative_error
+from helpers import dense, relative_error
 
 import qjax
 from qjax import training
@@ -37,7 +37,7 @@ def test_lsq_gradients_are_those_of_the_paper():
     """Esser et al. 2020, equations 1 to 3 and section 2.2."""
     qat = training.fake_quant(matmul, "int4_g16")
     w = np.float32(np.random.default_rng(0).normal(size=(32, 3)))
-    params = qat.learn({"w": w}, X)
+    params = qat.learn({"w": w}, X, begin="lsq")
     leaf = params["w"]
     mean = np.abs(w).reshape(2, 16, 3).mean(1)
     np.testing.assert_allclose(leaf.scale, 2 * mean / np.sqrt(7), rtol=1e-6)
@@ -91,6 +91,8 @@ def test_convert_gives_what_was_simulated_to_the_bit(spec, clip):
     if clip is not None:
         assert kinds["layers"].clip == (2,)
     q = qat.convert(params, X)
+    if clip is None:  # it begins as the model without learned scales
+        np.testing.assert_array_equal(dense(q)["head"], dense(qat.convert(PARAMS, X))["head"])
     np.testing.assert_array_equal(jax.jit(qat)(params, X), jax.jit(qjax.quantized(model))(q, X))
     trained = training.fake_quant(loss, spec)
     grads = jax.jit(jax.grad(trained))(params, X)
@@ -129,6 +131,8 @@ def test_bad_input():
     qat = training.fake_quant(matmul, "int4_g16")
     with pytest.raises(ValueError, match=r"w: a clip of 2.0 was given.*int8_token"):
         qat.learn({"w": jnp.ones((32, 3))}, X, clip=2.0)
+    with pytest.raises(ValueError, match=r"begin='x' is unknown"):
+        qat.learn({"w": jnp.ones((32, 3))}, X, begin="x")
     with pytest.raises(ValueError, match=r"only='v' matches no parameter"):
         qat.learn({"w": jnp.ones((32, 3))}, X, only="v")
     kept = qat.learn({"w": jnp.ones((32, 3)), "b": jnp.ones(3)}, X)

@@ -46,8 +46,10 @@ def is_learned(leaf: Any) -> bool:
     return isinstance(leaf, Learned)
 
 
-def start(path: str, w: jax.Array, q: Any, spec: Spec, clip: float | None, stacked: int) -> Learned:
-    """A weight with step sizes 2 mean|w| / sqrt(largest code), as LSQ begins.
+def start(
+    path: str, w: jax.Array, q: Any, spec: Spec, clip: float | None, stacked: int, begin: str
+) -> Learned:
+    """A weight with the step sizes that it begins with.
 
     Args:
       path: for error messages.
@@ -56,7 +58,10 @@ def start(path: str, w: jax.Array, q: Any, spec: Spec, clip: float | None, stack
       spec: what it is quantized to.
       clip: where the clip of the other operand begins; `None` for none.
       stacked: how many leading axes of w are layers, which have clips of their own.
+      begin: "spec", the scales of q; "lsq", 2 mean|w| / sqrt(largest code) of each block.
     """
+    if begin not in ("spec", "lsq"):
+        raise ValueError(f"begin={begin!r} is unknown; scales may begin as 'spec' or 'lsq'")
     plain = isinstance(q, QTensor) and q.zero_point is None and q.offset is None
     fmt = FORMATS[q.format] if plain else None
     if fmt is None or not fmt.integer or fmt.min >= 0 or isinstance(q.scale, QTensor):
@@ -69,10 +74,11 @@ def start(path: str, w: jax.Array, q: Any, spec: Spec, clip: float | None, stack
             f"{path}: a clip of {clip} was given, but {spec} leaves the other operand alone; write "
             f"{spec}/int8_token, or give no clip"
         )
-    block = blocks.align(q.block, w.ndim)
-    total, count = (blocks.totals(v, block) for v in (jnp.abs(w), jnp.ones_like(w)))
-    scale = 2 * (total / count).astype(jnp.float32) / math.sqrt(fmt.max)
-    scale = jnp.maximum(scale, LEAST).reshape(q.scale.shape)
+    block, scale = blocks.align(q.block, w.ndim), q.scale
+    if begin == "lsq":
+        total, count = (blocks.totals(v, block) for v in (jnp.abs(w), jnp.ones_like(w)))
+        scale = 2 * (total / count) / math.sqrt(fmt.max)
+    scale = jnp.maximum(_float32(scale), LEAST).reshape(q.scale.shape)
     clips = None if clip is None else jnp.full(w.shape[:stacked], clip, jnp.float32)
     return Learned(w, scale, clips, spec, q.block)
 

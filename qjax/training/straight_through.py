@@ -80,7 +80,13 @@ class FakeQuant:
         return jax.tree.map(one, params, qparams, is_leaf=_is_leaf)
 
     def learn(
-        self, params: Any, *args: Any, clip: float | None = None, only: str = ".*", **kwargs: Any
+        self,
+        params: Any,
+        *args: Any,
+        clip: float | None = None,
+        only: str = ".*",
+        begin: str = "spec",
+        **kwargs: Any,
     ) -> Any:
         """The parameters with learned scales: a tree to train, call and convert in their place.
 
@@ -92,6 +98,8 @@ class FakeQuant:
           params, *args, **kwargs: of the loss function.
           clip: where the clips begin, rather too wide; for specs with an activation.
           only: a regular expression; other paths keep the scales that their spec gives.
+          begin: "spec": the scales that the spec gives to these weights; "lsq": the paper's, 2
+            mean|w| / sqrt(largest code), for weights that are still to be trained.
 
         Raises:
           ValueError: naming the path, if a spec is none of symmetric integers, has no activation to
@@ -117,7 +125,7 @@ class FakeQuant:
             assert rule is not None
             assert isinstance(rule.spec, Spec)
             stacked = len(sites[name][0].stacked_axes)
-            return learned.start(name, w, q, rule.spec, clip, stacked)
+            return learned.start(name, w, q, rule.spec, clip, stacked, begin)
 
         trained = jax.tree_util.tree_map_with_path(one, params, qparams, is_leaf=is_qtensor)
         if not found:
