@@ -25,7 +25,7 @@ import qjax
 from qjax import evaluate, models, training
 
 MODEL = pathlib.Path(__file__).parent.parent / "tests" / "golden" / "trained_dense"
-SPECS = ("int4_g128", "int4")
+SPECS = ("int4_g128",)
 STEPS, BATCH, LENGTH = 200, 8, 256
 RATE = 3e-4  # a tenth of what it was trained with
 BAR = 0.33

@@ -92,7 +92,7 @@ LARGE = SMALL.__class__(
     }
 )
 PRESETS = {
-    "cpu": Preset(SMALL, ("base", *FP8, "base/1", "base/2", *OTHERS), 8, 128, 800, 1e-3, 1, 100),
+    "cpu": Preset(SMALL, ("base", *FP8, "base/1", "base/2", *OTHERS), 8, 128, 300, 2e-3, 1, 50),
     "gpu": Preset(
         LARGE,
         ("base", "current", "delayed", "rowwise", "block", "base/1", "base/2", *OTHERS),
