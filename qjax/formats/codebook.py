@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from qjax import _compat
 from qjax.formats.base import Format
@@ -39,23 +40,25 @@ IQ4_VALUES = (
 )
 
 
-def dynamic_values() -> np.ndarray:
-    """The signed 8-bit dynamic map (Dettmers, arXiv:2110.02861), to the bit as bitsandbytes has it.
+def dynamic_values(bits: int = 8, signed: bool = True) -> np.ndarray:
+    """The dynamic map (Dettmers, arXiv:2110.02861), to the bit as bitsandbytes has it.
 
-    Decade i = 0..6 holds the midpoints of 2^i intervals of [0.1, 1], times 10^(i - 6), with both
-    signs: seven decades, more fraction bits near the top. 0 and 1 complete the 256 values. The
-    edges are counted from the nearer end, each rounded once.
+    Decade i = 0..d - 1, d = bits - 1, holds the midpoints of 2^i intervals of [0.1, 1], times
+    10^(i - d + 1), with both signs; unsigned, those of 2^(i + 1) intervals. So there are d decades,
+    with more fraction bits near the top. 0 and 1 complete the 2^bits values. The edges are counted
+    from the nearer end, each rounded once.
     """
-    start, stop = np.float32(0.1), np.float32(1)
+    start, stop, decades = np.float32(0.1), np.float32(1), bits - 1
     values = [np.array([0, 1], np.float32)]
-    for i in range(7):
-        intervals = 2**i
+    for i in range(decades):
+        intervals = 2 ** (i + (not signed))
         step = np.float64((stop - start) / np.float32(intervals))
         k = np.arange(intervals + 1)
         up, down = start + step * k, stop - step * (intervals - k)
         edges = np.where(k < (intervals + 1) // 2, up, down).astype(np.float32)
-        middles = np.float32(10.0 ** (i - 6)) * ((edges[:-1] + edges[1:]) / np.float32(2))
-        values += [middles, -middles]
+        scale = np.float32(10.0 ** (i - decades + 1))
+        middles = scale * ((edges[:-1] + edges[1:]) / np.float32(2))
+        values += [middles, -middles] if signed else [middles]
     return np.sort(np.concatenate(values))
 
 
@@ -73,15 +76,40 @@ def codebook(name: str, storage: str, table: np.ndarray, bits: int) -> Format:
         return _take(table, codes.astype(jnp.uint8), dtype)
 
     def encode(x: jax.Array) -> jax.Array:
-        if len(middles) < 32:  # a sum of comparisons fuses into one pass; a search is a loop
+        if len(middles) < 32:  # a sum of comparisons fuses into one pass
             codes = sum(((x > m).astype(jnp.uint8) for m in middles), jnp.zeros(x.shape, jnp.uint8))
         else:
-            codes = jnp.searchsorted(jnp.asarray(middles), x, side="left").astype(jnp.uint8)
+            codes = _count_below(x, middles)
         return codes if sorted_codes else _take(order, codes, jnp.dtype(jnp.uint8))
 
     integer = bool(np.all(table == np.round(table)))
     low, high = float(ordered[0]), float(ordered[-1])
     return Format(name, storage, decode, encode, low, high, bits, integer)
+
+
+def _count_below(x: jax.Array, middles: np.ndarray) -> jax.Array:
+    """How many of the sorted `middles` each x exceeds (`searchsorted`, left), in two lookups.
+
+    The leading bits of |x| and its sign name a bucket so narrow that it holds one middle at most.
+    """
+    magnitudes = np.abs(middles[middles != 0])
+    for mantissa in range(24):
+        shift = 23 - mantissa
+        first = int(magnitudes.min().view(np.int32) >> shift)
+        last = int(magnitudes.max().view(np.int32) >> shift) + 1
+        edges = (np.arange(first, last + 1, dtype=np.int32) << shift).view(np.float32)
+        edges = np.concatenate([[np.float32(0)], edges, [np.float32(np.inf)]])
+        up, down = edges, -edges[::-1]
+        most = max(np.diff(np.searchsorted(middles, e, "left")).max() for e in (up, down))
+        if most <= 1:
+            break
+    count = len(edges) - 1
+    below = np.searchsorted(middles, up[:-1], "left")
+    below = np.concatenate([below, np.searchsorted(middles, -up[1:], "right")]).astype(np.uint8)
+    bucket = (lax.bitcast_convert_type(jnp.abs(x), jnp.int32) >> shift) - (first - 1)
+    bucket = jnp.clip(bucket, 0, count - 1) + jnp.where(x < 0, count, 0)
+    start = _take(below, bucket, jnp.dtype(jnp.uint8))
+    return start + (x > _take(np.append(middles, np.inf), start, x.dtype)).astype(jnp.uint8)
 
 
 def _take(table: np.ndarray, indices: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -93,4 +121,6 @@ CODEBOOK = {
     "nf4": codebook("nf4", "uint4", np.array(NF4_VALUES, np.float32), 4),
     "fp4_bnb": codebook("fp4_bnb", "uint4", np.array(FP4_BNB_VALUES, np.float32), 4),
     "dynamic8": codebook("dynamic8", "uint8", dynamic_values(), 8),
+    "dynamic4": codebook("dynamic4", "uint4", dynamic_values(4), 4),
+    "udynamic8": codebook("udynamic8", "uint8", dynamic_values(signed=False), 8),
 }
