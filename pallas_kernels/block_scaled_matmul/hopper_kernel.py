@@ -1,14 +1,11 @@
-"""The Hopper kernel: E4M3 blocks of 128 along k, multiplied on tensor cores, added up in float32.
+"""The Hopper kernel: E4M3 blocks of 128 along k, multiplied on tensor cores, summed in float32.
 
-Persistent and warp-specialized: a warpgroup issues TMA into a ring of stages and runs ahead over the
-borders of tiles; two warpgroups each own half of a tile's rows. Per 128 of k a part of the tile, 64 x
-`part`, is multiplied into a fresh accumulator, and then total += part * scales: the tensor cores
-keep 14 bits of a sum, so it must not grow longer. While one warpgroup adds, the other multiplies;
-`turns` orders them, so that they do not multiply, and then add, at the same time.
+Persistent and warp-specialized: a warpgroup issues TMA into a ring of stages and runs ahead over
+the borders of tiles; two warpgroups each own half of a tile's rows. Per 128 of k a part of the
+tile, 64 x `part`, is multiplied into a fresh accumulator, and then total += part * scales: the
+tensor cores keep 14 bits of a sum, so it must not grow longer. While one warpgroup adds, the other
+multiplies.
 """
-
-# The decorator of inline code keeps the type of what it wraps, which takes one argument more.
-# pyright: reportCallIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false
 
 import functools
 import math
@@ -17,21 +14,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu import fragmented_array as fa
-from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, nvvm
 
 from pallas_kernels.block_scaled_matmul.mosaic_gpu import Config
 from pallas_kernels.block_scaled_matmul.problem import BLOCK, Problem
 
 F8, F32 = jnp.float8_e4m3fn, jnp.float32
 WARPGROUPS = 2  # that multiply; the next one loads
-TURN = 8  # named barriers of the turns: those below are Mosaic's
 STRIP = 128  # bytes of a row that is written at once
 
 
@@ -42,7 +33,7 @@ def kernel(problem: Problem, config: Config) -> Callable[..., jax.Array]:
     strip = STRIP // out.itemsize  # columns written at once
     per = c.part if problem.b_rows else min(c.part, _common(c.bn))  # columns of a total
     half = c.bm // WARPGROUPS
-    clusters = (-(-m // c.bm) // c.cluster, -(-n // c.bn))
+    clusters = (-(-m // (c.bm * c.cluster)), -(-n // c.bn))
     depth = k // BLOCK
     i32 = jnp.int32
 
@@ -112,7 +103,9 @@ def kernel(problem: Problem, config: Config) -> Callable[..., jax.Array]:
                     for i, j in parts:
                         columns = pl.ds(j * c.part, c.part)
                         of_rows = sa_s[s, rows[i]]
-                        product = functools.partial(_product, a_s.at[s, rows[i]], b_s.at[s, columns])
+                        product = functools.partial(
+                            _product, a_s.at[s, rows[i]], b_s.at[s, columns]
+                        )
                         got = pl.run_scoped(product, plgpu.ACC((64, c.part), F32))
                         if problem.b_rows:
                             # One thread releases a stage. Now all have read the scales of the one
@@ -137,14 +130,14 @@ def kernel(problem: Problem, config: Config) -> Callable[..., jax.Array]:
 
                 zero = plgpu.layout_cast(jnp.zeros((64, per), F32), plgpu.Layout.WGMMA)
                 start = (zero,) * (len(parts) * c.part // per)
-                totals, *_ = lax.fori_loop(
-                    0, depth, step, (start, tile_scales(0), tile_scales(1))
-                )
+                totals, *_ = lax.fori_loop(0, depth, step, (start, tile_scales(0), tile_scales(1)))
                 strips = []
                 for index, total in enumerate(totals):
                     i, j = parts[index // (c.part // per)]
                     column = j * c.part + index % (c.part // per) * per
-                    strips += [(i, column + q, total[:, q : q + strip]) for q in range(0, per, strip)]
+                    strips += [
+                        (i, column + q, total[:, q : q + strip]) for q in range(0, per, strip)
+                    ]
                 at_once = max(1, c.outs // 2)
                 for start in range(0, len(strips), at_once):
                     batch = list(enumerate(strips[start : start + at_once], start))

@@ -1,10 +1,44 @@
-"""Hopper through Pallas Mosaic GPU."""
+"""Hopper through Pallas Mosaic GPU: what it supports, and how the work is cut."""
 
 from typing import NamedTuple
 
+import jax
+
+from pallas_kernels import hopper
+from pallas_kernels.cast_fp8.problem import BLOCK, Problem
+from pallas_kernels.frame import Device
+
 
 class Config(NamedTuple):
-    tiles: int = 8
+    """How the work is cut.
+
+    Attributes:
+      tiles: of a block, one below the other.
+      steps: tiles of x in shared memory.
+      outs: tiles of codes there.
+      order: 1: blocks beside each other run along columns; -1: along rows.
+    """
+
+    tiles: int = 4
     steps: int = 2
     outs: int = 1
     order: int = 1
+
+
+def supports(problem: Problem, device: Device) -> str | None:
+    """bfloat16 in multiples of 128, on an H100 or H200 with jax 0.11."""
+    reason = hopper.missing(device)
+    if reason is not None:
+        return reason
+    if problem.rows % BLOCK or problem.columns % BLOCK:
+        return f"x [{problem.rows}, {problem.columns}] must be of multiples of {BLOCK}"
+    if problem.x != "bfloat16":
+        return f"x is {problem.x}, it takes bfloat16"
+    return None
+
+
+def run(x: jax.Array, *inverses: jax.Array, problem: Problem) -> tuple[jax.Array, ...]:
+    """What `op.cast_fp8` returns."""
+    from pallas_kernels.cast_fp8 import hopper_kernel  # needs a jax with Mosaic GPU
+
+    return hopper_kernel.kernel(problem, Config())(x, *inverses)

@@ -7,11 +7,13 @@ SMALLEST = 2.0**-110  # an amax below counts as this, so that 1 / scale stays fi
 
 
 class Problem(NamedTuple):
-    """One cast.
+    """A cast of x `[rows, columns]`.
 
     Attributes:
       rows, columns: of x.
-      scales: "block", "tile" or "given".
+      scales: what shares one. "block": 128 neighbors along the contraction, which is columns for
+        the codes as they lie and rows for the transposed ones; "tile": 128 x 128; "given": the
+        caller has the reciprocals, one per row and one per column.
       dtype: dtype name of the codes.
       x: dtype name of x.
     """
