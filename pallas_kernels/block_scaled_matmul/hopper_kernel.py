@@ -31,7 +31,8 @@ def kernel(problem: Problem, config: Config) -> Callable[..., jax.Array]:
     c, (m, n, k) = config, (problem.m, problem.n, problem.k)
     out = jnp.dtype(problem.out)
     strip = STRIP // out.itemsize  # columns written at once
-    per = c.part if problem.b_rows else min(c.part, _common(c.bn))  # columns of a total
+    # columns of a total: those of one tile's scale
+    per = c.part if problem.b_rows else math.gcd(c.part, c.bn, BLOCK)
     half = c.bm // WARPGROUPS
     clusters = (-(-m // (c.bm * c.cluster)), -(-n // c.bn))
     depth = k // BLOCK
@@ -100,30 +101,31 @@ def kernel(problem: Problem, config: Config) -> Callable[..., jax.Array]:
                     plgpu.barrier_wait(full.at[s])
                     later = tile_scales(kk + 2)
                     done = []
+                    held = []
+                    if c.resident:  # products in parts read it from shared memory once
+                        load = functools.partial(plgpu.load, layout=plgpu.Layout.WGMMA_8BIT)
+                        held = [load(a_s.at[s, at]) for at in rows]
                     for i, j in parts:
                         columns = pl.ds(j * c.part, c.part)
                         of_rows = sa_s[s, rows[i]]
-                        product = functools.partial(
-                            _product, a_s.at[s, rows[i]], b_s.at[s, columns]
-                        )
+                        a = held[i] if c.resident else a_s.at[s, rows[i]]
+                        product = functools.partial(_product, a, b_s.at[s, columns])
                         got = pl.run_scoped(product, plgpu.ACC((64, c.part), F32))
                         if problem.b_rows:
                             # One thread releases a stage. Now all have read the scales of the one
                             # before: their products came before this one, which all began.
                             if (i, j) == parts[0]:
                                 pl.when(kk > 0)(lambda: release(kk - 1))
-                            of_columns = plgpu.load(
-                                sb_s[0].at[s, columns], layout=plgpu.Layout.WGMMA.reduce(0)
-                            )
+                            layout = plgpu.Layout.WGMMA.reduce(0)
+                            of_columns = plgpu.load(sb_s[0].at[s, columns], layout=layout)
                             got = got * lax.broadcast_in_dim(of_columns, (64, c.part), (1,))
-                            factors = [of_rows]
-                        else:
-                            if (i, j) == parts[-1]:
-                                release(kk)
-                            of_tiles = scales[j * c.part // per : (j + 1) * c.part // per]
-                            factors = [of_rows * of_tile for of_tile in of_tiles]
-                        for q, factor in enumerate(factors):
-                            piece = got if per == c.part else got[:, q * per : (q + 1) * per]
+                        elif (i, j) == parts[-1]:
+                            release(kk)
+                        for q in range(0, c.part, per):
+                            factor = of_rows
+                            if not problem.b_rows:
+                                factor = of_rows * scales[(j * c.part + q) // per]
+                            piece = got if per == c.part else got[:, q : q + per]
                             wide = lax.broadcast_in_dim(factor, (64, per), (0,))
                             done.append(totals[len(done)] + piece * wide)
                     return tuple(done), after, later
@@ -186,11 +188,6 @@ def kernel(problem: Problem, config: Config) -> Callable[..., jax.Array]:
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         **options,
     )
-
-
-def _common(bn: int) -> int:
-    """The most columns, starting at a multiple of themselves, that surely share one tile scale."""
-    return math.gcd(bn, BLOCK)
 
 
 def _product(a: Any, b: Any, acc: Any) -> jax.Array:

@@ -21,6 +21,7 @@ class Config(NamedTuple):
       width, minor: the order of tiles: strips of `width` along axis `minor`, back and forth.
       registers, load_registers: of a thread that multiplies, and of one that loads.
       blocks: one per multiprocessor.
+      resident: a goes to registers before it is multiplied: products in parts read it once.
     """
 
     bm: int = 128
@@ -34,9 +35,12 @@ class Config(NamedTuple):
     registers: int = 208
     load_registers: int = 88
     blocks: int = 132
+    resident: bool = False
 
 
 WIDE = Config()
+RESIDENT = Config(registers=224, load_registers=56, resident=True)
+RESIDENT_ROWS = Config(outs=1, registers=240, load_registers=24, resident=True)
 NARROW = Config(bn=192, part=192, registers=232, load_registers=40)
 
 

@@ -105,8 +105,8 @@ def kernel(problem: Problem, config: Config) -> Callable[..., tuple[jax.Array, .
     run = plgpu.kernel(
         body,
         out_type=out,
-        grid=(lines // tiles, columns // BLOCK)[:: config.order],
-        grid_names=("i", "j")[:: config.order],
+        grid=(lines // tiles, columns // BLOCK),
+        grid_names=("i", "j"),
         scratch_types={
             "x_s": plgpu.SMEM((steps, BLOCK, BLOCK), problem.x, transforms=tiled(2)),
             "code_s": plgpu.SMEM((outs, 2, BLOCK, BLOCK), dtype, transforms=tiled(1)),

@@ -16,13 +16,11 @@ class Config(NamedTuple):
       tiles: of a block, one below the other.
       steps: tiles of x in shared memory.
       outs: tiles of codes there.
-      order: 1: blocks beside each other run along columns; -1: along rows.
     """
 
-    tiles: int = 4
-    steps: int = 2
+    tiles: int = 1
+    steps: int = 1
     outs: int = 1
-    order: int = 1
 
 
 def supports(problem: Problem, device: Device) -> str | None:
