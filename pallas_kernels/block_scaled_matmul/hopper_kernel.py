@@ -101,15 +101,11 @@ def kernel(problem: Problem, config: Config) -> Callable[..., jax.Array]:
                     plgpu.barrier_wait(full.at[s])
                     later = tile_scales(kk + 2)
                     done = []
-                    held = []
-                    if c.resident:  # products in parts read it from shared memory once
-                        load = functools.partial(plgpu.load, layout=plgpu.Layout.WGMMA_8BIT)
-                        held = [load(a_s.at[s, at]) for at in rows]
                     for i, j in parts:
                         columns = pl.ds(j * c.part, c.part)
                         of_rows = sa_s[s, rows[i]]
-                        a = held[i] if c.resident else a_s.at[s, rows[i]]
-                        product = functools.partial(_product, a, b_s.at[s, columns])
+                        operands = a_s.at[s, rows[i]], b_s.at[s, columns]
+                        product = functools.partial(_product, *operands)
                         got = pl.run_scoped(product, plgpu.ACC((64, c.part), F32))
                         if problem.b_rows:
                             # One thread releases a stage. Now all have read the scales of the one

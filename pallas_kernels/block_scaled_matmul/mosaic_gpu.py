@@ -1,5 +1,6 @@
 """Hopper through Pallas Mosaic GPU: what it supports, and how the work is cut."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -21,7 +22,6 @@ class Config(NamedTuple):
       width, minor: the order of tiles: strips of `width` along axis `minor`, back and forth.
       registers, load_registers: of a thread that multiplies, and of one that loads.
       blocks: one per multiprocessor.
-      resident: a goes to registers before it is multiplied: products in parts read it once.
     """
 
     bm: int = 128
@@ -35,12 +35,9 @@ class Config(NamedTuple):
     registers: int = 208
     load_registers: int = 88
     blocks: int = 132
-    resident: bool = False
 
 
 WIDE = Config()
-RESIDENT = Config(registers=224, load_registers=56, resident=True)
-RESIDENT_ROWS = Config(outs=1, registers=240, load_registers=24, resident=True)
 NARROW = Config(bn=192, part=192, registers=232, load_registers=40)
 
 
@@ -67,6 +64,11 @@ def run(
     a: jax.Array, a_scale: jax.Array, b: jax.Array, b_scale: jax.Array, problem: Problem
 ) -> jax.Array:
     """`[m, n]`."""
+    return _run(problem, choose_config(problem), a, a_scale, b, b_scale)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))  # traced once, so that XLA sees equal calls
+def _run(problem: Problem, config: Config, *operands: jax.Array) -> jax.Array:
     from pallas_kernels.block_scaled_matmul import hopper_kernel  # needs a jax with Mosaic GPU
 
-    return hopper_kernel.kernel(problem, choose_config(problem))(a, a_scale, b, b_scale)
+    return hopper_kernel.kernel(problem, config)(*operands)

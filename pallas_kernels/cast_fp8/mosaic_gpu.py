@@ -1,5 +1,6 @@
 """Hopper through Pallas Mosaic GPU: what it supports, and how the work is cut."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -37,6 +38,11 @@ def supports(problem: Problem, device: Device) -> str | None:
 
 def run(x: jax.Array, *inverses: jax.Array, problem: Problem) -> tuple[jax.Array, ...]:
     """What `op.cast_fp8` returns."""
+    return _run(problem, Config(), x, *inverses)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))  # traced once, so that XLA sees equal calls
+def _run(problem: Problem, config: Config, *operands: jax.Array) -> tuple[jax.Array, ...]:
     from pallas_kernels.cast_fp8 import hopper_kernel  # needs a jax with Mosaic GPU
 
-    return hopper_kernel.kernel(problem, Config())(x, *inverses)
+    return hopper_kernel.kernel(problem, config)(*operands)
