@@ -42,10 +42,17 @@ NARROW = Config(bn=192, part=192, registers=232, load_registers=40)
 
 
 def choose_config(problem: Problem) -> Config:
-    """The config that was fastest for such a problem."""
+    """`NARROW` for the gradient of a weight; else what takes fewer columns after each other."""
     if problem.b_rows:
         return NARROW
-    return WIDE
+    return min((WIDE, NARROW), key=lambda config: columns_in_turn(problem, config))
+
+
+def columns_in_turn(problem: Problem, config: Config) -> int:
+    """Columns of the tiles that the busiest multiprocessor makes one after the other."""
+    rows = config.bm * config.cluster
+    tiles = -(-problem.m // rows) * -(-problem.n // config.bn)
+    return -(-tiles // (config.blocks // config.cluster)) * config.bn
 
 
 def supports(problem: Problem, device: Device) -> str | None:

@@ -61,12 +61,14 @@ def cast_both(
         return None
     last = next((i for i in range(2) if x.ndim - 1 in contracts[i]), 0)
     along, down = sorted(contracts[last]), sorted(contracts[1 - last])
-    if [*down, *along] != used or [list(c) for c in contracts] != [sorted(c) for c in contracts]:
+    if [*down, *along] != used:
         return None
     rows, columns = (math.prod(x.shape[a] for a in axes) for axes in (down, along))
     if not isinstance(storage, str) or not storage.startswith("float8_e"):
         return None
-    if kind != "given" and any(x.shape[axes[-1]] % BLOCK for axes in (along, down)):
+    ordered = [list(c) for c in contracts] == [sorted(c) for c in contracts]
+    whole = ordered and all(x.shape[axes[-1]] % BLOCK == 0 for axes in (along, down))
+    if kind != "given" and not whole:  # blocks lie along the innermost axis that is contracted
         return None
     problem = CastProblem(rows, columns, kind, storage, x.dtype.name)
     if _compat.explicit_sharding(x) is not None or not runs("cast_fp8", problem):
