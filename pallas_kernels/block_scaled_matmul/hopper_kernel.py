@@ -7,6 +7,9 @@ tensor cores keep 14 bits of a sum, so it must not grow longer. While one warpgr
 multiplies.
 """
 
+# jax 0.10, which is too old for the kernel, wants an index for `load` and hides `ACC`.
+# pyright: reportCallIssue=false, reportPrivateImportUsage=false
+
 import functools
 import math
 from collections.abc import Callable

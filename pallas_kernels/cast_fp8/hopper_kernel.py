@@ -4,6 +4,9 @@ TMA brings the tile to shared memory and takes the codes from there. The transpo
 from a transposed load of the same tile (LDSM.T), so both are written along their rows.
 """
 
+# jax 0.10, which is too old for the kernel, wants an index for `load` and hides `ACC`.
+# pyright: reportCallIssue=false, reportPrivateImportUsage=false
+
 import functools
 import itertools
 from collections.abc import Callable

@@ -68,4 +68,4 @@ def _problem(x: jax.Array, scales: str, inverses: tuple[jax.Array, ...], dtype: 
         raise ValueError(
             f"cast_fp8: {scales} scales need multiples of {BLOCK}, x is {list(x.shape)}; pad it"
         )
-    return Problem(*x.shape, scales, dtype, x.dtype.name)
+    return Problem(x.shape[0], x.shape[1], scales, dtype, x.dtype.name)
