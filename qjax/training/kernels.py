@@ -140,8 +140,9 @@ def _view(q: QTensor, contract: Axes) -> Any:
     """(codes [free, contracted], scales, free shape, whether they are tiles), or None."""
     block, last = blocks.align(q.block, q.ndim), contract[-1]
     free = [a for a in range(q.ndim) if a not in contract]
-    plain = isinstance(q.qvalue, jax.Array) and isinstance(q.scale, jax.Array)
-    if not free or q.format != "fp8_e4m3" or not plain:
+    if not isinstance(q.qvalue, jax.Array) or not isinstance(q.scale, jax.Array):
+        return None
+    if not free or q.format != "fp8_e4m3":
         return None
     blocked = {a: n for a, n in enumerate(block) if n != 1}
     tile = len(blocked) == 2
@@ -153,6 +154,6 @@ def _view(q: QTensor, contract: Axes) -> Any:
     width = math.prod(q.shape[a] for a in contract)
     codes = lax.transpose(q.qvalue, (*free, *contract)).reshape(-1, width)
     order = (*free, *contract) if tile else (*contract, *free)
-    scale = lax.transpose(q.scale, order)  # pyright: ignore[reportArgumentType]
+    scale = lax.transpose(q.scale, order)
     lines = math.prod(scale.shape[: len(free) if tile else len(contract)])
     return codes, scale.reshape(lines, -1), [q.shape[a] for a in free], tile
