@@ -1,4 +1,4 @@
-"""Low-bit matmul kernels on plain arrays: no QTensor, no model, jax only.
+"""Low-bit matmuls and casts on plain arrays: no QTensor, no model, jax only.
 
 How an op is arranged, `quantized_matmul` for example::
 
@@ -10,7 +10,10 @@ How an op is arranged, `quantized_matmul` for example::
       reference.py   the definition, and what every choice ends at
       xla_cpu.py, mosaic_gpu.py   implementations; later ones (mosaic_tpu.py) stand beside them
       problems.py    PROBLEMS, literal: what tests, benchmarks and the tuner iterate
+    cast_fp8/, block_scaled_matmul/   the same, without layouts and partitioning
     frame.py         Device, Implementation
+    hopper.py        what kernels for Hopper need of a device
+    mapping.py       looped: vmap as a loop on the device
     dispatch.py      IMPLEMENTATIONS, literal: op -> name -> Implementation, best first; choose
 
 To add an implementation: one file with `run(x, arrays, problem) -> y` and

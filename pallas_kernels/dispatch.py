@@ -3,6 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from pallas_kernels.block_scaled_matmul import mosaic_gpu as block_mosaic_gpu
+from pallas_kernels.block_scaled_matmul import reference as block_reference
+from pallas_kernels.cast_fp8 import mosaic_gpu as cast_mosaic_gpu
+from pallas_kernels.cast_fp8 import reference as cast_reference
 from pallas_kernels.frame import Device, Implementation
 from pallas_kernels.quantized_matmul import mosaic_gpu, reference, xla_cpu
 
@@ -12,6 +16,14 @@ IMPLEMENTATIONS: Mapping[str, Mapping[str, Implementation]] = {
         "mosaic_gpu": Implementation(mosaic_gpu.run, mosaic_gpu.supports),
         "xla_cpu": Implementation(xla_cpu.run, xla_cpu.supports),
         "reference": Implementation(reference.run, reference.supports),
+    },
+    "cast_fp8": {
+        "mosaic_gpu": Implementation(cast_mosaic_gpu.run, cast_mosaic_gpu.supports),
+        "reference": Implementation(cast_reference.run, cast_reference.supports),
+    },
+    "block_scaled_matmul": {
+        "mosaic_gpu": Implementation(block_mosaic_gpu.run, block_mosaic_gpu.supports),
+        "reference": Implementation(block_reference.run, block_reference.supports),
     },
 }
 

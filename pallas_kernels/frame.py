@@ -24,9 +24,9 @@ class Implementation(NamedTuple):
     """A way to run an op.
 
     Attributes:
-      run: (x, arrays, problem) -> result. Pure and traceable; sees the part of one device.
+      run: (operands of the op, problem) -> result. Pure and traceable; sees the part of one device.
       supports: (problem, device) -> None, or the reason why not.
     """
 
-    run: Callable[..., jax.Array]
+    run: Callable[..., Any]
     supports: Callable[[Any, Device], str | None]

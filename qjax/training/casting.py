@@ -1,4 +1,4 @@
-"""Casts of GEMM operands: amax, scale, codes. A kernel that replaces one replaces `cast_both`."""
+"""Casts of GEMM operands: amax, scale, codes. Kernels replace `cast_both`: see `kernels`."""
 
 from collections.abc import Sequence
 
@@ -11,6 +11,7 @@ from qjax import blocks, microscaling
 from qjax.activation import hadamard
 from qjax.formats import FORMATS, Format
 from qjax.qtensor import QTensor
+from qjax.training import kernels
 from qjax.training.recipes import Cast
 
 Axes = tuple[int, ...]
@@ -30,7 +31,8 @@ def cast_both(
 ) -> tuple["QTensor | jax.Array", ...]:
     """One tensor as it enters two GEMMs that contract different axes of it.
 
-    Both are one QTensor where the same codes serve, as those of one scale for the whole tensor do.
+    Both are one QTensor where the same codes serve, as those of one scale for the whole tensor do,
+    except that a kernel writes them once for each.
 
     Args:
       x: floating point, any shape.
@@ -41,6 +43,16 @@ def cast_both(
       key: of the stochastic rounding.
     """
     first, second = hows
+    if first is not None and first == second:
+        pair = [block_of(first, x.shape, contract, whole) for contract in contracts]
+
+        def scales(which: int) -> tuple[jax.Array, jax.Array]:
+            wide = x.astype(jnp.float32)
+            return _scales(wide, first, FORMATS[first.format], pair[which], whole, amax)
+
+        both = kernels.cast_both(x, first, contracts, pair, scales)
+        if both is not None:
+            return both
     a = cast(x, first, contracts[0], whole, amax, key)
     if first == second and first is not None and _serves_both(first):
         return a, a

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from qjax import _compat, blocks, ops
 from qjax.ops import Axes
 from qjax.qtensor import QTensor, dequantize
-from qjax.training import casting
+from qjax.training import casting, kernels
 from qjax.training.recipes import Recipe
 
 Operand = Any  # jax.Array or QTensor
@@ -70,7 +70,9 @@ class Dot(NamedTuple):
         if where is not None:
             spec = [*where.spec, *[None] * (len(axes) - len(where.spec))]
             where = NamedSharding(where.mesh, PartitionSpec(*(spec[a] for a in axes)))
-        return lax.transpose(_dot(g, other, numbers, dtype, where), np.argsort(axes).tolist())
+        order = np.argsort(axes).tolist()
+        y = _dot(g, other, numbers, dtype, where, order != sorted(order))
+        return lax.transpose(y, order)
 
 
 class RaggedDot(NamedTuple):
@@ -136,8 +138,10 @@ def _is_constant(q: QTensor, contracted: Axes) -> bool:
     return all(block[a] >= q.shape[a] for a in contracted)
 
 
-def _dot(a: Operand, b: Operand, numbers: Any, dtype: Any, where: Any) -> jax.Array:
-    """`lax.dot_general`, on codes where scales can follow, in `dtype`.
+def _dot(
+    a: Operand, b: Operand, numbers: Any, dtype: Any, where: Any, turned: bool = False
+) -> jax.Array:
+    """`lax.dot_general`, on codes where scales can follow, in `dtype`; transposed next if `turned`.
 
     One FP8 dot with the scales applied to its result is the form that XLA rewrites to cuBLASLt.
     """
@@ -145,6 +149,10 @@ def _dot(a: Operand, b: Operand, numbers: Any, dtype: Any, where: Any) -> jax.Ar
     of_b = of_a._replace(weight_side=1)
     pair = ((a, numbers[0][0]), (b, numbers[0][1]))
     if not all(isinstance(q, QTensor) and _is_constant(q, axes) for q, axes in pair):
+        if where is None and isinstance(a, QTensor) and isinstance(b, QTensor):
+            y = kernels.product(a, b, numbers, dtype, turned)
+            if y is not None:
+                return y
         y = of_a(_opened(b, a, b), _opened(a, a, b), (), jnp.float32)
         return y.astype(dtype)
     integer = jnp.issubdtype(a.qvalue.dtype, jnp.integer)

@@ -1,0 +1,183 @@
+"""How close the FP8 kernels come to a copy and to cuBLASLt on this GPU, and whether they are right.
+
+Casts are compared bit for bit with their definition, products with the float32 product of the same
+codes and scales (largest difference over the largest value of its row). Then each takes turns with
+what it is measured against: XLA's copy of the same bytes and XLA's own code for the definition;
+cuBLASLt's FP8 product of the same codes, without scales. Wall clock over calls in flight, medians.
+Rows are written to a JSON file as they are made.
+
+    python experiments/fp8_kernels.py [rows.json]
+
+XLA's Triton matmuls are off, so that its FP8 product is cuBLASLt's.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=false")
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.block_scaled_matmul import hopper_kernel as products
+from pallas_kernels.block_scaled_matmul import mosaic_gpu as block_plan
+from pallas_kernels.block_scaled_matmul import problems as block_problems
+from pallas_kernels.block_scaled_matmul import reference as block_reference
+from pallas_kernels.cast_fp8 import mosaic_gpu as casts
+from pallas_kernels.cast_fp8 import problems as cast_problems
+from pallas_kernels.cast_fp8 import reference as cast_reference
+
+F32 = jnp.float32
+ROUNDS, SECONDS = 5, 0.02  # medians of so many turns, each at least so long
+CONFIGS = {
+    False: ("WIDE", "NARROW"),  # by `Problem.b_rows`
+    True: ("NARROW",),
+}
+
+
+def turns(calls: dict[str, tuple[Callable[..., Any], tuple]]) -> dict[str, float]:
+    """Microseconds of a call of each, taken in turns."""
+    compiled = {name: jax.jit(f).lower(*args).compile() for name, (f, args) in calls.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    counts = {}
+    for turn in range(ROUNDS + 1):
+        for name, (_, args) in calls.items():
+            run = compiled[name]
+            start = time.perf_counter()
+            for _ in range(counts.get(name, 3)):
+                out = run(*args)
+            jax.block_until_ready(out)
+            each = (time.perf_counter() - start) / counts.get(name, 3)
+            del out
+            if turn == 0:  # warms up, and says how many calls a turn takes
+                counts[name] = max(3, int(SECONDS / each))
+            else:
+                times[name].append(1e6 * each)
+    return {name: statistics.median(v) for name, v in times.items()}
+
+
+def different(a: jax.Array, b: jax.Array) -> int:
+    """Elements that are not the same number; NaN equals NaN."""
+    a, b = a.astype(F32), b.astype(F32)
+    same = (a == b) & (jnp.signbit(a) == jnp.signbit(b)) | (jnp.isnan(a) & jnp.isnan(b))
+    return int(jnp.sum(~same))
+
+
+def cast_operands(problem: Any) -> tuple[jax.Array, ...]:
+    """Random x of many magnitudes with a NaN, an Inf and zeros, and reciprocals where given."""
+    shape = (problem.rows, problem.columns)
+    x = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
+    x = x.at[5, 7].set(jnp.nan).at[200, 300].set(jnp.inf).at[128:256, :128].set(0)
+    x = x.at[:, 128:200].multiply(1e-30)
+    if problem.scales != "given":
+        return (x,)
+    keys = jax.random.split(jax.random.key(1))
+    return x, *(jax.random.uniform(k, (n,), F32, 50, 200) for k, n in zip(keys, shape, strict=True))
+
+
+def cast(problem: Any, timed: bool) -> dict[str, Any]:
+    """Bits that differ, and times."""
+    args = cast_operands(problem)
+    ours = functools.partial(casts.run, problem=problem)
+    wanted = functools.partial(cast_reference.run, problem=problem)
+    pairs = zip(jax.jit(ours)(*args), jax.jit(wanted)(*args), strict=True)
+    row = {"op": "cast_fp8", **problem._asdict(), "different": sum(different(*p) for p in pairs)}
+    if timed:
+        copy = lambda x, *_: lax.bitcast_convert_type(
+            lax.bitcast_convert_type(x, jnp.uint16) ^ 1, jnp.bfloat16
+        )
+        us = turns({"copy": (copy, args), "xla": (wanted, args), "ours": (ours, args)})
+        row |= {"us": us, "of_copy": us["copy"] / us["ours"], "xla_of_copy": us["copy"] / us["xla"]}
+    return row
+
+
+def block_operands(problem: Any) -> tuple[jax.Array, ...]:
+    """Codes and scales of random matrices."""
+    keys = jax.random.split(jax.random.key(0))
+    cast = lambda rows, kind, key: jax.jit(
+        lambda: cast_reference.run(
+            jax.random.normal(key, (rows, problem.k), jnp.bfloat16),
+            problem=cast_problems.Problem(rows, problem.k, kind),
+        )
+    )()
+    a, _, a_scale, _ = cast(problem.m, "block", keys[0])
+    b, _, b_scale, *_ = cast(problem.n, "block" if problem.b_rows else "tile", keys[1])
+    return a, a_scale, b, b_scale
+
+
+def error(y: jax.Array, args: tuple[jax.Array, ...], problem: Any) -> float:
+    """Of the first, middle and last rows."""
+    part = problem._replace(m=128, out="float32")
+    reference = jax.jit(lambda *v: block_reference.run(*v, part))
+    worst = 0.0
+    for start in (0, problem.m // 256 * 128, problem.m - 128):
+        at = slice(start, start + 128)
+        truth = reference(args[0][at], args[1][:, at], *args[2:])
+        off = jnp.max(jnp.abs(y[at].astype(F32) - truth), 1) / jnp.max(jnp.abs(truth), 1)
+        worst = max(worst, float(jnp.nan_to_num(jnp.max(off), nan=jnp.inf)))
+    return worst
+
+
+def product(problem: Any, timed: bool) -> dict[str, Any]:
+    """Errors and times of each config."""
+    args = block_operands(problem)
+    kernels = {
+        name: products.kernel(problem, getattr(block_plan, name))
+        for name in CONFIGS[problem.b_rows]
+    }
+    errors = {name: error(jax.jit(f)(*args), args, problem) for name, f in kernels.items()}
+    row = {"op": "block_scaled_matmul", **problem._asdict(), "error": errors}
+    if timed:
+        contract = (((1,), (1,)), ((), ()))
+        library = lambda a, _, b, __: lax.dot_general(
+            a, b, contract, preferred_element_type=jnp.bfloat16
+        )
+        us = turns({"cublaslt": (library, args)} | {n: (f, args) for n, f in kernels.items()})
+        flops = 2e-6 * problem.m * problem.n * problem.k
+        row |= {"us": us, "tflops": {n: flops / t for n, t in us.items()}}
+        row["of_cublaslt"] = {n: us["cublaslt"] / us[n] for n in kernels}
+    return row
+
+
+def text(row: dict[str, Any]) -> str:
+    """One line."""
+    short = lambda v: f"{v:.4g}" if isinstance(v, float) else str(v)
+    flat = lambda v: (
+        " ".join(f"{n} {short(x)}" for n, x in v.items()) if isinstance(v, dict) else short(v)
+    )
+    return "  ".join(f"{name}: {flat(v)}" for name, v in row.items())
+
+
+def main() -> None:
+    """Checks and measures all problems."""
+    card = jax.devices()[0].device_kind
+    results = (
+        pathlib.Path(__file__).parent / "results" / f"fp8_kernels_{card.replace(' ', '_')}.json"
+    )
+    path = pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else results
+    path.parent.mkdir(exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    print(f"{card}, jax {jax.__version__}")
+    work = [(product, p, False) for p in block_problems.SMALL.values()]
+    work += [(cast, p, False) for p in cast_problems.SMALL]
+    work += [(product, p, True) for p in block_problems.LARGE]
+    work += [(cast, p, True) for p in cast_problems.LARGE]
+    for measure, problem, timed in work:
+        rows.append(measure(problem, timed))
+        print(text(rows[-1]), flush=True)
+        held = {"card": card, "jax": jax.__version__, "rows": rows}
+        path.write_text(json.dumps(held, indent=1) + "\n")
+    bad = [r for r in rows if r.get("different") or max(r.get("error", {"": 0}).values()) > 0.005]
+    print("all are right" if not bad else f"WRONG: {len(bad)}")
+
+
+if __name__ == "__main__":
+    main()

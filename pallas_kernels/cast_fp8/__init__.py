@@ -1,0 +1,1 @@
+"""Casts to FP8 that write both orientations of the codes."""

@@ -1,0 +1,48 @@
+"""Hopper through Pallas Mosaic GPU: what it supports, and how the work is cut."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+
+from pallas_kernels import hopper
+from pallas_kernels.cast_fp8.problem import BLOCK, Problem
+from pallas_kernels.frame import Device
+
+
+class Config(NamedTuple):
+    """How the work is cut.
+
+    Attributes:
+      tiles: of a block, one below the other.
+      steps: tiles of x in shared memory.
+      outs: tiles of codes there.
+    """
+
+    tiles: int = 1
+    steps: int = 1
+    outs: int = 1
+
+
+def supports(problem: Problem, device: Device) -> str | None:
+    """bfloat16 in multiples of 128, on an H100 or H200 with jax 0.11."""
+    reason = hopper.missing(device)
+    if reason is not None:
+        return reason
+    if problem.rows % BLOCK or problem.columns % BLOCK:
+        return f"x [{problem.rows}, {problem.columns}] must be of multiples of {BLOCK}"
+    if problem.x != "bfloat16":
+        return f"x is {problem.x}, it takes bfloat16"
+    return None
+
+
+def run(x: jax.Array, *inverses: jax.Array, problem: Problem) -> tuple[jax.Array, ...]:
+    """What `op.cast_fp8` returns."""
+    return _run(problem, Config(), x, *inverses)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))  # traced once, so that XLA sees equal calls
+def _run(problem: Problem, config: Config, *operands: jax.Array) -> tuple[jax.Array, ...]:
+    from pallas_kernels.cast_fp8 import hopper_kernel  # needs a jax with Mosaic GPU
+
+    return hopper_kernel.kernel(problem, config)(*operands)

@@ -1,0 +1,159 @@
+"""Where a kernel runs a recipe's casts and products: operands as 2-D views, and which views fit."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels.block_scaled_matmul.op import block_scaled_matmul
+from pallas_kernels.block_scaled_matmul.problem import Problem as Product
+from pallas_kernels.cast_fp8.op import cast_fp8
+from pallas_kernels.cast_fp8.problem import Problem as CastProblem
+from pallas_kernels.dispatch import choose
+from qjax import _compat, blocks
+from qjax.formats import FORMATS
+from qjax.qtensor import QTensor
+from qjax.training.recipes import Cast
+
+Axes = tuple[int, ...]
+BLOCK = 128
+KINDS = {128: "block", (128, 128): "tile", (): "given", None: "given"}  # by `Cast.block`
+
+
+def runs(op: str, problem: Any) -> bool:
+    """Whether something better than the reference runs it here.
+
+    The kernels see one device: where jax has more, XLA could only gather their operands.
+    """
+    return jax.device_count() == 1 and choose(op, problem) != "reference"
+
+
+def cast_both(
+    x: jax.Array,
+    how: Cast,
+    contracts: Sequence[Axes],
+    pair: Sequence[blocks.Block],
+    scales: Callable[[int], tuple[jax.Array, jax.Array]],
+) -> tuple[QTensor, QTensor] | None:
+    """X cast for two GEMMs from one read, the codes of each laid out as tensor cores take them.
+
+    Args:
+      x: floating point; axes in front that no GEMM contracts are layers.
+      how: the cast, the same for both.
+      contracts: the axes that each GEMM contracts.
+      pair: the block of scales of each.
+      scales: the number of a GEMM -> scales of its blocks and their reciprocals, for those that no
+        tile of 128 x 128 holds.
+
+    Returns:
+      None where no kernel takes it.
+    """
+    if how.stochastic or how.hadamard or how.scale not in ("current", "delayed"):
+        return None
+    kind, storage = KINDS.get(how.block), FORMATS[how.format].storage
+    used = sorted({*contracts[0], *contracts[1]})
+    layers = x.ndim - len(used)
+    if kind is None or not all(contracts) or used != list(range(layers, x.ndim)):
+        return None
+    last = next((i for i in range(2) if x.ndim - 1 in contracts[i]), 0)
+    along, down = sorted(contracts[last]), sorted(contracts[1 - last])
+    if [*down, *along] != used:
+        return None
+    rows, columns = (math.prod(x.shape[a] for a in axes) for axes in (down, along))
+    if not isinstance(storage, str) or not storage.startswith("float8_e"):
+        return None
+    ordered = [list(c) for c in contracts] == [sorted(c) for c in contracts]
+    whole = ordered and all(x.shape[axes[-1]] % BLOCK == 0 for axes in (along, down))
+    if kind != "given" and not whole:  # blocks lie along the innermost axis that is contracted
+        return None
+    problem = CastProblem(rows, columns, kind, storage, x.dtype.name)
+    if _compat.explicit_sharding(x) is not None or not runs("cast_fp8", problem):
+        return None
+    stack = x.shape[:layers]
+    operands, found = [x.reshape(*stack, rows, columns)], ()
+    if kind == "given":
+        found = (scales(last), scales(1 - last))
+        for (_, inverse), axes in zip(found, (down, along), strict=True):
+            wide = jnp.broadcast_to(inverse, [*stack, *(_wide(inverse, x, a, axes) for a in used)])
+            operands.append(_line(wide, layers, used, axes))
+    run = lambda *v: cast_fp8(v[0], kind, *v[1:], dtype=storage)
+    for _ in range(layers):
+        run = jax.vmap(run)
+    codes, turned, *made = run(*operands)
+    turned = jnp.swapaxes(turned, -1, -2)
+    if kind == "block":
+        made = [jnp.swapaxes(made[0], -1, -2), made[1]]
+    of = [found[i][0] for i in range(2)] if kind == "given" else [made[0], made[-1]]
+    out: list[Any] = [None, None]
+    for i, code, scale in ((last, codes, of[0]), (1 - last, turned, of[1])):
+        shape = blocks.scale_shape(x.shape, pair[i])
+        out[i] = QTensor(
+            code.reshape(x.shape),
+            scale.reshape(shape),
+            None,
+            None,
+            None,
+            how.format,
+            blocks.trim(pair[i]),
+            np.dtype(x.dtype),
+        )
+    return out[0], out[1]
+
+
+def _wide(inverse: jax.Array, x: jax.Array, axis: int, kept: Sequence[int]) -> int:
+    return x.shape[axis] if axis in kept else inverse.shape[axis]
+
+
+def _line(wide: jax.Array, layers: int, used: Sequence[int], kept: Sequence[int]) -> jax.Array:
+    return wide.reshape(*wide.shape[:layers], math.prod(wide.shape[a] for a in kept))
+
+
+def product(
+    a: QTensor, b: QTensor, numbers: Any, dtype: Any, turned: bool = False
+) -> jax.Array | None:
+    """`lax.dot_general` of operands in blocks of 128 along the contraction; None if no kernel does.
+
+    `turned`: the caller transposes the result, so the kernel writes the transpose of it.
+    """
+    (of_a, of_b), batch = numbers
+    if any(batch) or not of_a:
+        return None
+    views = [_view(q, axes) for q, axes in ((a, of_a), (b, of_b))]
+    if any(v is None for v in views) or all(v[3] for v in views):
+        return None
+    swap = views[0][3] or (turned and not views[1][3])
+    left, right = views[::-1] if swap else views
+    problem = Product(
+        left[0].shape[0], right[0].shape[0], left[0].shape[1], not right[3], np.dtype(dtype).name
+    )
+    if not runs("block_scaled_matmul", problem):
+        return None
+    y = block_scaled_matmul(*left[:2], *right[:2], out=dtype)
+    return (y.T if swap else y).reshape([*views[0][2], *views[1][2]])
+
+
+def _view(q: QTensor, contract: Axes) -> Any:
+    """(codes [free, contracted], scales, free shape, whether they are tiles), or None."""
+    block, last = blocks.align(q.block, q.ndim), contract[-1]
+    free = [a for a in range(q.ndim) if a not in contract]
+    if not isinstance(q.qvalue, jax.Array) or not isinstance(q.scale, jax.Array):
+        return None
+    if not free or q.format != "fp8_e4m3":
+        return None
+    blocked = {a: n for a, n in enumerate(block) if n != 1}
+    tile = len(blocked) == 2
+    wanted = {last: BLOCK, free[-1]: BLOCK} if tile else {last: BLOCK}
+    if blocked != wanted or any(q.shape[axis] % BLOCK for axis in blocked):
+        return None
+    if _compat.explicit_sharding(q.qvalue) is not None:
+        return None
+    width = math.prod(q.shape[a] for a in contract)
+    codes = lax.transpose(q.qvalue, (*free, *contract)).reshape(-1, width)
+    order = (*free, *contract) if tile else (*contract, *free)
+    scale = lax.transpose(q.scale, order)
+    lines = math.prod(scale.shape[: len(free) if tile else len(contract)])
+    return codes, scale.reshape(lines, -1), [q.shape[a] for a in free], tile

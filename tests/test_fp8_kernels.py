@@ -1,0 +1,276 @@
+"""FP8 casts and block-scaled products: definitions, choice, lowering for Hopper, use in recipes.
+
+The arithmetic on the device is checked there (experiments/fp8_kernels.py).
+"""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from pallas_kernels.block_scaled_matmul import mosaic_gpu as block_plan
+from pallas_kernels.block_scaled_matmul import problems as products
+from pallas_kernels.block_scaled_matmul.op import block_scaled_matmul
+from pallas_kernels.cast_fp8 import problems as casts
+from pallas_kernels.cast_fp8.op import cast_fp8
+from pallas_kernels.dispatch import choose
+from pallas_kernels.frame import Device
+from qjax import training
+from qjax.qtensor import dequantize
+from qjax.training import casting, kernels
+
+H100 = Device("gpu", "NVIDIA H100 80GB HBM3")
+MOSAIC = tuple(map(int, jax.__version__.split(".")[:2])) >= (0, 11)
+needs_mosaic = pytest.mark.skipif(not MOSAIC, reason="the kernels need jax 0.11 or newer")
+ROW = training.RECIPES["block"].output[0]
+TILE = training.RECIPES["block"].output[1]
+
+
+def _operands(problem, seed=0):
+    """Random E4M3 codes, and scales over eight powers of two."""
+    rng = np.random.default_rng(seed)
+    code = lambda *shape: jnp.asarray(
+        np.clip(100 * rng.normal(size=shape), -448, 448), jnp.float8_e4m3fn
+    )
+    scale = lambda *shape: jnp.asarray(2.0 ** rng.uniform(-4, 4, shape), jnp.float32)
+    blocks = problem.k // 128
+    of_b = (blocks, problem.n) if problem.b_rows else (-(-problem.n // 128), blocks)
+    a, b = code(problem.m, problem.k), code(problem.n, problem.k)
+    return a, scale(blocks, problem.m), b, scale(*of_b)
+
+
+def _truth(problem, a, a_scale, b, b_scale):
+    """The float64 product, one block of k after the other."""
+    a, a_scale, b, b_scale = (np.asarray(v, np.float64) for v in (a, a_scale, b, b_scale))
+    y = np.zeros((problem.m, problem.n))
+    for q in range(problem.k // 128):
+        at = slice(128 * q, 128 * q + 128)
+        of_b = b_scale[q] if problem.b_rows else np.repeat(b_scale[:, q], 128)[: problem.n]
+        y += a_scale[q][:, None] * of_b[None, :] * (a[:, at] @ b[:, at].T)
+    return y
+
+
+@pytest.mark.parametrize("name", products.SMALL)
+def test_the_product_is_that_of_float64(name):
+    problem = products.SMALL[name]
+    operands = _operands(problem)
+    got = np.asarray(block_scaled_matmul(*operands, out=problem.out), np.float64)
+    truth = _truth(problem, *operands)
+    # a float32 sum of k products, then the result's own rounding: 2^-9 in bfloat16
+    bound = 2**-22 * problem.k + (2**-8 if problem.out == "bfloat16" else 0)
+    assert np.abs(got - truth).max() <= bound * np.abs(truth).max()
+
+
+def _numpy_cast(x, top):
+    """Codes of x whose blocks have the largest magnitudes `top`, in ml_dtypes."""
+    inverse = np.float32(448) / np.maximum(top, np.float32(2.0**-110))
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.clip(x * inverse, -448, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+
+
+def _numpy_scale(top):
+    """XLA may multiply with 1 / 448 instead: one unit in the last place."""
+    return np.maximum(top, np.float32(2.0**-110)) / np.float32(448)
+
+
+def _x(rows=256, columns=384):
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(rows, columns)) * 2.0 ** rng.integers(-20, 20, (rows, columns))
+    x[:128, 128:256] = 0
+    x[128:, :128] = 2.0**-115 * rng.uniform(1, 2, (128, 128))  # below the least amax
+    return jnp.asarray(x, jnp.bfloat16)
+
+
+def test_casts_are_numpys():
+    x = _x()
+    wide = np.asarray(x, np.float32)
+    codes, turned, scale, turned_scale = cast_fp8(x, "block")
+    top = np.abs(wide).reshape(256, 3, 128).max(2)
+    np.testing.assert_array_equal(
+        np.asarray(codes, np.float32), _numpy_cast(wide, np.repeat(top, 128, 1))
+    )
+    np.testing.assert_allclose(np.asarray(scale).T, _numpy_scale(top), rtol=2**-23)
+    top = np.abs(wide).reshape(2, 128, 384).max(1)
+    np.testing.assert_array_equal(
+        np.asarray(turned, np.float32).T, _numpy_cast(wide, np.repeat(top, 128, 0))
+    )
+    np.testing.assert_allclose(np.asarray(turned_scale), _numpy_scale(top), rtol=2**-23)
+
+
+@pytest.mark.parametrize(("how", "kind"), [(ROW, "block"), (TILE, "tile")])
+def test_casts_are_those_of_the_recipes_bit_for_bit(how, kind):
+    x = _x().at[5, 7].set(jnp.nan).at[200, 300].set(jnp.inf)
+    codes, turned, *scales = cast_fp8(x, kind)
+    bits = lambda v: np.asarray(v).view(np.uint8 if v.dtype.itemsize == 1 else np.uint32)
+    for contract, got, scale in (((1,), codes, scales[0]), ((0,), turned.T, scales[-1])):
+        wanted = casting.cast(x, how, contract, (0, 1))
+        held = scale.T if kind == "block" and contract == (1,) else scale
+        np.testing.assert_array_equal(bits(got), bits(wanted.qvalue))
+        np.testing.assert_array_equal(bits(held), bits(wanted.scale))
+
+
+def test_vmap_loops_over_what_is_mapped():
+    problem = products.SMALL["rows"]._replace(n=128, k=128)
+    a, a_scale, b, b_scale = _operands(problem)
+    two = jnp.stack([a, a[::-1]])
+    got = jax.vmap(lambda v: block_scaled_matmul(v, a_scale, b, b_scale, out=jnp.float32))(two)
+    for i in range(2):
+        one = block_scaled_matmul(two[i], a_scale, b, b_scale, out=jnp.float32)
+        np.testing.assert_array_equal(np.asarray(got[i]), np.asarray(one))
+
+
+def test_dispatch_takes_them_on_hopper_and_says_why_not():
+    work = {"block_scaled_matmul": products.LARGE[0], "cast_fp8": casts.LARGE[0]}
+    for op, problem in work.items():
+        assert choose(op, problem, Device("cpu", "cpu")) == "reference"
+        with pytest.raises(ValueError, match="compiled for H100 and H200, not for cpu"):
+            choose(op, problem, Device("cpu", "cpu"), "mosaic_gpu")
+        if MOSAIC:
+            assert choose(op, problem, H100) == "mosaic_gpu"
+        else:
+            with pytest.raises(ValueError, match=r"jax 0\.11 or newer"):
+                choose(op, problem, H100, "mosaic_gpu")
+    if MOSAIC:
+        with pytest.raises(ValueError, match="must be multiples of 128"):
+            choose("block_scaled_matmul", products.LARGE[0]._replace(n=100), H100, "mosaic_gpu")
+        with pytest.raises(ValueError, match="it takes bfloat16"):
+            choose("cast_fp8", casts.LARGE[0]._replace(x="float32"), H100, "mosaic_gpu")
+
+
+def test_bad_operands_are_refused():
+    a, a_scale, b, b_scale = _operands(products.SMALL["tiles"])
+    with pytest.raises(ValueError, match="must share a k that is a multiple of 128"):
+        block_scaled_matmul(a[:, :100], a_scale, b[:, :100], b_scale)
+    with pytest.raises(ValueError, match=r"a_scale must be \[2, 256\]"):
+        block_scaled_matmul(a, a_scale.T, b, b_scale)
+    with pytest.raises(ValueError, match="codes must be float8_e4m3fn"):
+        block_scaled_matmul(a.astype(jnp.bfloat16), a_scale, b, b_scale)
+    with pytest.raises(ValueError, match="need multiples of 128"):
+        cast_fp8(jnp.ones((100, 128)), "block")
+    with pytest.raises(ValueError, match="'given', the last with reciprocals"):
+        cast_fp8(jnp.ones((128, 128)), "given")
+
+
+def test_the_config_wastes_the_least():
+    """128 x 256 for n of 4096, where 192 divides badly; 128 x 192 where 256 leaves a turn empty."""
+    choice = lambda m, n: block_plan.choose_config(products.LARGE[0]._replace(m=m, n=n))
+    assert choice(16384, 4096) == block_plan.WIDE
+    assert choice(8192, 8192) == block_plan.NARROW
+
+
+@needs_mosaic
+@pytest.mark.parametrize("name", products.SMALL)
+def test_products_lower_for_a_gpu(name):
+    problem = products.SMALL[name]
+    call = jax.jit(lambda *v: block_plan.run(*v, problem))
+    lowered = call.trace(*_operands(problem)).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+
+
+@needs_mosaic
+@pytest.mark.parametrize("problem", casts.SMALL, ids=casts.SCALES)
+def test_casts_lower_for_a_gpu(problem):
+    from pallas_kernels.cast_fp8 import mosaic_gpu
+
+    inverses = [jnp.ones(n) for n in (256, 384)] if problem.scales == "given" else []
+    call = jax.jit(lambda *v: mosaic_gpu.run(*v, problem=problem))
+    lowered = call.trace(_x(), *inverses).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+
+
+@needs_mosaic
+@pytest.mark.parametrize("rows", [False, True])
+def test_the_interpreted_product_is_that_of_float64(rows):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from pallas_kernels.block_scaled_matmul import hopper_kernel
+
+    problem = products.SMALL["tiles"]._replace(b_rows=rows, out="float32", k=384)
+    config = block_plan.choose_config(problem)._replace(bn=128, part=128, blocks=2, steps=2, outs=1)
+    operands = _operands(problem)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        got = np.asarray(jax.jit(hopper_kernel.kernel(problem, config))(*operands), np.float64)
+    truth = _truth(problem, *operands)
+    assert np.abs(got - truth).max() <= 2**-22 * problem.k * np.abs(truth).max()
+
+
+@needs_mosaic
+@pytest.mark.parametrize("kind", casts.SCALES)
+def test_the_interpreted_cast_is_its_definition(kind):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from pallas_kernels.cast_fp8 import hopper_kernel, mosaic_gpu
+
+    x = _x(256, 128)
+    inverses = [jnp.full((n,), 2.0**-20) for n in x.shape] if kind == "given" else []
+    problem = casts.SMALL[0]._replace(columns=128, scales=kind)
+    kernel = hopper_kernel.kernel(problem, mosaic_gpu.Config(tiles=2))
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        got = jax.jit(kernel)(x, *inverses)
+    for a, b in zip(got, cast_fp8(x, kind, *inverses), strict=True):
+        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
+@pytest.fixture
+def forced(monkeypatch):
+    """The path of the kernels, with their definitions in place of them; counts the calls."""
+    calls = []
+    monkeypatch.setattr(kernels, "runs", lambda op, problem: calls.append(op) or True)
+    return calls
+
+
+def test_products_of_blocks_are_those_of_what_they_stand_for(forced):
+    rng = np.random.default_rng(2)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+    x, w, g = draw(2, 128, 256), draw(256, 384), draw(2, 128, 384)
+    both = lambda v, how, first, second: casting.cast_both(
+        v, (how, how), (first, second), tuple(range(v.ndim))
+    )
+    of_x, of_w, of_g = (
+        both(x, ROW, (2,), (0, 1)),
+        both(w, TILE, (0,), (1,)),
+        both(g, ROW, (2,), (0, 1)),
+    )
+    assert forced == ["cast_fp8"] * 3
+    cases = [  # operands and what they contract: output, both orders; gradients of x and of w
+        (of_x[0], of_w[0], ((2,), (0,))),
+        (of_w[0], of_x[0], ((0,), (2,))),
+        (of_g[0], of_w[1], ((2,), (1,))),
+        (of_g[1], of_x[1], ((0, 1), (0, 1))),
+    ]
+    for (a, b, contract), turned in itertools.product(cases, (False, True)):
+        got = kernels.product(a, b, (contract, ((), ())), jnp.float32, turned)
+        truth = np.tensordot(*(np.asarray(dequantize(v), np.float64) for v in (a, b)), contract)
+        assert got.shape == truth.shape
+        # dequantized values are bfloat16: off by 2^-9 each
+        assert np.abs(got - truth).max() <= 2**-7 * np.abs(truth).max()
+
+
+@pytest.mark.parametrize("name", ["current", "rowwise"])
+def test_recipes_are_the_same_through_the_casts(name, forced, monkeypatch):
+    def loss(p, x):
+        y = jnp.einsum("bsk,khd->bshd", x, p["up"])
+        return jnp.sum(jnp.einsum("bshd,hdn->bsn", y, p["down"]) ** 2)
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = {"up": (128, 2, 64), "down": (2, 64, 128)}
+    p = {n: jax.random.normal(k, s) for k, (n, s) in zip(keys, shapes.items(), strict=False)}
+    x = jax.random.normal(keys[2], (2, 64, 128))
+    recipe = dataclasses.replace(training.RECIPES[name], keep_head=False)
+    low = training.fp8(loss, recipe, argnums=(0, 1))
+    state = low.init(p, x)
+    got = jax.jit(lambda p, x: low.grads(p, state, x)[:2])(p, x)
+    assert len(forced) == 6  # two weights, two x, two gradients
+    monkeypatch.undo()
+    wanted = jax.jit(lambda p, x: low.grads(p, state, x)[:2])(p, x)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_nothing_is_taken_where_jax_has_several_devices():
+    assert jax.device_count() > 1
+    assert not kernels.runs("cast_fp8", casts.SMALL[0])
