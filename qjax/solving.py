@@ -170,7 +170,7 @@ def _checked(task: Task, how: Layout, min_tokens: int) -> tuple[Stats, int, int 
             "to go by; give batches in which the model uses it and a mask that keeps some tokens, "
             f"or Rule({task.path!r}, {str(task.spec)!r}), which needs no calibration"
         )
-    settled, few = _settled(stats, min_tokens, len(how.lead))
+    settled, few = _settled(stats, min_tokens, len(how.lead)) if how.lead else (stats, 0)
     bad = [f for f in sorted(needs) if not np.all(jax.device_get(_finite(getattr(settled, f))))]
     if bad:
         raise ValueError(
