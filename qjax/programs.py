@@ -328,9 +328,9 @@ class Runner:
         self._observers: dict[Any, tuple[Callable[..., Any], Any]] = {}
 
     def stretch(
-        self, eqns: Sequence[_compat.JaxprEqn], given: Callable[[Any], Any], wanted: Sequence[Any]
-    ) -> list[Any]:
-        """The values of the variables `wanted` after `eqns`; `given` has those before."""
+        self, eqns: Sequence[_compat.JaxprEqn], wanted: Sequence[Any]
+    ) -> tuple[Sequence[Any], Callable[[list[Any]], list[Any]]]:
+        """The variables that `eqns` read from before, and their values -> those of `wanted`."""
         inputs, key = _signature(eqns, wanted)
         if key not in self._stretches:
 
@@ -340,20 +340,15 @@ class Runner:
                 return [self._opened(after[v]) for v in wanted]
 
             self._stretches[key] = jax.jit(run)
-        return self._stretches[key]([given(v) for v in inputs])
+        return inputs, self._stretches[key]
 
     def _opened(self, value: Any) -> Any:
         return self._table.open(value, None, "it is kept") if self._table.is_box(value) else value  # pyright: ignore[reportArgumentType]
 
-    def observe(
-        self,
-        marker: Marker,
-        needs: Mapping[str, frozenset[str]],
-        shapes: Mapping[Unit, Any],
-        totals: dict[int, Stats] | None,
-        values: Sequence[Any],
-    ) -> dict[int, Stats]:
-        """`totals` by position in `marker.units`, and those of `values` of its atoms, added up."""
+    def observer(
+        self, marker: Marker, needs: Mapping[str, frozenset[str]], shapes: Mapping[Unit, Any]
+    ) -> Callable[[dict[int, Stats] | None, Sequence[Any]], dict[int, Stats]]:
+        """(totals by position in `marker.units`, values of its atoms) -> those of both."""
         number = {str(u): i for i, u in enumerate(marker.units)}
         tags = tuple(
             t if t is None else dataclasses.replace(t, path=str(number[t.path]))
@@ -379,12 +374,17 @@ class Runner:
             walk.observe(eqn, inputs, [next(rest) if m else None for m in marker.masked])
             return {int(path): total for path, total in walk.totals().items()}
 
-        if key not in self._observers:
-            step = lambda totals, values: {i: add(totals[i], t) for i, t in collect(values).items()}
-            found = jax.eval_shape(collect, values)
-            self._observers[key] = jax.jit(step, donate_argnums=0), found
-        step, found = self._observers[key]
-        return step(empty(found) if totals is None else totals, values)
+        def observe(totals: dict[int, Stats] | None, values: Sequence[Any]) -> dict[int, Stats]:
+            if key not in self._observers:
+                step = lambda totals, values: {
+                    i: add(totals[i], t) for i, t in collect(values).items()
+                }
+                found = jax.eval_shape(collect, values)
+                self._observers[key] = jax.jit(step, donate_argnums=0), found
+            step, found = self._observers[key]
+            return step(empty(found) if totals is None else totals, values)
+
+        return observe
 
 
 def _signature(

@@ -26,6 +26,8 @@ from qjax.transform import Decision, apply_decisions, decide
 
 Log = Callable[[Solved], None]
 
+_SPARE = 2 << 30  # bytes by which the live values of all batches may grow from stop to stop
+
 
 def quantize_sequential(
     fn: Callable[..., Any],
@@ -124,10 +126,17 @@ class _Visit(NamedTuple):
 
 
 class _Batch(NamedTuple):
-    """A batch on its way: which program it runs, and the values that are alive."""
+    """A batch on its way: which program it runs, the stop before which it stands (-1 at the start),
+    and the values that are alive there.
+    """
 
     program: int
+    stop: int
     values: dict[Any, Any]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(v.nbytes for v in self.values.values())
 
 
 class _Walk:
@@ -153,7 +162,8 @@ class _Walk:
                 numbers[call.key] = len(self._programs)
                 self._programs.append(_Path(_program(call, held, tree, self._needs)))
             program = numbers[call.key]
-            self._batches.append(_Batch(program, self._programs[program].start(call.arrays)))
+            start = self._programs[program].start(call.arrays)
+            self._batches.append(_Batch(program, -1, start))
         first = self._programs[0].plan
         if any(p.plan != first for p in self._programs[1:]):
             raise ValueError(
@@ -179,15 +189,21 @@ class _Walk:
 
     def quantize(self, visit: _Visit, min_tokens: int, log: Log | None) -> dict[Unit, QTensor]:
         """Observes all batches at a stop, and quantizes what is ready."""
-        self._advance(visit)
         found: dict[int, Stats] | None = None
         first = self._programs[0].markers[visit.position][0]
-        for batch in self._batches:
+        observers = [self._observer(path, visit.position) for path in self._programs]
+        stay: bool | None = None
+        for i, batch in enumerate(self._batches):
             path = self._programs[batch.program]
-            marker = path.markers[visit.position][0]
-            values = [self._value(path, batch, atom) for atom in marker.atoms]
-            shapes = {u: self._shape(u) for u in marker.units}
-            found = self._runner.observe(marker, self._needs, shapes, found, values)
+            there = self._ahead(batch, visit.position)
+            atoms = path.markers[visit.position][0].atoms
+            values = [self._value(path, there, atom) for atom in atoms]
+            found = observers[batch.program](found, values)
+            stay = self._stays(batch, there, visit) if stay is None else stay
+            if not stay:
+                self._batches[i] = there
+        for batch in self._batches:
+            self._programs[batch.program].drop(batch.stop)
         assert found is not None
         by_unit = {u: found[i] for i, u in enumerate(first.units) if i in found}
         # every use of the same input has the totals of the first
@@ -203,9 +219,10 @@ class _Walk:
             self._task(u, visit, together if self._totals[u] is shared else None)
             for u in visit.ready
         ]
-        done = solve(tasks, min_tokens, log)
-        for unit in visit.ready:
+        for unit in visit.ready:  # a Hessian of many features is large: the sums make room
             del self._totals[unit]
+        del found, by_unit, shared, together, total
+        done = solve(tasks, min_tokens, log)
         return {unit: done[str(unit)] for unit in visit.ready}
 
     def take(self, done: Mapping[Unit, QTensor]) -> None:
@@ -221,18 +238,33 @@ class _Walk:
         layers = sorted((u for u in self._codes if u.path == path), key=lambda u: u.layer or 0)
         return trees.stack([{path: self._codes[u]} for u in layers])[path]
 
-    def _advance(self, visit: _Visit) -> None:
-        for i, batch in enumerate(self._batches):
-            path = self._programs[batch.program]
-            end = path.markers[visit.position][0].index
-            if end <= path.done(batch):
-                continue
-            given = lambda v, path=path, batch=batch: self._value(path, batch, v)
-            wanted = path.alive(path.done(batch), end, visit.position)
-            values = self._runner.stretch(path.between(path.done(batch), end), given, wanted)
-            self._batches[i] = path.keep(batch, end, visit.position, wanted, values)
-        for path in self._programs:
-            path.drop(path.markers[visit.position][0].index, visit.position)
+    def _observer(self, path: "_Path", position: int) -> Callable[..., dict[int, Stats]]:
+        marker = path.markers[position][0]
+        return self._runner.observer(marker, self._needs, {u: self._shape(u) for u in marker.units})
+
+    def _ahead(self, batch: _Batch, position: int) -> _Batch:
+        """A batch at a stop. It is brought from stop to stop, whatever was skipped or run before,
+        so that the same programs run.
+        """
+        path = self._programs[batch.program]
+        for stop in range(batch.stop + 1, position + 1):
+            if stop not in path.stretches:
+                wanted = path.alive(stop)
+                path.stretches[stop] = wanted, *self._runner.stretch(path.between(stop), wanted)
+            wanted, inputs, run = path.stretches[stop]
+            values = run([self._value(path, batch, v) for v in inputs]) if wanted else []
+            batch = path.keep(batch, stop, wanted, values)
+        return batch
+
+    def _stays(self, batch: _Batch, there: _Batch, visit: _Visit) -> bool:
+        """Whether batches stay at the stop before, since they would hold too much at this one; they
+        run from there again for the next. Not where that would run codes that are made here.
+        """
+        if batch.stop != visit.position - 1:
+            return False
+        used = self._programs[0].plan[batch.stop] if batch.stop >= 0 else ()
+        growth = (there.nbytes - batch.nbytes) * len(self._batches)
+        return growth > _SPARE and not set(used) & set(visit.ready)
 
     def _task(self, unit: Unit, visit: _Visit, shared: Stats | None) -> Task:
         decision = self._needed[unit.path]
@@ -287,46 +319,49 @@ class _Path:
         self.markers = [tuple(group) for group in groups.values()]
         self.plan = [tuple(u for m in group for u in m.units) for group in self.markers]
         self.shared: dict[Any, Any] = {}
+        self.stretches: dict[int, tuple[list[Any], Sequence[Any], Callable[..., Any]]] = {}
         self._of_batch = self._dependent()
         self._last_eqn, self._last_stop = self._last_reads()
 
     def start(self, arrays: Sequence[Any]) -> dict[Any, Any]:
         """The values of a batch before the first equation."""
         batch = {v: s.what for v, s in self.program.sources.items() if s.kind == "batch"}
-        return {_POSITION: 0} | {v: arrays[i] for v, i in batch.items()}
+        return {v: arrays[i] for v, i in batch.items()}
 
-    def done(self, batch: _Batch) -> int:
-        return batch.values[_POSITION]
+    def index(self, stop: int) -> int:
+        """The equation before which a stop stands."""
+        return 0 if stop < 0 else self.markers[stop][0].index
 
-    def between(self, start: int, end: int) -> Sequence[Any]:
-        return self.program.eqns[start:end]
+    def between(self, stop: int) -> Sequence[Any]:
+        """The equations between the stop before and this one."""
+        return self.program.eqns[self.index(stop - 1) : self.index(stop)]
 
-    def alive(self, start: int, end: int, position: int) -> list[Any]:
-        """The variables that `eqns[start:end]` make and something later reads, in order."""
-        made = [v for eqn in self.program.eqns[start:end] for v in eqn.outvars]
-        return [v for v in made if self._is_read(v, end, position)]
+    def alive(self, stop: int) -> list[Any]:
+        """The variables that `between(stop)` makes and something later reads, in order."""
+        made = [v for eqn in self.between(stop) for v in eqn.outvars]
+        return [v for v in made if self._is_read(v, stop)]
 
-    def keep(
-        self, batch: _Batch, end: int, position: int, made: Sequence[Any], values: Sequence[Any]
-    ) -> _Batch:
-        """The batch after a stretch: what nothing reads any more is dropped, and what does not
-        depend on the batch is kept once.
+    def keep(self, batch: _Batch, stop: int, made: Sequence[Any], values: Sequence[Any]) -> _Batch:
+        """The batch at a stop: what nothing reads any more is dropped, and what does not depend on
+        the batch is kept once.
         """
-        mine = {v: x for v, x in batch.values.items() if self._is_read(v, end, position)}
+        mine = {v: x for v, x in batch.values.items() if self._is_read(v, stop)}
         for v, x in zip(made, values, strict=True):
             if v in self._of_batch:
                 mine[v] = x
             else:
                 self.shared.setdefault(v, x)
-        return batch._replace(values=mine | {_POSITION: end})
+        return batch._replace(values=mine, stop=stop)
 
-    def drop(self, end: int, position: int) -> None:
-        """Forgets the values kept once that nothing reads any more."""
-        self.shared = {v: x for v, x in self.shared.items() if self._is_read(v, end, position)}
+    def drop(self, stop: int) -> None:
+        """Forgets what was kept once and nothing reads from a stop on."""
+        self.shared = {v: x for v, x in self.shared.items() if self._is_read(v, stop)}
+        self.stretches = {i: run for i, run in self.stretches.items() if i > stop}
 
-    def _is_read(self, v: Any, end: int, position: int) -> bool:
-        """Whether anything from an equation and a stop on reads a variable."""
-        return self._last_eqn.get(v, -1) >= end or self._last_stop.get(v, -1) >= position
+    def _is_read(self, v: Any, stop: int) -> bool:
+        """Whether anything reads a variable from a stop on."""
+        end = self.index(stop)
+        return self._last_eqn.get(v, -1) >= end or self._last_stop.get(v, -1) >= stop
 
     def _last_reads(self) -> tuple[dict[Any, int], dict[Any, int]]:
         """The last equation and the last stop that read each variable."""
@@ -347,9 +382,6 @@ class _Path:
             if any(v in found for v in reads([eqn])):
                 found.update(eqn.outvars)
         return found
-
-
-_POSITION = "position"  # beside the variables of a batch: the equation before which they stand
 
 
 def _program(

@@ -1,6 +1,7 @@
 """Runs an algorithm on weights of a model: matrices in, QTensors on the parameters' axes out."""
 
 import contextlib
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ import numpy as np
 from jax.core import Tracer
 
 from qjax.algorithms.base import Algorithm, Notes, Stats
+from qjax.formats import FORMATS, join_planes, split_planes
 from qjax.matrices import Layout, from_matrices, layout, pad_stats, to_matrices
 from qjax.qtensor import QTensor, dequantize
 from qjax.quantizing import quantize
@@ -170,7 +172,7 @@ def _checked(task: Task, how: Layout, min_tokens: int) -> tuple[Stats, int, int 
             "to go by; give batches in which the model uses it and a mask that keeps some tokens, "
             f"or Rule({task.path!r}, {str(task.spec)!r}), which needs no calibration"
         )
-    settled, few = _settled(stats, min_tokens, len(how.lead))
+    settled, few = _settled(stats, min_tokens, len(how.lead)) if how.lead else (stats, 0)
     bad = [f for f in sorted(needs) if not np.all(jax.device_get(_finite(getattr(settled, f))))]
     if bad:
         raise ValueError(
@@ -234,6 +236,12 @@ def _run(
 @functools.partial(jax.jit, static_argnums=(1,))
 def _placed(q: QTensor, layouts: tuple[Layout, ...]) -> tuple[QTensor, ...]:
     """The QTensor of weights side by side, cut and on the axes of each."""
+    fmt = FORMATS[q.format]
+    if "uint1" in fmt.storage:  # packed bits cannot be cut along their axis: cut whole codes
+        whole = dataclasses.replace(q, qvalue=join_planes(fmt, q.qvalue), format="uint8")
+        parts = _placed(whole, layouts)
+        split = lambda codes: split_planes(fmt, codes)
+        return tuple(dataclasses.replace(v, qvalue=split(v.qvalue), format=q.format) for v in parts)
     done, start = [], 0
     for how in layouts:
         stop = start + how.columns

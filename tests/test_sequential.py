@@ -60,6 +60,29 @@ def test_each_weight_sees_what_the_quantized_part_makes():
     close(got, {"q": q, "k": k, "o": o, "d": by_hand(p["d"], *[h @ o for h in hs])})
 
 
+def test_packed_bits_of_weights_with_one_input_are_cut_apart():
+    """12 and 4 outputs side by side: the cut is inside of a byte of one-bit planes."""
+    fn = lambda p, x: jnp.sum(x @ p["q"]) + jnp.sum(x @ p["k"])
+    p, x = {"q": normal(0, 8, 12), "k": normal(1, 8, 4)}, normal(2, 32, 8)
+    recipe = qjax.Recipe(qjax.Rule(".*", "int3_g4", qjax.gptq()))
+    got = qjax.quantize_sequential(fn, p, [x], recipe)
+    stats = qjax.Stats(hessian=x.T @ x)
+    for name, w in p.items():
+        alone, _ = qjax.gptq().quantize(w, qjax.Spec.parse("int3_g4"), stats)
+        np.testing.assert_array_equal(qjax.dequantize(got[name]), qjax.dequantize(alone))
+
+
+def test_batches_that_would_hold_too_much_stay_and_run_again(monkeypatch):
+    fn = lambda p, x: jnp.tanh(jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"]) @ p["c"]) @ p["d"]
+    shapes = {"a": (8, 8), "b": (8, 32), "c": (32, 8), "d": (8, 8)}
+    p = {n: normal(i, *shape) for i, (n, shape) in enumerate(shapes.items())}
+    xs = [normal(9, 5, 8), normal(10, 3, 8)]
+    wanted = qjax.quantize_sequential(fn, p, xs, RECIPE)
+    monkeypatch.setattr("qjax.sequential._SPARE", 0)
+    got = qjax.quantize_sequential(fn, p, xs, RECIPE)
+    jax.tree.map(np.testing.assert_array_equal, dense(got), dense(wanted))
+
+
 @pytest.mark.parametrize("cast", [False, True])
 def test_layers_of_a_scan_are_unrolled(cast):
     def fn(p, x):
