@@ -49,7 +49,7 @@ def _k_quants(most: str, more: str, first: str) -> Recipe:
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "w8a16": lambda: _whole("int8"),
     "w4a16_rtn": lambda: _whole("int4_g128"),
-    "w4a16_gptq": lambda: _whole("int4_g128", gptq()),
+    "w4a16_gptq": lambda: _whole("int4_g128", gptq(scales="updated")),  # docs/calibration.md
     "w4a16_awq": lambda: _whole("int4_g128", awq()),
     "w4a16_awq_gptq": lambda: _whole("int4_g128", awq(solver=gptq)),
     "w3a16_awq_gptq": lambda: _whole("int3_g128", awq(solver=gptq)),
