@@ -171,7 +171,7 @@ def parts(args: Any, layers: int, net: float) -> None:
     count, spec, solver = args.windows // BATCH, qjax.Spec.parse("int4_g128"), qjax.gptq()
     gram = jax.jit(lambda x: totals(x, 0, None, frozenset({"hessian"})))
     factor = jax.jit(lambda h: _factor(_normalized(h)[0], 0.01))
-    seconds = dict.fromkeys(("Hessians", "factorization", "columns"), 0.0)
+    seconds: dict[str, float] = {"Hessians": 0.0, "factorization": 0.0, "columns": 0.0}
     for k, n in sites:
         x = inputs(BATCH * args.length, k)
         seconds["Hessians"] += layers * count * measure(lambda x=x: gram(x))[1]
@@ -188,7 +188,7 @@ def parts(args: Any, layers: int, net: float) -> None:
 
 def check(size: int) -> None:
     """One output error beside that of float64 in torch: same scales, order and damping."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     h = hessian(inputs(4 * size, size))
     w = jax.random.normal(jax.random.key(5), (size, size), jnp.float32)

@@ -107,7 +107,8 @@ class Bench:
                 stats = qjax.calibrate(
                     self.model.apply, self.floats, counted(self.calibration, advance), recipe
                 )
-            self._stats = jax.block_until_ready(stats)
+            jax.block_until_ready(stats)
+            self._stats = stats
             print(f"calibrated in {time.perf_counter() - start:.0f} s", flush=True)
         return self._stats
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax import _compat, tracing, trees
-from qjax.algorithms.base import Algorithm, Stats
+from qjax.algorithms.base import Stats
 from qjax.calibration import Call, wanted
 from qjax.io.folder import read_folder, write_folder
 from qjax.programs import Program, Runner, Unit, flatten, reads
@@ -461,17 +461,4 @@ def _sampled(value: Any) -> Any:
 
 def _described(rule: Any) -> str:
     text = f"{rule.pattern} {rule.spec!r} {rule.axis}"
-    if rule.algorithm is None:
-        return text
-    return f"{text} {rule.algorithm.name} {_options(rule.algorithm)}"
-
-
-def _options(algorithm: Algorithm) -> str:
-    """The hyperparameters of an algorithm: what its closure holds."""
-    cells = getattr(algorithm.quantize, "__closure__", None) or ()
-    values = [c.cell_contents for c in cells]
-    inner = [f"{v.name} {_options(v)}" for v in values if isinstance(v, Algorithm)]
-    kinds = (str, int, float, bool, type(None), tuple)
-    return repr(
-        [v for v in values if isinstance(v, kinds) and not isinstance(v, Algorithm)] + inner
-    )
+    return text if rule.algorithm is None else f"{text} {rule.algorithm}"

@@ -63,7 +63,8 @@ def awq(grid: int = 20, clip: bool = True, solver: Callable[[], Algorithm] = rtn
         q, more = quantize_scaled(inner, w, spec, stats, scale, within)
         return q, notes | more
 
-    return Algorithm("awq", frozenset({"hessian", "mean_abs"}) | inner.needs, True, quantize)
+    needs, options = frozenset({"hessian", "mean_abs"}) | inner.needs, f"{grid}, {clip}, {inner}"
+    return Algorithm("awq", needs, True, quantize, options=options)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 4, 5))

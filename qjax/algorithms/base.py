@@ -49,6 +49,7 @@ class Algorithm(NamedTuple):
         some elements clipped.
       finish: (QTensor, notes), both with their leading axes and outside jit -> QTensor: sets static
         fields by what calibration saw. The identity by default.
+      options: the hyperparameters of the factory, as text: what tells a run with others apart.
     """
 
     name: str
@@ -56,6 +57,10 @@ class Algorithm(NamedTuple):
     joint: bool
     quantize: Callable[..., tuple[QTensor, Notes]]
     finish: Callable[[QTensor, Notes], QTensor] = lambda q, notes: q
+    options: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}({self.options})"
 
 
 def needed(name: str, stats: Stats, field: str) -> jax.Array:

@@ -100,7 +100,8 @@ def gptq(
             )
         return _quantize(w, spec, h, damping, act_order, scales, block_size, within)
 
-    return Algorithm("gptq", frozenset({"hessian"}), True, quantize)
+    options = f"{damping}, {act_order}, {scales}, {block_size}"
+    return Algorithm("gptq", frozenset({"hessian"}), True, quantize, options=options)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 3, 4, 5, 6))

@@ -62,7 +62,8 @@ def hqq(p: float = 0.7, beta: float = 10.0, kappa: float = 1.01, iterations: int
             )
         return _quantize(w, spec._replace(zero_dtype=None), p, beta, kappa, iterations)
 
-    return Algorithm("hqq", frozenset(), False, quantize)
+    options = f"{p}, {beta}, {kappa}, {iterations}"
+    return Algorithm("hqq", frozenset(), False, quantize, options=options)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))

@@ -63,4 +63,4 @@ def llm_int8(threshold: float = 6.0) -> Algorithm:
         assert q.activation is not None
         return dataclasses.replace(q, activation=dataclasses.replace(q.activation, budget=budget))
 
-    return Algorithm("llm_int8", frozenset({"max_abs"}), False, quantize, finish)
+    return Algorithm("llm_int8", frozenset({"max_abs"}), False, quantize, finish, f"{threshold}")

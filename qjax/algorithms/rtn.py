@@ -34,7 +34,7 @@ def rtn(scale_method: str | None = None) -> Algorithm:
         method = spec.scale_method if scale_method is None else scale_method
         return _rtn(w, spec._replace(scale_method=method), within), {}
 
-    return Algorithm("rtn", frozenset(), False, quantize)
+    return Algorithm("rtn", frozenset(), False, quantize, options=f"{scale_method}")
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -69,4 +69,5 @@ def smoothquant(
         act = dataclasses.replace(q.activation, spec=whole, scale=step)
         return dataclasses.replace(q, activation=act), notes
 
-    return Algorithm("smoothquant", frozenset({"max_abs"}) | inner.needs, True, quantize)
+    needs, options = frozenset({"max_abs"}) | inner.needs, f"{alpha}, {static}, {inner}"
+    return Algorithm("smoothquant", needs, True, quantize, options=options)
