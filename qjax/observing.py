@@ -28,7 +28,7 @@ from qjax.token_masks import Mask
 Axes = tuple[int, ...]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Tagged:
     """A parameter on its way through a jaxpr.
 
@@ -46,6 +46,12 @@ class Tagged:
     axes: tuple[Axes, ...]
     starts: tuple[tuple[int, int | None], ...] = ()
     loops: tuple[Axes | None, ...] = ()
+
+    @property
+    def whole(self) -> bool:
+        """Whether this is the parameter as it is, nothing moved, cut or looped over."""
+        axes = tuple((a,) for a in range(self.value.ndim))
+        return (self.axes, self.starts, self.loops) == (axes, (), ())
 
 
 class Use(NamedTuple):

@@ -194,7 +194,7 @@ class _Planner(Observer):
         if eqn.primitive.name == "scan":
             first = sum(_compat.scan_counts(eqn.params))
             for v in inputs[first:]:
-                if isinstance(v, Tagged) and v == _whole(v.path, v.value):
+                if isinstance(v, Tagged) and v.whole:
                     direct[v.path] = v.value.shape[0]
             others = {v.path for v in inputs[:first] if isinstance(v, Tagged)} | (
                 others - direct.keys()

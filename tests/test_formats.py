@@ -95,3 +95,22 @@ def test_integers_decode_to_integer_dtypes(fmt):
         np.testing.assert_array_equal(values, np.round(values))
         dtype = jnp.dtype(jnp.int8 if fmt.max < 128 else jnp.int16)
         np.testing.assert_array_equal(fmt.decode(jnp.asarray(all_codes(fmt)), dtype), values)
+
+
+@pytest.mark.parametrize("name", ["fp4_e2m1", "fp8_e4m3", "fp8_e5m2"])
+def test_floats_round_once_inside_a_loop_too(name):
+    """XLA:CPU's own cast to float4 rounds twice there."""
+    fmt = FORMATS[name]
+    dtype = np.dtype(getattr(ml_dtypes, fmt.storage))
+    values = np.arange(2**fmt.bits, dtype=np.uint8).view(dtype).astype(np.float32)
+    values = np.unique(values[np.isfinite(values)])
+    middle = (values[1:] + values[:-1]) / 2
+    x = np.concatenate([middle, np.nextafter(middle, 9e4), np.nextafter(middle, -9e4)])
+    x = np.resize(x.astype(np.float32), (24, 40))
+
+    def step(row, out):
+        code = fmt.encode(jax.lax.dynamic_index_in_dim(jnp.asarray(x), row, 0))
+        return jax.lax.dynamic_update_index_in_dim(out, code.astype(jnp.float32), row, 0)
+
+    got = jax.jit(lambda out: jax.lax.fori_loop(0, 24, step, out))(jnp.zeros(x.shape))
+    np.testing.assert_array_equal(got, x.astype(dtype).astype(np.float32))

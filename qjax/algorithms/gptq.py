@@ -191,7 +191,7 @@ def _factor(h: jax.Array, damping: float) -> tuple[jax.Array, jax.Array, jax.Arr
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Problem:
     """Rows to round, in order.
 

@@ -18,7 +18,7 @@ LEAST = 2.0**-100  # a scale or clip below counts as this
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Learned:
     """A parameter of a tree that `FakeQuant.learn` made; its leaves train like any others.
 

@@ -25,7 +25,7 @@ _MATMULS = ("dot_general", "ragged_dot_general")
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Adapter:
     """What is added to one weight: alpha / rank * a @ b, in the weight's own axes.
 
@@ -234,7 +234,7 @@ def lora_merge(params: Any, adapters: Adapters) -> Any:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Adapted:
     """A weight (an array, or a Box) on its way through a jaxpr with its adapter."""
 

@@ -58,7 +58,7 @@ def hold(
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class RankOne:
     """A second moment in 4 bits under scales of rank one (Li et al., arXiv:2309.01507).
 
