@@ -31,7 +31,7 @@ PYTEST := -m pytest --numprocesses $(WORKERS) --dist loadfile
 .SECONDARY:
 
 help:
-	@echo "make demo             quantize SmolLM2-135M five ways and print one table"
+	@echo "make demo             quantize SmolLM2-135M and print one table"
 	@echo "make test             the default test suite (what CI runs)"
 	@echo "make test-slow        real checkpoints and peer libraries"
 	@echo "make test-thirdparty  other people's models, unmodified (heavy dependencies)"
