@@ -1,4 +1,4 @@
-"""SmolLM2-135M, unmodified, on its parameters in eight forms; one table at the end.
+"""SmolLM2-135M, unmodified, on its parameters in seven forms; one table at the end.
 
     make demo        (or: python experiments/demo.py)
 
@@ -28,7 +28,6 @@ from qjax.sizes import nbytes
 
 SPECS = (
     "int8",  # one scale per output channel
-    "int8/int8_token",  # activations too, one scale per token, int32 accumulation
     "int4_g64",  # 576 = 9 * 64: 128 does not divide the width of this model
     "uint4_g32",  # the structure of Q4_1, see LOSSLESS
     "nf4_g64_dq",  # QLoRA's: scales in 8 bits
