@@ -3,7 +3,7 @@
     python experiments/check_device.py [FORMAT...] [--precision highest]
 
 For every row of `FORMATS`: a weight is quantized on the default device and on the CPU, codes and
-scales are compared bit by bit; the CPU's codes are sent over and decoded there; and a product with
+scales must be the same numbers; the CPU's codes are sent over and decoded there; and a product with
 float32 inputs, and with inputs in int8 and FP8 where the format allows it, is held against float64.
 On a machine without an accelerator it compares the CPU with itself. XLA_FLAGS are printed, since a
 wrong number may be theirs.
@@ -34,11 +34,8 @@ BOUNDS = {"": 1e-4, "/int8_token": 0.02, "/fp8_e4m3_token": 0.06}  # of the larg
 def different(got: Any, wanted: Any) -> int:
     """How many elements differ, over all leaves."""
     pairs = zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True)
-    return sum(int(np.sum(_bits(a) != _bits(b))) for a, b in pairs)
-
-
-def _bits(x: Any) -> np.ndarray:
-    return np.asarray(x).astype(np.float64)
+    wide = lambda v: np.asarray(v).astype(np.float64)
+    return sum(int(np.sum(wide(a) != wide(b))) for a, b in pairs)
 
 
 def checks(spec: str, cpu: Any, device: Any) -> Iterator[tuple[Callable[[], float], float]]:

@@ -18,7 +18,7 @@ from qjax.algorithms.llm_int8 import llm_int8
 from qjax.algorithms.smoothquant import smoothquant
 from qjax.recipe import Recipe, Rule, is_gathered
 
-ROUTER = r"(.*/)?(router|gate_inp|block_sparse_moe/gate)(/.*)?"
+ROUTER = r".*([Rr]outer|gate_inp|block_sparse_moe/gate(/|$)).*"
 HEAD = r"(.*/)?(head|lm_head|output)(/(kernel|weight))?"
 
 

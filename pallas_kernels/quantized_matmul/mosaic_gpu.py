@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 
+from pallas_kernels import hopper
 from pallas_kernels.frame import Device
 from pallas_kernels.quantized_matmul import hopper_layout
 from pallas_kernels.quantized_matmul.problem import Problem, Weight
@@ -142,10 +143,9 @@ def choose_config(m: int, weight: Weight, kind: str) -> Config | None:
 
 def supports(problem: Problem, device: Device) -> str | None:
     """bfloat16, m <= 16, weights in the layout "hopper4", on an H100 or H200 with jax 0.11."""
-    if not hopper_layout.is_hopper(device):
-        return f"it is compiled for H100 and H200, not for {device.kind}"
-    if tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11):
-        return f"it needs jax 0.11 or newer, this is {jax.__version__}"
+    reason = hopper.missing(device)
+    if reason is not None:
+        return reason
     if problem.layout != "hopper4":
         return f"the weight lies in layout {problem.layout}, not hopper4"
     if problem.x != "bfloat16" or problem.out not in ("bfloat16", "float32"):

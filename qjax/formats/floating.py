@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import ml_dtypes
+import numpy as np
 from jax import lax
 
 from qjax.formats.base import Format
@@ -21,20 +22,29 @@ def floating(name: str, storage: str) -> Format:
 
     def encode(x: jax.Array) -> jax.Array:
         x = jnp.clip(x, low, high)
-        return (_to_e2m1(x) if info.bits == 4 else x).astype(storage)
+        if info.bits == 4:
+            # XLA:CPU casts to float4 by way of a shorter float inside loops (jax 0.10 to 0.12) and
+            # so rounds twice: 1.2504 becomes 1. A value of the format is cast exactly.
+            x = nearest(x, storage)
+        return x.astype(storage)
 
     return Format(name, storage, decode, encode, low, high, info.bits)
 
 
-def _to_e2m1(x: jax.Array) -> jax.Array:
-    """X rounded to the values of e2m1, in its own dtype.
+def nearest(x: jax.Array, storage: str) -> jax.Array:
+    """X, float32, rounded to the values of a small float, half to even, without its largest."""
+    quantum, reciprocal = spacing(x, storage)
+    return jnp.round(x * reciprocal) * quantum
 
-    XLA:CPU casts to float4 by way of a shorter float inside loops (jax 0.10 to 0.12), which rounds
-    twice: 1.2504 becomes 1. A value of e2m1 is cast exactly.
-    """
-    size = jnp.abs(x)
-    step = jnp.where(size < 2, 0.5, jnp.where(size < 4, 1.0, 2.0)).astype(x.dtype)
-    return jnp.round(x / step) * step
+
+def spacing(x: jax.Array, storage: str) -> tuple[jax.Array, jax.Array]:
+    """The distance of the values of a small float around x, float32, and its reciprocal."""
+    info = ml_dtypes.finfo(storage)
+    field = lax.bitcast_convert_type(jnp.abs(x), jnp.int32) >> 23
+    lowest = round(np.log2(float(info.smallest_normal))) + 127
+    exponent = jnp.maximum(field, lowest) - info.nmant
+    power = lambda e: lax.bitcast_convert_type(e << 23, jnp.float32)
+    return power(exponent), power(254 - exponent)
 
 
 def six_bits(name: str, exponent: int, mantissa: int) -> Format:

@@ -82,7 +82,9 @@ def save(
     root = pathlib.Path(folder)
     root.mkdir(parents=True, exist_ok=True)
     safetensors.write(root / WEIGHTS, tensors, {"format": "pt"})
-    (root / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    temporary = root / f".{CONFIG}.tmp"  # last and whole, as `load` begins with it
+    temporary.write_text(json.dumps(config, indent=2) + "\n")
+    temporary.replace(root / CONFIG)
 
 
 def load(

@@ -9,7 +9,7 @@ from jax import lax
 
 from qjax import blocks, microscaling
 from qjax.activation import hadamard
-from qjax.formats import FORMATS, Format
+from qjax.formats import FORMATS, Format, floating
 from qjax.qtensor import QTensor
 from qjax.training import kernels
 from qjax.training.recipes import Cast
@@ -92,7 +92,7 @@ def cast(
         scaled = stochastic(scaled, fmt, key)
     held = how.format
     if fmt.bits == 4 and not fmt.integer:  # XLA:CPU fails on some conversions of float4
-        held, scaled = "fp8_e4m3", nearest(scaled, fmt)
+        held, scaled = "fp8_e4m3", jnp.clip(floating.nearest(scaled, fmt.storage), fmt.min, fmt.max)
     codes = FORMATS[held].encode(scaled)
     return QTensor(codes, scale, None, None, None, held, blocks.trim(block), dtype)
 
@@ -167,24 +167,8 @@ def stochastic(x: jax.Array, fmt: Format, key: jax.Array) -> jax.Array:
     u = jax.random.uniform(key, x.shape, jnp.float32)
     if fmt.integer:
         return jnp.floor(x + u)
-    quantum, reciprocal = _spacing(x, fmt)
+    quantum, reciprocal = floating.spacing(x, fmt.storage)
     return jnp.where(jnp.isfinite(x), jnp.floor(x * reciprocal + u) * quantum, x)
-
-
-def nearest(x: jax.Array, fmt: Format) -> jax.Array:
-    """X rounded to the nearest value of a floating-point format, half to even, and saturated."""
-    quantum, reciprocal = _spacing(x, fmt)
-    return jnp.clip(jnp.round(x * reciprocal) * quantum, fmt.min, fmt.max)
-
-
-def _spacing(x: jax.Array, fmt: Format) -> tuple[jax.Array, jax.Array]:
-    """The distance of the values of a floating-point format around x, and its reciprocal."""
-    info = jnp.finfo(fmt.storage)
-    field = lax.bitcast_convert_type(jnp.abs(x), jnp.int32) >> 23
-    lowest = round(np.log2(float(info.smallest_normal))) + 127
-    exponent = jnp.maximum(field, lowest) - info.nmant
-    power = lambda e: lax.bitcast_convert_type(e << 23, jnp.float32)
-    return power(exponent), power(254 - exponent)
 
 
 def rotated(x: jax.Array, axis: int) -> jax.Array:

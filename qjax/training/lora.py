@@ -17,6 +17,7 @@ from qjax.interpret import Decline, Table, Thread, interpret
 from qjax.ops import is_rows_by_experts
 from qjax.qtensor import dequantize, is_qtensor
 from qjax.recipe import Recipe
+from qjax.recipes import ROUTER
 from qjax.sites import Site
 from qjax.spec import Spec
 from qjax.transform import quantize_params
@@ -364,7 +365,7 @@ def _targets(sites: Mapping[str, tuple[Site, ...]], targets: str) -> dict[str, S
     found = {}
     for path, uses in sites.items():
         matmuls = [s for s in uses if s.primitive in _MATMULS]
-        plain = len(matmuls) == len(uses) and "router" not in path.lower()
+        plain = len(matmuls) == len(uses) and not re.fullmatch(ROUTER, path)
         if matmuls and re.fullmatch(targets, path) and (plain or targets != ".*"):
             found[path] = matmuls[0]
     if not found:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from qjax.formats import FORMATS
+from qjax.recipes import ROUTER
 from qjax.sites import Site
 
 SCALES = ("current", "delayed", "power_of_two", "nvfp4")
@@ -269,7 +270,7 @@ def _decide(site: Site, recipe: Recipe, context: _Context) -> tuple[Recipe | Non
             return None if chosen is None else Recipe.of(chosen), why
     if site.path in context.gathered:
         return None, "kept: it is looked up as well"
-    if "router" in site.path.lower():
+    if re.fullmatch(ROUTER, site.path):
         return None, "kept: a router"
     if recipe.keep_head and site.path == context.head:
         return None, "kept: the last matmul"
