@@ -1,5 +1,7 @@
 """Small floating-point formats: the code is the bit pattern."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -31,13 +33,13 @@ def floating(name: str, storage: str) -> Format:
     return Format(name, storage, decode, encode, low, high, info.bits)
 
 
-def nearest(x: jax.Array, storage: str) -> jax.Array:
+def nearest(x: jax.Array, storage: Any) -> jax.Array:
     """X, float32, rounded to the values of a small float, half to even, without its largest."""
     quantum, reciprocal = spacing(x, storage)
     return jnp.round(x * reciprocal) * quantum
 
 
-def spacing(x: jax.Array, storage: str) -> tuple[jax.Array, jax.Array]:
+def spacing(x: jax.Array, storage: Any) -> tuple[jax.Array, jax.Array]:
     """The distance of the values of a small float around x, float32, and its reciprocal."""
     info = ml_dtypes.finfo(storage)
     field = lax.bitcast_convert_type(jnp.abs(x), jnp.int32) >> 23
