@@ -50,12 +50,9 @@ def join_planes(fmt: Format, qvalue: Codes) -> jax.Array:
     shape = qvalue[0].shape
     codes, shift = jnp.zeros(shape, jnp.uint8), 0
     for name, plane in zip(fmt.storage, qvalue, strict=True):
-        bits = (
-            unpack_bits(plane, shape[-1])
-            if name == "uint1"
-            else _as_they_lie(plane).astype(jnp.uint8)
-        )
-        codes = codes | (bits << jnp.uint8(shift))
+        packed = name == "uint1"
+        bits = unpack_bits(plane, shape[-1]) if packed else _as_they_lie(plane)
+        codes = codes | (bits.astype(jnp.uint8) << jnp.uint8(shift))
         shift += PLANE_BITS[name]
     return codes
 
