@@ -87,20 +87,20 @@ def fold(params: Any, model: Decoder) -> Folded:
     config = model.config
     _check(params, model)
     held = dict(params["params"])
-    log = Folded(None, (), {})
     folded: list[str] = []
+    skipped: dict[str, str] = {}
     names = ["layers"] if config.scan else [f"layers_{i}" for i in range(config.num_layers)]
     for name in names:
         block = held[name]["block"] if config.scan else held[name]
         where = f"params/{name}/block" if config.scan else f"params/{name}"
-        block = _block(block, where, config, folded, log.skipped)
+        block = _block(block, where, config, folded, skipped)
         held[name] = {"block": block} if config.scan else block
     if not config.tied:
-        held = _before(held, "norm", (("head",),), "params", folded, log.skipped)
+        held = _before(held, "norm", (("head",),), "params", folded, skipped)
     done = {**params, "params": held}
     if folded:
         _compare(model, params, done)
-    return Folded(done, tuple(folded), log.skipped)
+    return Folded(done, tuple(folded), skipped)
 
 
 def _block(
@@ -198,24 +198,30 @@ def _columns(dense: Params, s: jax.Array) -> Params:
     """A kernel `[..., in, out]`, and its bias, with every output divided."""
     w = dense["kernel"]
     if isinstance(w, QTensor):
-        parts = {"scale": w.scale} | ({} if w.offset is None else {"offset": w.offset})
-        for name, leaf in parts.items():
-            if isinstance(leaf, QTensor) or leaf.dtype.name not in _SCALES:
-                kind = "codes" if isinstance(leaf, QTensor) else leaf.dtype.name
-                raise _Skip(f"the weight before is in {w.format} with its {name}s in {kind}")
         if w.param_shape is not None or w.block[-1] != 1:
             raise _Skip(f"the weight before has blocks {w.block} that span several outputs")
         made: Any = dataclasses.replace(
-            w, **{name: _divided(v, s[..., None, :]) for name, v in parts.items()}
+            w,
+            scale=_divided_scale(w, w.scale, s),
+            offset=None if w.offset is None else _divided_scale(w, w.offset, s),
         )
-        if not all(bool(jnp.all(jnp.isfinite(getattr(made, n)))) for n in parts):
-            raise _Skip(f"{made.scale.dtype} cannot hold the scales of the weight before")
     elif is_qtensor(w):
         raise _Skip("the weight before is prepared; fold what unprepare gives back")
     else:
         made = _divided(w, s[..., None, :])
     bias = {"bias": _divided(dense["bias"], s)} if "bias" in dense else {}
     return {**dense, "kernel": made} | bias
+
+
+def _divided_scale(w: QTensor, scale: jax.Array | QTensor, s: jax.Array) -> jax.Array:
+    """A scale or an offset `[..., blocks, out]` of `w`."""
+    if isinstance(scale, QTensor) or scale.dtype.name not in _SCALES:
+        kind = "codes" if isinstance(scale, QTensor) else scale.dtype.name
+        raise _Skip(f"the weight before is in {w.format} with scales in {kind}")
+    made = _divided(scale, s[..., None, :])
+    if not bool(jnp.all(jnp.isfinite(made))):
+        raise _Skip(f"{scale.dtype} cannot hold the scales of the weight before, divided")
+    return made
 
 
 def _divided(v: jax.Array, s: jax.Array) -> jax.Array:
