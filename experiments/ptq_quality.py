@@ -12,13 +12,15 @@ needs zero points: its rows, and those beside it, are at the asymmetric Spec of 
 codes" are those of the GGUF file, k-quants for example; the float model is what they stand for, so
 that they show an error of zero but for rounding.
 
-Weight-only rows are evaluated on dequantized weights, so that all of them share one compiled
-program; rows that quantize activations, and the file's own codes, run on their codes. Rows that
+The layers are stacked and scanned, so that one of them is compiled and all are solved at once.
+Weight-only rows are evaluated on dequantized weights; rows that quantize activations, and the
+file's own codes (unrolled: their types differ from layer to layer), run on their codes. Rows that
 --json holds already are not made again: a run that was killed goes on. It runs on a CPU and a GPU;
 matmuls of float32 are at full precision.
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import re
@@ -86,8 +88,8 @@ class Bench:
     """A model, its texts and statistics; makes and judges rows."""
 
     def __init__(self, args: Any) -> None:
-        self.model, self.codes, tokenizer = models.load(args.model or smollm2.checkpoint())
-        self.floats = dense(self.codes)
+        self.unrolled, self.codes, tokenizer = models.load(args.model or smollm2.checkpoint())
+        self.model, self.floats = scanned(self.unrolled, dense(self.codes))
         cut = lambda text, count: evaluate.batched(
             evaluate.text_windows(tokenizer, text.read_text(), LENGTH, count), args.batch
         )
@@ -120,9 +122,9 @@ class Bench:
         stats = self.stats() if algorithm.needs else None
         return qjax.quantize_params(self.floats, recipe, self.sites, stats=stats)
 
-    def judge(self, label: str, tree: Any, on_codes: bool) -> dict[str, Any]:
+    def judge(self, label: str, model: models.Decoder, tree: Any, on_codes: bool) -> dict[str, Any]:
         """The numbers of a row."""
-        fn = qjax.quantized(self.model.apply) if on_codes else self.model.apply
+        fn = qjax.quantized(model.apply) if on_codes else model.apply
         candidate = (fn, tree if on_codes else dense(tree))
         with smollm2.steps(label, 2 * len(self.batches)) as advance:
             base, found = evaluate.compare(
@@ -146,6 +148,14 @@ def dense(tree: Any) -> Any:
     return jax.tree.map(
         lambda x: open_one(x) if qjax.is_qtensor(x) else x, tree, is_leaf=qjax.is_qtensor
     )
+
+
+def scanned(model: models.Decoder, params: Any) -> tuple[models.Decoder, Any]:
+    """The model with its layers in one stack."""
+    held = dict(params["params"])
+    layers = [held.pop(f"layers_{i}") for i in range(model.config.num_layers)]
+    config = dataclasses.replace(model.config, scan=True)
+    return models.Decoder(config), {"params": held | {"layers": {"block": qjax.stack(layers)}}}
 
 
 def counted(batches: list[Any], advance: Callable[[], None]) -> Any:
@@ -178,10 +188,12 @@ def main() -> None:
             tree = jax.block_until_ready(bench.quantize(name, row_spec, algorithm))
             seconds = time.perf_counter() - start
             on_codes = row_spec.activation is not None
-            done[name] = bench.judge(f"{spec}: {name}", tree, on_codes) | {"seconds": seconds}
+            found = bench.judge(f"{spec}: {name}", bench.model, tree, on_codes)
+            done[name] = found | {"seconds": seconds}
             save(args.json, results)
         if is_quantized and "own codes" not in done and re.search(args.rows, "own codes"):
-            done["own codes"] = bench.judge("own codes", bench.codes, True) | {"seconds": 0.0}
+            found = bench.judge("own codes", bench.unrolled, bench.codes, True)
+            done["own codes"] = found | {"seconds": 0.0}
             save(args.json, results)
         show(spec, done, setting)
 

@@ -37,7 +37,7 @@ def awq(grid: int = 20, clip: bool = True, solver: Callable[[], Algorithm] = rtn
 
     Returns:
       An Algorithm that needs the hessian and mean_abs. Joint: weights with one input share s, which
-      is the QTensor's `input_scale`; nothing moves it into the norm before yet. Its notes:
+      is the QTensor's `input_scale`; `qjax.models.fold` moves it into the norm before. Its notes:
       "rtn_error" and "error", the error before and after (with round to nearest), relative to that
       of no weight at all.
 

@@ -22,7 +22,7 @@ def smoothquant(
         s_j = max|x_j|^alpha / max|w_j|^(1 - alpha)
 
     so that y = (x / s) @ (s * w) and both have less to span (Xiao et al., arXiv:2211.10438,
-    equation 4). s is the QTensor's `input_scale`; nothing moves it into the norm before yet.
+    equation 4). s is the QTensor's `input_scale`; `qjax.models.fold` moves it into the norm before.
 
     Args:
       alpha: how much of the difficulty goes to the weights, 0 to 1.

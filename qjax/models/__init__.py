@@ -5,6 +5,8 @@ from qjax.models.architecture import Rope as Rope
 from qjax.models.cache import Cache as Cache
 from qjax.models.cache import init_cache as init_cache
 from qjax.models.decoder import Decoder as Decoder
+from qjax.models.folding import Folded as Folded
+from qjax.models.folding import fold as fold
 from qjax.models.generate import Generation as Generation
 from qjax.models.generate import generator as generator
 from qjax.models.loading import load as load
