@@ -28,8 +28,8 @@ class Implementation(NamedTuple):
       supports: (problem, device) -> None, or the reason why not.
       epilogue: whether `run` adds the bias and applies the activation of a problem; where it does
         not, the op does.
-      run_joined: (x, [arrays of each weight], [problem of each]) -> [result of each], one launch for
-        weights that share x; None where each has its own.
+      run_joined: (x, [arrays of each weight], [problem of each]) -> [result of each], one launch
+        for weights that share x; None where each has its own.
       joins: [problem of each] -> None, or the reason why `run_joined` does not take them.
     """
 

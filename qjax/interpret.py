@@ -155,9 +155,7 @@ class _Mates:
         if eqn.primitive.name not in self._table.joint:
             return [at]
         shared = [
-            v
-            for v in eqn.invars
-            if not isinstance(v, _compat.Literal) and not is_box(values[v])
+            v for v in eqn.invars if not isinstance(v, _compat.Literal) and not is_box(values[v])
         ]
         if len(shared) != 1 or len(shared) == len(eqn.invars):
             return [at]

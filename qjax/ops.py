@@ -325,9 +325,7 @@ def alike(x: jax.Array, products: Sequence[tuple[Quantized, Dot]]) -> list[int]:
     return [i for i, k in enumerate(kinds) if k is not None and k == kinds[0]]
 
 
-def joined(
-    x: jax.Array, products: Sequence[tuple[Any, Dot]]
-) -> tuple[list[jax.Array], str, bool]:
+def joined(x: jax.Array, products: Sequence[tuple[Any, Dot]]) -> tuple[list[jax.Array], str, bool]:
     """Products that are `alike`, the name of their path, and whether they are one launch."""
     parts = [(p.local(), dot) for p, dot in products]
     problems = [_problem(x, p, dot) for p, dot in parts]

@@ -33,8 +33,9 @@ def quantized_matmul(
     implementation: str | None = None,
     device: Device | None = None,
 ) -> jax.Array:
-    """`y = activation(x @ w + bias)` with a quantized w, `w = (value(code) - zero) * scale + offset`
-    by groups.
+    """`y = activation(x @ w + bias)` with a quantized w.
+
+    `w = (value(code) - zero) * scale + offset`, by groups.
 
     Differentiable in x and bias, forwards and backwards (through the dequantized weight). Under
     `vmap` over x alone the rows are one product; over the arrays it is a loop on the device, not
@@ -122,9 +123,7 @@ def _joined(
     out, problems = jnp.dtype(out).name, []
     for held, weight in zip(arrays, weights, strict=True):
         _check(x, held, weight, layout)
-        problem = Problem(
-            x.shape[0], weight, layout, x.dtype.name, out, "bias" in held, activation
-        )
+        problem = Problem(x.shape[0], weight, layout, x.dtype.name, out, "bias" in held, activation)
         choose("quantized_matmul", problem, *options)
         problems.append(problem)
     if x.shape[0] == 0:  # nothing to cut into blocks
@@ -225,9 +224,7 @@ def _run_stacked(
     else:
         flat = jax.tree.map(lambda v: v.reshape(-1, *v.shape[stacked:]), (x, arrays))
         ys = lax.map(lambda operands: run(*operands), flat)
-    return tuple(
-        y.reshape(*lead, p.m, p.weight.n) for y, p in zip(ys, problems, strict=True)
-    )
+    return tuple(y.reshape(*lead, p.m, p.weight.n) for y, p in zip(ys, problems, strict=True))
 
 
 def _run(
@@ -237,9 +234,9 @@ def _run(
     rows = IMPLEMENTATIONS["quantized_matmul"]
     names = [choose("quantized_matmul", p, *options) for p in problems]
     row = rows[names[0]]
-    if len(set(names)) == 1 and row.run_joined is not None and len(problems) > 1:
-        if row.joins(problems) is None:
-            return tuple(row.run_joined(x, arrays, problems))
+    together = len(problems) > 1 and len(set(names)) == 1 and row.joins(problems) is None
+    if together and row.run_joined is not None:
+        return tuple(row.run_joined(x, arrays, problems))
     ys = []
     for name, held, problem in zip(names, arrays, problems, strict=True):
         ends = problem.bias or problem.activation is not None
