@@ -2,6 +2,7 @@
 ask; the kernel is in `hopper_kernel` and imported when it runs.
 """
 
+import functools
 import itertools
 import json
 import pathlib
@@ -202,12 +203,24 @@ def run_joined(
     x: jax.Array, arrays: Sequence[dict[str, jax.Array]], problems: Sequence[Problem]
 ) -> list[jax.Array]:
     """`[x @ w for w in weights]`, one launch."""
-    from pallas_kernels.quantized_matmul import hopper_kernel  # needs a jax with Mosaic GPU
-
     whole = whole_problem(problems)
     config = choose_config(whole.m, whole.weight, Device.default().kind, whole.bias)
     assert config is not None, "supports() found one"
-    channels = [p.weight.n for p in problems]
-    y = hopper_kernel.kernel(whole, config, channels)(x, arrays)
+    channels = tuple(p.weight.n for p in problems)
+    y = launch(whole, config, channels, x, list(arrays))
     ends = list(itertools.accumulate(channels))
     return [y[:, end - n : end] for end, n in zip(ends, channels, strict=True)]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # traced once for the layers of a model
+def launch(
+    whole: Problem,
+    config: Config,
+    channels: tuple[int, ...],
+    x: jax.Array,
+    arrays: list[dict[str, jax.Array]],
+) -> jax.Array:
+    """`[m, n]` of all weights side by side."""
+    from pallas_kernels.quantized_matmul import hopper_kernel  # needs a jax with Mosaic GPU
+
+    return hopper_kernel.kernel(whole, config, channels)(x, arrays)
