@@ -9,12 +9,11 @@ Each is exact but for a codebook, whose values are rounded to bfloat16. In the o
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
-import jax.numpy as jnp
-import numpy as np
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels.quantized_matmul import hopper_asm as ptx
+from pallas_kernels.quantized_matmul.hopper_codebook import codebook_bytes
 
 Words: TypeAlias = Sequence[ir.Value]
 Operand: TypeAlias = Callable[[Words], list[ir.Value]]
@@ -98,14 +97,6 @@ def _float8(mantissa: int, bias: int) -> Callable[[None], Operand]:
         return operand
 
     return make
-
-
-def codebook_bytes(values: Sequence[float]) -> list[int]:
-    """Low bytes of the sixteen bfloat16 values in four words, then the high bytes in four."""
-    full = (*values, *(values[-1],) * (16 - len(values)))
-    bits = np.asarray(full, np.float32).astype(jnp.bfloat16).view(np.uint16)
-    planes = np.stack([bits & 0xFF, bits >> 8]).astype(np.uint8)
-    return [int(v) for v in planes.view("<u4").reshape(-1)]
 
 
 def _codebook(values: Sequence[float]) -> Operand:
