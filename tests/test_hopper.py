@@ -5,6 +5,7 @@ become which register, which x goes with it. That the device runs it so is check
 (experiments/tune_kernels.py check).
 """
 
+import functools
 import itertools
 import json
 
@@ -44,30 +45,28 @@ def _order(weight: Weight) -> Layout:
     return LAYOUTS[name]
 
 
-def _operands(weight: Weight) -> dict[str, jax.Array]:
+@functools.cache
+def _operands(name: str) -> dict[str, np.ndarray]:
     """Random numbers of a weight, in logical order."""
-    keys = jax.random.split(jax.random.key(3), 4)
+    weight, rng = WEIGHTS[name], np.random.default_rng(3)
     low = hopper_layout.lowest(weight)
     per_group = (weight.groups, weight.n)
     count = len(weight.values) if weight.values else 256 if "8" in weight.code else 16
-    codes = jax.random.randint(keys[0], (weight.k, weight.n), low, low + count, jnp.int32)
+    codes = rng.integers(low, low + count, (weight.k, weight.n))
     if weight.code.startswith("float8"):
-        codes = jax.lax.bitcast_convert_type(codes.astype(jnp.uint8), weight.code)
-        codes = jnp.where(jnp.isfinite(codes.astype(jnp.float32)), codes, jnp.zeros_like(codes))
-    out = {"codes": codes.astype(jnp.int8).astype(weight.code) if low else codes}
-    out["codes"] = out["codes"].astype(weight.code)
-    out["scale"] = jax.random.uniform(keys[1], per_group, jnp.float32, 0.5, 2.0).astype(
-        weight.scale
-    )
+        codes = codes.astype(np.uint8).view(weight.code)
+        codes[~np.isfinite(codes.astype(np.float32))] = 0
+    out = {"codes": codes.astype(weight.code)}
+    out["scale"] = rng.uniform(0.5, 2.0, per_group).astype(weight.scale)
     if weight.zero is not None:
-        zero = jax.random.randint(keys[2], per_group, low, low + 16, jnp.int8)
-        out["zero"] = zero.astype(weight.zero)
+        out["zero"] = rng.integers(low, low + 16, per_group).astype(weight.zero)
     if weight.offset is not None:
-        out["offset"] = jax.random.normal(keys[3], per_group).astype(weight.offset)
+        out["offset"] = rng.normal(size=per_group).astype(weight.offset)
     return out
 
 
-def _pack(weight: Weight, logical: dict[str, jax.Array]) -> dict[str, jax.Array]:
+@functools.partial(jax.jit, static_argnums=1)
+def _pack(logical: dict[str, jax.Array], weight: Weight) -> dict[str, jax.Array]:
     order = _order(weight)
     return {
         name: (order.pack_codes if name == "codes" else order.pack_scale)(v, weight)
@@ -75,52 +74,52 @@ def _pack(weight: Weight, logical: dict[str, jax.Array]) -> dict[str, jax.Array]
     }
 
 
-def _dense(weight: Weight, logical: dict[str, jax.Array]) -> np.ndarray:
-    along_k = lambda v: np.repeat(np.asarray(v, np.float64), weight.group, 0)[: weight.k]
-    w = np.asarray(logical["codes"].astype(jnp.float32), np.float64)
+@functools.partial(jax.jit, static_argnums=1)
+def _unpack(packed: dict[str, jax.Array], weight: Weight) -> dict[str, jax.Array]:
+    order = _order(weight)
+    scales = {n: order.unpack_scale(v, weight, n) for n, v in packed.items() if n != "codes"}
+    return {"codes": order.unpack_codes(packed["codes"], weight)} | scales
+
+
+def _dense(weight: Weight, logical: dict[str, np.ndarray]) -> np.ndarray:
+    along_k = lambda v: np.repeat(v.astype(np.float64), weight.group, 0)[: weight.k]
+    w = logical["codes"].astype(np.float64)
     if weight.values is not None:  # the kernel's table holds bfloat16
-        table = np.asarray(jnp.asarray(weight.values, jnp.bfloat16).astype(jnp.float32), np.float64)
+        table = np.asarray(weight.values, np.float32).astype(jnp.bfloat16).astype(np.float64)
         w = table[w.astype(int)]
     if "zero" in logical:
-        w = w - along_k(logical["zero"].astype(jnp.int8))
+        w = w - along_k(logical["zero"])
     w = w * along_k(logical["scale"])
     return w + along_k(logical["offset"]) if "offset" in logical else w
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_unpacking_gives_the_bits_back(name: str) -> None:
-    weight = WEIGHTS[name]
-    logical = _operands(weight)
-    packed = _pack(weight, logical)
+    logical = _operands(name)
+    got = _unpack(_pack(logical, WEIGHTS[name]), WEIGHTS[name])
     for part, wanted in logical.items():
-        got = (
-            _order(weight).unpack_codes(packed[part], weight)
-            if part == "codes"
-            else _order(weight).unpack_scale(packed[part], weight, part)
-        )
-        assert got.shape == wanted.shape
+        assert got[part].shape == wanted.shape
         np.testing.assert_array_equal(
-            np.asarray(got.astype(jnp.float32)), np.asarray(wanted.astype(jnp.float32))
+            np.asarray(got[part]).astype(np.float32), wanted.astype(np.float32)
         )
 
 
 def test_codes_lie_where_the_docstring_says() -> None:
     weight = Weight(256, 32, 128, "uint4", "bfloat16")
-    codes = jax.random.randint(jax.random.key(0), (weight.k, weight.n), 0, 16, jnp.uint8)
-    words = np.asarray(_order(weight).pack_codes(codes.astype(jnp.uint4), weight)).view(np.uint32)
+    codes = np.random.default_rng(0).integers(0, 16, (weight.k, weight.n))
+    words = np.asarray(_pack({"codes": codes.astype("uint4")}, weight)["codes"]).view(np.uint32)
     assert words.shape == (2, 2, hopper_layout.code_words(weight))
     for i, lane, p in itertools.product(range(8), range(32), range(8)):
         half, v = divmod(i, 4)
         r, c = divmod(lane, 4)
         k = 32 * (i // 2) + 8 * c + 4 * (i % 2) + 2 * (p // 2 % 2) + p // 4
         nibbles = words[:, :, half * 128 + lane * 4 + v] >> np.uint32(4 * p) & np.uint32(15)
-        wanted = np.asarray(codes).reshape(2, 128, 2, 16)[:, k, :, r + 8 * (p % 2)].T
+        wanted = codes.reshape(2, 128, 2, 16)[:, k, :, r + 8 * (p % 2)].T
         np.testing.assert_array_equal(nibbles, wanted)
 
 
 def _float(bits: np.ndarray, dtype: str) -> np.ndarray:
-    held = jax.lax.bitcast_convert_type(jnp.asarray(bits, jnp.uint16), dtype)
-    return np.asarray(held.astype(jnp.float32), np.float64)
+    return bits.astype(np.uint16).view(jnp.dtype(dtype)).astype(np.float64)
 
 
 def _byte(word: np.ndarray, index: int) -> np.ndarray:
@@ -251,17 +250,18 @@ def _emulate(weight: Weight, packed: dict[str, jax.Array], x: np.ndarray) -> np.
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_the_lanes_add_up_to_the_product(name: str) -> None:
     weight = WEIGHTS[name]
-    logical = _operands(weight)
+    logical = _operands(name)
     x = np.random.default_rng(0).normal(size=(8, weight.k))
-    got = _emulate(weight, _pack(weight, logical), x)
+    got = _emulate(weight, _pack(logical, weight), x)
     np.testing.assert_allclose(got.T, x @ _dense(weight, logical), rtol=1e-10, atol=1e-9)
 
 
 def test_the_reference_multiplies_the_layout() -> None:
     weight = WEIGHTS["zeros"]
-    logical = _operands(weight)
-    x = jax.random.normal(jax.random.key(1), (3, weight.k))
-    got = quantized_matmul(x, _pack(weight, logical), weight, "hopper4")
+    logical = _operands("zeros")
+    x = np.random.default_rng(1).normal(size=(3, weight.k)).astype(np.float32)
+    arrays = _pack(logical, weight)
+    got = jax.jit(lambda x, a: quantized_matmul(x, a, weight, "hopper4"))(x, arrays)
     wanted = np.asarray(x, np.float64) @ _dense(weight, logical)
     np.testing.assert_allclose(np.asarray(got), wanted, rtol=1e-4, atol=1e-4)
 
