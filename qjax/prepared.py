@@ -318,6 +318,8 @@ def _plan(
     reasons = []
     for name in layouts:
         reason = LAYOUTS[name].supports(weight)
+        if q.activation is not None and not LAYOUTS[name].takes_codes:
+            reason = "its kernels take no quantized activations"
         if reason is None:
             return Plan(lead, k_axes, n_axes, name, weight)
         reasons.append(f"{name}: {reason}")

@@ -15,6 +15,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import qjax
+from pallas_kernels.frame import Device
+from qjax import ops
 from qjax.formats import FORMATS
 from qjax.io.folder import write_folder
 from qjax.prepared import why_not
@@ -269,6 +271,28 @@ def test_it_does_not_pass_for_an_array():
         jnp.sum(p)
 
 
+HOPPER = {  # spec: layout
+    "int4_g128": "hopper4",
+    "q4_1": "hopper4",
+    "nf4_g64": "hopper4",
+    "q8_0": "hopper8",
+    "fp8_e4m3": "hopper8",
+}
+
+
+def test_weights_for_hopper_and_back():
+    device = Device("gpu", "NVIDIA H100 80GB HBM3")
+    q = {spec: qjax.quantize(weight((256, 40)), spec, 0) for spec in HOPPER}
+    p = qjax.prepare(q, device=device, unsupported="raise")
+    assert {spec: v.layout for spec, v in p.items()} == HOPPER
+    back = qjax.unprepare(p)
+    for spec, wanted in q.items():
+        assert_same(back[spec], wanted)
+    integers = {"w": qjax.quantize(weight((256, 40)), "int8/int8_token", 0)}
+    with pytest.raises(ValueError, match="hopper8: its kernels take no quantized activations"):
+        qjax.prepare(integers, device=device, unsupported="raise")
+
+
 # --- compiled programs
 
 
@@ -393,8 +417,8 @@ def test_products_of_one_x_are_one_op_with_the_same_numbers():
     p = qjax.prepare(q, sites)
     fn = qjax.quantized(Layer().apply)
     jaxpr = jax.make_jaxpr(fn)(p, x)
-    ops = [e for e in jaxpr.eqns if e.primitive.name == "custom_jvp_call"]
-    assert [len(e.outvars) for e in ops] == [2]
+    calls = [e for e in jaxpr.eqns if e.primitive.name == "custom_jvp_call"]
+    assert [len(e.outvars) for e in calls] == [2]
     wanted = Layer().apply(dense(q), x)
     assert relative_error(jax.jit(fn)(p, x), wanted) < 2e-6
     assert_same(qjax.unprepare(p), q)
@@ -406,6 +430,30 @@ def test_products_of_one_x_are_one_op_with_the_same_numbers():
     uses = qjax.explain(Layer().apply, p, x).uses
     assert [u.path for u in uses] == ["params/q/kernel", "params/k/kernel"]
     assert all(u.how == "xla_cpu on nibbles" for u in uses)  # no launch to share on a CPU
+
+
+def test_explain_names_a_launch_that_weights_share(monkeypatch):
+    monkeypatch.setattr(ops, "joins", lambda problems: None)  # as on a device that has one
+    p = {n: qjax.prepare(qjax.quantize(weight((64, 24)), "int4_g32", 0)) for n in "abc"}
+    fn = lambda p, x: (x @ p["a"], x @ p["b"].T.T, (2 * x) @ p["c"])
+    hows = {u.path: u.how for u in qjax.explain(fn, p, weight((3, 64))).uses}
+    assert hows == {
+        "a": "xla_cpu on nibbles, in one launch with b",
+        "b": "xla_cpu on nibbles, in one launch with a",
+        "c": "xla_cpu on nibbles",
+    }
+
+
+def test_joined_layers_scan_and_export():
+    q = {n: qjax.quantize(weight((3, 64, 64), i), "int4_g32", 1) for i, n in enumerate("ab")}
+    p, x = qjax.prepare(q), weight((2, 64), 1)
+    body = lambda c, w: (jnp.tanh(c @ w["a"]) + c @ w["b"] / 8, None)
+    fn = lambda p, x: jax.lax.scan(body, x, p)[0]
+    leaves, tree = jax.tree.flatten(p)
+    run = jax.jit(lambda leaves, x: qjax.quantized(fn)(jax.tree.unflatten(tree, leaves), x))
+    assert relative_error(run(leaves, x), fn(dense(q), x)) < 1e-5
+    reloaded = jax.export.deserialize(jax.export.export(run)(leaves, x).serialize())
+    np.testing.assert_array_equal(reloaded.call(leaves, x), run(leaves, x))
 
 
 def test_weights_that_differ_are_not_one_op():

@@ -241,5 +241,6 @@ HOPPER4 = Layout(
     scale_axes=("n", "k", ""),
     tile=lambda weight: (DEPTH, ROWS),
     serves=is_hopper,
+    takes_codes=False,
 )
 HOPPER8 = HOPPER4._replace(supports=_support8, pack_codes=_pack8, unpack_codes=_unpack8)

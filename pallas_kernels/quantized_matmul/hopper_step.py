@@ -2,6 +2,7 @@
 
 # The decorator of inline code keeps the type of what it wraps, which takes one argument more.
 # pyright: reportCallIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false
+# pyright: reportOptionalSubscript=false
 
 from typing import Any
 
