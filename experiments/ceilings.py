@@ -34,9 +34,18 @@ def durations(
     fn: Callable[..., Any], *args: Any, runs: int = RUNS
 ) -> list[list[tuple[str, float]]]:
     """(kernel, microseconds) of every kernel of `runs` calls, in order, after a warm-up."""
-    compiled = jax.jit(fn).lower(*args).compile()
-    jax.block_until_ready(compiled(*args))
-    measure = profiler.Cupti(finalize=False).measure(compiled, aggregate=False, iterations=runs)
+    return timed(compiled(fn, *args), *args, runs=runs)
+
+
+def compiled(fn: Callable[..., Any], *args: Any) -> Any:
+    """`fn`, compiled for these arguments."""
+    return jax.jit(fn).lower(*args).compile()
+
+
+def timed(program: Any, *args: Any, runs: int = RUNS) -> list[list[tuple[str, float]]]:
+    """`durations` of a compiled program."""
+    jax.block_until_ready(program(*args))
+    measure = profiler.Cupti(finalize=False).measure(program, aggregate=False, iterations=runs)
     _, calls = measure(*args)
     return [[(name, 1e3 * ms) for name, ms in call] for call in calls]
 

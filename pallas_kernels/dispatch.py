@@ -13,7 +13,9 @@ from pallas_kernels.quantized_matmul import mosaic_gpu, reference, xla_cpu
 # op -> name -> implementation, best first; the reference is last and takes everything.
 IMPLEMENTATIONS: Mapping[str, Mapping[str, Implementation]] = {
     "quantized_matmul": {
-        "mosaic_gpu": Implementation(mosaic_gpu.run, mosaic_gpu.supports),
+        "mosaic_gpu": Implementation(
+            mosaic_gpu.run, mosaic_gpu.supports, True, mosaic_gpu.run_joined, mosaic_gpu.joins
+        ),
         "xla_cpu": Implementation(xla_cpu.run, xla_cpu.supports),
         "reference": Implementation(reference.run, reference.supports),
     },

@@ -26,7 +26,15 @@ class Implementation(NamedTuple):
     Attributes:
       run: (operands of the op, problem) -> result. Pure and traceable; sees the part of one device.
       supports: (problem, device) -> None, or the reason why not.
+      epilogue: whether `run` adds the bias and applies the activation of a problem; where it does
+        not, the op does.
+      run_joined: (x, [arrays of each weight], [problem of each]) -> [result of each], one launch
+        for weights that share x; None where each has its own.
+      joins: [problem of each] -> None, or the reason why `run_joined` does not take them.
     """
 
     run: Callable[..., Any]
     supports: Callable[[Any, Device], str | None]
+    epilogue: bool = False
+    run_joined: Callable[..., Any] | None = None
+    joins: Callable[[Any], str | None] = lambda problems: "it has no joined launch"

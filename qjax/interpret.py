@@ -6,8 +6,9 @@ equation runs as it was traced. An equation that meets no box is bound unchanged
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
@@ -39,6 +40,11 @@ class Thread:
         self.value, self.split, self.join = value, split, join
 
 
+JointRule: TypeAlias = Callable[
+    [Sequence[_compat.JaxprEqn], Sequence[list[Any]]], Sequence[list[Any] | None]
+]
+
+
 class Table(NamedTuple):
     """What one interpretation does with boxes.
 
@@ -54,6 +60,10 @@ class Table(NamedTuple):
         shard_map, or None if the shards cut it where it cannot be cut.
       note: called with every equation that met no box, its inputs and outputs; `None` to skip.
       thread: what the rules carry from equation to equation; `None` for nothing.
+      joint: primitive name -> rule for several of its equations that share an operand, each with a
+        box beside it. It takes the equations and their inputs, the first in program order first,
+        and returns the outputs of each that it took, None for the others.
+      early: primitives that may run before their turn, to bring the box of a later such equation.
     """
 
     is_box: Callable[[Any], bool]
@@ -63,6 +73,8 @@ class Table(NamedTuple):
     shard: Callable[[Any, Any, Any], tuple[Any, Any] | None]
     note: Callable[[_compat.JaxprEqn, list[Any], list[Any]], None] | None = None
     thread: Thread | None = None
+    joint: Mapping[str, JointRule] = MappingProxyType({})
+    early: Collection[str] = ()
 
 
 def interpret(table: Table, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
@@ -95,11 +107,86 @@ def _read(atom: Any, values: Mapping[Any, Any]) -> Any:
 def _equations(
     table: Table, eqns: Sequence[_compat.JaxprEqn], values: dict[Any, Any], jits: dict
 ) -> None:
-    for eqn in eqns:
+    done: set[int] = set()
+    mates = _Mates(table, eqns) if table.joint else None
+
+    def run(at: int) -> None:
+        eqn = eqns[at]
         inputs = [_read(v, values) for v in eqn.invars]
         with _compat.equation_context(eqn):
             outputs = _step(table, eqn, inputs, jits)
         values.update(zip(eqn.outvars, outputs, strict=True))
+        done.add(at)
+
+    for at, eqn in enumerate(eqns):
+        if at in done:
+            continue
+        if mates is not None and len(together := mates.of(at, values, run)) > 1:
+            inputs = [[_read(v, values) for v in eqns[i].invars] for i in together]
+            rule = table.joint[eqn.primitive.name]
+            with _compat.equation_context(eqn):
+                found = rule([eqns[i] for i in together], inputs)
+            for i, outputs in zip(together, found, strict=True):
+                if outputs is not None:
+                    values.update(zip(eqns[i].outvars, outputs, strict=True))
+                    done.add(i)
+        if at not in done:
+            run(at)
+
+
+class _Mates:
+    """Which equations share an operand with one of a joint primitive, and can run with it."""
+
+    def __init__(self, table: Table, eqns: Sequence[_compat.JaxprEqn]) -> None:
+        self._table, self._eqns = table, eqns
+        self._readers: dict[Any, list[int]] = {}  # variable -> joint equations that read it
+        self._makers: dict[Any, int] = {}  # variable -> the equation that may run early to make it
+        for at, eqn in enumerate(eqns):
+            if eqn.primitive.name in table.joint:
+                for v in eqn.invars:
+                    if not isinstance(v, _compat.Literal):
+                        self._readers.setdefault(v, []).append(at)
+            elif eqn.primitive.name in table.early:
+                self._makers.update(dict.fromkeys(eqn.outvars, at))
+
+    def of(self, at: int, values: Mapping[Any, Any], run: Callable[[int], None]) -> list[int]:
+        """`at` and its mates; `run` has been called with what had to run before its turn."""
+        eqn, is_box = self._eqns[at], self._table.is_box
+        if eqn.primitive.name not in self._table.joint:
+            return [at]
+        shared = [
+            v for v in eqn.invars if not isinstance(v, _compat.Literal) and not is_box(values[v])
+        ]
+        if len(shared) != 1 or len(shared) == len(eqn.invars):
+            return [at]
+        found = [at]
+        for other in self._readers[shared[0]]:
+            same = self._eqns[other].primitive is eqn.primitive
+            if other <= at or not same or self._eqns[other].outvars[0] in values:
+                continue
+            before = self._before(self._eqns[other], values)
+            if before is None:
+                continue
+            for i in before:
+                if self._eqns[i].outvars[0] not in values:
+                    run(i)
+            if sum(is_box(_read(v, values)) for v in self._eqns[other].invars) == 1:
+                found.append(other)
+        return found
+
+    def _before(self, eqn: _compat.JaxprEqn, values: Mapping[Any, Any]) -> list[int] | None:
+        """What must run first, in order; None if that is more than moving values about."""
+        order: list[int] = []
+        for v in eqn.invars:
+            if isinstance(v, _compat.Literal) or v in values:
+                continue
+            if v not in self._makers:
+                return None
+            inner = self._before(self._eqns[self._makers[v]], values)
+            if inner is None:
+                return None
+            order += [*inner, self._makers[v]]
+        return order
 
 
 def _step(table: Table, eqn: _compat.JaxprEqn, inputs: list[Any], jits: dict) -> list[Any]:

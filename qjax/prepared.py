@@ -176,6 +176,15 @@ class Prepared(Quantized):
             entries[lead + ours[0]] = spec[lead + axes.index(axis)]
         return NamedSharding(where.mesh, PartitionSpec(*entries))
 
+    def explicit_cut(self) -> tuple[int, int]:
+        """Into how many parts Explicit mesh axes cut k and n."""
+        counts = {"k": 1, "n": 1}
+        held = _compat.explicit_shards(self.arrays["codes"])[len(self.lead) :]
+        for axis, count in zip(LAYOUTS[self.layout].code_axes, held, strict=True):
+            if axis:
+                counts[axis] *= count
+        return counts["k"], counts["n"]
+
 
 def prepare(
     qparams: Any,
@@ -309,6 +318,8 @@ def _plan(
     reasons = []
     for name in layouts:
         reason = LAYOUTS[name].supports(weight)
+        if q.activation is not None and not LAYOUTS[name].takes_codes:
+            reason = "its kernels take no quantized activations"
         if reason is None:
             return Plan(lead, k_axes, n_axes, name, weight)
         reasons.append(f"{name}: {reason}")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -190,7 +190,10 @@ def run_table(record: Record | None) -> Table:
 
     rules = {name: functools.partial(carry, rule) for name, rule in STRUCTURAL.items()}
     rules |= {name: functools.partial(rule, note) for name, rule in COMPUTING.items()}
-    return Table(lambda v: isinstance(v, Box), rules, open_box, slice_leading, shard)
+    joint = {"dot_general": functools.partial(_joint_dots, note)}
+    is_box = lambda v: isinstance(v, Box)
+    early = frozenset(STRUCTURAL)
+    return Table(is_box, rules, open_box, slice_leading, shard, joint=joint, early=early)
 
 
 def carry(
@@ -285,14 +288,37 @@ STRUCTURAL: Mapping[str, Callable[[dict[str, Any], list[Any]], Any]] = {
 def _dot_general(note: Record, eqn: _compat.JaxprEqn, inputs: list[Any]) -> list[Any] | Decline:
     if all(isinstance(v, Box) for v in inputs):
         return Decline("both operands of the matmul are quantized weights")
-    side = 0 if isinstance(inputs[0], Box) else 1
-    box, x = inputs[side], inputs[1 - side]
-    params = eqn.params
-    numbers, where = params["dimension_numbers"], params["out_sharding"]
-    dot = ops.Dot(numbers, side, params["precision"], _dtype(eqn), where)
+    x, box, dot = _dot(eqn, inputs)
     y, how = ops.linear(x, box.tensor, dot)
     note(box, eqn, how)
     return [y]
+
+
+def _dot(eqn: _compat.JaxprEqn, inputs: list[Any]) -> tuple[Any, Box, ops.Dot]:
+    """The other operand, the weight, and how they are multiplied."""
+    side = 0 if isinstance(inputs[0], Box) else 1
+    params = eqn.params
+    numbers, where = params["dimension_numbers"], params["out_sharding"]
+    dot = ops.Dot(numbers, side, params["precision"], _dtype(eqn), where)
+    return inputs[1 - side], inputs[side], dot
+
+
+def _joint_dots(
+    note: Record, eqns: Sequence[_compat.JaxprEqn], inputs: Sequence[list[Any]]
+) -> list[list[Any] | None]:
+    """Products of one x with prepared weights that are alike but for their channels."""
+    dots = [_dot(eqn, held) for eqn, held in zip(eqns, inputs, strict=True)]
+    taken = ops.alike(dots[0][0], [(box.tensor, dot) for _, box, dot in dots])
+    if len(taken) < 2:
+        return [None] * len(eqns)
+    boxes = [dots[i][1] for i in taken]
+    ys, how, is_one = ops.joined(dots[0][0], [(dots[i][1].tensor, dots[i][2]) for i in taken])
+    out: list[list[Any] | None] = [None] * len(eqns)
+    for i, box, y in zip(taken, boxes, ys, strict=True):
+        others = ", ".join(b.path or "" for b in boxes if b is not box)
+        note(box, eqns[i], f"{how}, in one launch with {others}" if is_one else how)
+        out[i] = [y]
+    return out
 
 
 def _ragged_dot(note: Record, eqn: _compat.JaxprEqn, inputs: list[Any]) -> list[Any] | Decline:

@@ -5,6 +5,7 @@ become which register, which x goes with it. That the device runs it so is check
 (experiments/tune_kernels.py check).
 """
 
+import functools
 import itertools
 import json
 
@@ -15,124 +16,228 @@ import pytest
 
 from pallas_kernels.dispatch import choose
 from pallas_kernels.frame import Device
-from pallas_kernels.quantized_matmul import hopper_layout, mosaic_gpu
+from pallas_kernels.quantized_matmul import hopper_codebook, hopper_layout, hopper_shape, mosaic_gpu
+from pallas_kernels.quantized_matmul.layout import Layout
 from pallas_kernels.quantized_matmul.layouts import LAYOUTS
 from pallas_kernels.quantized_matmul.op import quantized_matmul
 from pallas_kernels.quantized_matmul.problem import Problem, Weight
+from pallas_kernels.quantized_matmul.problems import NF4
 
-HOPPER = LAYOUTS["hopper4"]
 H100 = Device("gpu", "NVIDIA H100 80GB HBM3")
 WEIGHTS = {
     "symmetric": Weight(256, 32, 128, "int4", "bfloat16"),
     "zeros": Weight(200, 24, 32, "uint4", "bfloat16", zero="uint4"),
     "signed zeros": Weight(128, 16, 64, "int4", "float16", zero="int4"),
     "offsets": Weight(136, 40, 64, "uint4", "float16", offset="float16"),
+    "wide scales": Weight(128, 24, 32, "uint4", "float32", zero="uint4"),
+    "int4 channel": Weight(200, 24, 200, "int4", "bfloat16"),
+    "nf4": Weight(256, 24, 64, "uint4", "float32", values=NF4),
+    "short codebook": Weight(128, 16, 32, "uint4", "float16", values=(-1.0, 0.5, 2.0)),
+    "int8": Weight(200, 24, 200, "int8", "float32"),
+    "int8 groups": Weight(256, 16, 128, "int8", "bfloat16"),
+    "fp8": Weight(128, 24, 32, "float8_e4m3fn", "float32"),
+    "fp8_e5m2": Weight(256, 16, 256, "float8_e5m2", "float16"),
 }
 
 
-def _operands(weight: Weight) -> dict[str, jax.Array]:
+def _order(weight: Weight) -> Layout:
+    (name,) = (n for n in mosaic_gpu.LAYOUTS if LAYOUTS[n].supports(weight) is None)
+    return LAYOUTS[name]
+
+
+@functools.cache
+def _operands(name: str) -> dict[str, np.ndarray]:
     """Random numbers of a weight, in logical order."""
-    keys = jax.random.split(jax.random.key(3), 4)
+    weight, rng = WEIGHTS[name], np.random.default_rng(3)
     low = hopper_layout.lowest(weight)
     per_group = (weight.groups, weight.n)
-    codes = jax.random.randint(keys[0], (weight.k, weight.n), low, low + 16, jnp.int8)
+    count = len(weight.values) if weight.values else 256 if "8" in weight.code else 16
+    codes = rng.integers(low, low + count, (weight.k, weight.n))
+    if weight.code.startswith("float8"):
+        codes = codes.astype(np.uint8).view(weight.code)
+        codes[~np.isfinite(codes.astype(np.float32))] = 0
     out = {"codes": codes.astype(weight.code)}
-    out["scale"] = jax.random.uniform(keys[1], per_group, jnp.float32, 0.5, 2.0).astype(
-        weight.scale
-    )
+    out["scale"] = rng.uniform(0.5, 2.0, per_group).astype(weight.scale)
     if weight.zero is not None:
-        zero = jax.random.randint(keys[2], per_group, low, low + 16, jnp.int8)
-        out["zero"] = zero.astype(weight.zero)
+        out["zero"] = rng.integers(low, low + 16, per_group).astype(weight.zero)
     if weight.offset is not None:
-        out["offset"] = jax.random.normal(keys[3], per_group).astype(weight.offset)
+        out["offset"] = rng.normal(size=per_group).astype(weight.offset)
     return out
 
 
-def _pack(weight: Weight, logical: dict[str, jax.Array]) -> dict[str, jax.Array]:
+@functools.partial(jax.jit, static_argnums=1)
+def _pack(logical: dict[str, jax.Array], weight: Weight) -> dict[str, jax.Array]:
+    order = _order(weight)
     return {
-        name: (HOPPER.pack_codes if name == "codes" else HOPPER.pack_scale)(v, weight)
+        name: (order.pack_codes if name == "codes" else order.pack_scale)(v, weight)
         for name, v in logical.items()
     }
 
 
-def _dense(weight: Weight, logical: dict[str, jax.Array]) -> np.ndarray:
-    along_k = lambda v: np.repeat(np.asarray(v, np.float64), weight.group, 0)[: weight.k]
-    w = np.asarray(logical["codes"].astype(jnp.int8), np.float64)
+@functools.partial(jax.jit, static_argnums=1)
+def _unpack(packed: dict[str, jax.Array], weight: Weight) -> dict[str, jax.Array]:
+    order = _order(weight)
+    scales = {n: order.unpack_scale(v, weight, n) for n, v in packed.items() if n != "codes"}
+    return {"codes": order.unpack_codes(packed["codes"], weight)} | scales
+
+
+def _dense(weight: Weight, logical: dict[str, np.ndarray]) -> np.ndarray:
+    along_k = lambda v: np.repeat(v.astype(np.float64), weight.group, 0)[: weight.k]
+    w = logical["codes"].astype(np.float64)
+    if weight.values is not None:  # the kernel's table holds bfloat16
+        table = np.asarray(weight.values, np.float32).astype(jnp.bfloat16).astype(np.float64)
+        w = table[w.astype(int)]
     if "zero" in logical:
-        w = w - along_k(logical["zero"].astype(jnp.int8))
+        w = w - along_k(logical["zero"])
     w = w * along_k(logical["scale"])
     return w + along_k(logical["offset"]) if "offset" in logical else w
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_unpacking_gives_the_bits_back(name: str) -> None:
-    weight = WEIGHTS[name]
-    logical = _operands(weight)
-    packed = _pack(weight, logical)
+    logical = _operands(name)
+    got = _unpack(_pack(logical, WEIGHTS[name]), WEIGHTS[name])
     for part, wanted in logical.items():
-        got = (
-            HOPPER.unpack_codes(packed[part], weight)
-            if part == "codes"
-            else HOPPER.unpack_scale(packed[part], weight, part)
-        )
-        assert got.shape == wanted.shape
+        assert got[part].shape == wanted.shape
         np.testing.assert_array_equal(
-            np.asarray(got.astype(jnp.float32)), np.asarray(wanted.astype(jnp.float32))
+            np.asarray(got[part]).astype(np.float32), wanted.astype(np.float32)
         )
 
 
 def test_codes_lie_where_the_docstring_says() -> None:
     weight = Weight(256, 32, 128, "uint4", "bfloat16")
-    codes = jax.random.randint(jax.random.key(0), (weight.k, weight.n), 0, 16, jnp.uint8)
-    words = np.asarray(HOPPER.pack_codes(codes.astype(jnp.uint4), weight)).view(np.uint32)
-    assert words.shape == (2, 2, hopper_layout.CODES)
+    codes = np.random.default_rng(0).integers(0, 16, (weight.k, weight.n))
+    words = np.asarray(_pack({"codes": codes.astype("uint4")}, weight)["codes"]).view(np.uint32)
+    assert words.shape == (2, 2, hopper_layout.code_words(weight))
     for i, lane, p in itertools.product(range(8), range(32), range(8)):
         half, v = divmod(i, 4)
         r, c = divmod(lane, 4)
         k = 32 * (i // 2) + 8 * c + 4 * (i % 2) + 2 * (p // 2 % 2) + p // 4
         nibbles = words[:, :, half * 128 + lane * 4 + v] >> np.uint32(4 * p) & np.uint32(15)
-        wanted = np.asarray(codes).reshape(2, 128, 2, 16)[:, k, :, r + 8 * (p % 2)].T
+        wanted = codes.reshape(2, 128, 2, 16)[:, k, :, r + 8 * (p % 2)].T
         np.testing.assert_array_equal(nibbles, wanted)
 
 
 def _float(bits: np.ndarray, dtype: str) -> np.ndarray:
-    held = jax.lax.bitcast_convert_type(jnp.asarray(bits, jnp.uint16), dtype)
-    return np.asarray(held.astype(jnp.float32), np.float64)
+    return bits.astype(np.uint16).view(jnp.dtype(dtype)).astype(np.float64)
+
+
+def _byte(word: np.ndarray, index: int) -> np.ndarray:
+    return word >> np.uint32(8 * index) & np.uint32(255)
+
+
+def _permuted(table: list[int], selectors: np.ndarray) -> np.ndarray:
+    """`prmt`: for each of the four low nibbles of the selectors a byte of two words."""
+    eight = [int(w) >> 8 * i & 255 for w in table for i in range(4)]
+    out = np.zeros_like(selectors)
+    for i in range(4):
+        nibble = selectors >> np.uint32(4 * i) & np.uint32(15)
+        assert (nibble < 8).all()
+        out |= np.asarray(eight, np.uint32)[nibble] << np.uint32(8 * i)
+    return out
+
+
+def _pairs(weight: Weight, words: list[np.ndarray]) -> list[np.ndarray]:
+    """The four registers that `hopper_decode` makes of the words of one multiplication."""
+    both, low = np.uint32(0x000F000F), np.uint32(0x43004300)
+    if weight.values is not None:
+        (word,) = words
+        table, out = hopper_codebook.codebook_bytes(weight.values), []
+        for half in range(2):
+            signs = word << np.uint32(4 * half)
+            mask = sum(
+                (_byte(signs, i) >> np.uint32(7)) * np.uint32(255 << 8 * i) for i in range(4)
+            )
+            selectors = (word & np.uint32(0x77777777)) >> np.uint32(16 * half)
+            planes = []
+            for at in (0, 4):
+                lower = _permuted(table[at : at + 2], selectors)
+                upper = _permuted(table[at + 2 : at + 4], selectors)
+                planes.append(mask & upper | ~mask & lower)
+            for a in (0, 2):
+                pair = [
+                    _byte(planes[0], a + e) | _byte(planes[1], a + e) << np.uint32(8)
+                    for e in (0, 1)
+                ]
+                out.append(pair[0] | pair[1] << np.uint32(16))
+        return out
+    if weight.code == "int8":
+        shifted = [w >> np.uint32(s) for w in words for s in (0, 8)]
+        parts = [
+            ((w & both) | low, (w >> np.uint32(4) & both) | np.uint32(0x45004500)) for w in shifted
+        ]
+        return [_from_floats(_halves(h) - 2304 + _halves(v)) for v, h in parts]
+    if weight.code.startswith("float8"):
+        shift, power = (4, 120) if weight.code == "float8_e4m3fn" else (5, 112)
+        out = []
+        for word, up in itertools.product(words, (8, 0)):
+            to = shift + up - 8
+            moved = word << np.uint32(to) if to > 0 else word >> np.uint32(-to)
+            moved &= np.uint32((0x7F << shift) * 0x10001)
+            bits = word << np.uint32(up) & np.uint32(0x80008000) | moved
+            out.append(_from_floats(_halves(bits) * 2.0**power))
+        return out
+    (word,) = words
+    return [word >> np.uint32(4 * j) & both | low for j in range(4)]
+
+
+def _halves(pair: np.ndarray) -> np.ndarray:
+    """The two bfloat16 of a register, `[2, ...]`."""
+    return np.stack(
+        [_float(pair >> np.uint32(16 * e) & np.uint32(0xFFFF), "bfloat16") for e in (0, 1)]
+    )
+
+
+def _from_floats(values: np.ndarray) -> np.ndarray:
+    """The inverse of `_halves`; the values must be bfloat16 exactly."""
+    held = values.astype(np.float32).view(np.uint32)
+    assert not (held & np.uint32(0xFFFF)).any()
+    return held[0] >> np.uint32(16) | held[1] & np.uint32(0xFFFF0000)
 
 
 def _emulate(weight: Weight, packed: dict[str, jax.Array], x: np.ndarray) -> np.ndarray:
     """What the warps add up, from the packed words: `[n, m]`."""
     words = {n: np.asarray(v).view(np.uint32) for n, v in packed.items()}
-    tiles_n, tiles_k, _ = words["codes"].shape
-    groups, low = hopper_layout.DEPTH // weight.group, hopper_layout.lowest(weight)
-    start = 1.0 if weight.zero is not None else 128.0 - low
+    tiles_n, tiles_k, count = words["codes"].shape
+    channel = hopper_layout.per_channel(weight)
+    group_size = hopper_layout.DEPTH if channel else weight.group
+    groups, low = hopper_layout.DEPTH // group_size, hopper_layout.lowest(weight)
+    plain = weight.code in ("int4", "uint4") and weight.values is None
+    start = (1.0 if weight.zero is not None else 128.0 - low) if plain else 0.0
     x = np.pad(x, ((0, 0), (0, tiles_k * hopper_layout.DEPTH - weight.k)))
     lanes = np.arange(32)
     r, c = lanes // 4, lanes % 4
+    each = count // 256  # words of a lane per multiplication
     out = np.zeros((tiles_n * 16, len(x)))
     for row, tile, group in itertools.product(range(tiles_n), range(tiles_k), range(groups)):
-        first = tile * hopper_layout.DEPTH + group * weight.group
-        sums = -start * x[:, first : first + weight.group].sum(1)
+        first = tile * hopper_layout.DEPTH + group * group_size
+        sums = -start * x[:, first : first + group_size].sum(1)
         part = np.zeros((16, len(x))) if weight.zero else np.broadcast_to(sums, (16, len(x))).copy()
-        for i in range(group * weight.group // 16, (group + 1) * weight.group // 16):
+        for i in range(group * group_size // 16, (group + 1) * group_size // 16):
             a = np.zeros((16, 16))
             b = np.zeros((16, len(x)))
-            word = words["codes"][row, tile, i // 4 * 128 + lanes * 4 + i % 4]
+            index = [i * each + v for v in range(each)]  # of the words that a lane loads
+            held = [words["codes"][row, tile, v // 4 * 128 + lanes * 4 + v % 4] for v in index]
             at = tile * hopper_layout.DEPTH + 32 * (i // 2) + 8 * c + 4 * (i % 2)
-            for j, e in itertools.product(range(4), range(2)):
-                pair = (word >> np.uint32(4 * j) & np.uint32(0x000F000F)) | np.uint32(0x43004300)
-                value = _float(pair >> np.uint32(16 * e) & np.uint32(0xFFFF), "bfloat16")
-                a[r + 8 * (j % 2), 2 * c + e + 8 * (j // 2)] = value
+            for j, pair in enumerate(_pairs(weight, held)):
+                for e, value in enumerate(_halves(pair)):
+                    a[r + 8 * (j % 2), 2 * c + e + 8 * (j // 2)] = value
             for q, e in itertools.product(range(2), range(2)):  # register q of the other operand
                 b[2 * c + e + 8 * q] = x[:, at + 2 * q + e].T
             part += a @ b
         channels = np.arange(16)
-        pick = lambda name, dtype: _float(
-            words[name][row, tile, 8 * group + channels % 8]  # noqa: B023
-            >> np.uint32(16) * (channels // 8).astype(np.uint32)  # noqa: B023
-            & np.uint32(0xFFFF),
-            dtype,
-        )
+
+        def pick(name: str, dtype: str) -> np.ndarray:
+            held = words[name][row, 0 if channel else tile]  # noqa: B023
+            size = (
+                hopper_layout.ROWS if channel else hopper_layout.group_words(weight, name) // groups
+            )
+            held = held[size * (0 if channel else group) :][:size]  # noqa: B023
+            if size == 16:
+                return held.view(np.float32).astype(np.float64)
+            half = np.uint32(16) * (channels // 8).astype(np.uint32)  # noqa: B023
+            return _float(held[channels % 8] >> half & np.uint32(0xFFFF), dtype)  # noqa: B023
+
         if weight.zero is not None:
             part += pick("zero", "bfloat16")[:, None] * sums
         total = pick("scale", weight.scale)[:, None] * part
@@ -145,17 +250,18 @@ def _emulate(weight: Weight, packed: dict[str, jax.Array], x: np.ndarray) -> np.
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_the_lanes_add_up_to_the_product(name: str) -> None:
     weight = WEIGHTS[name]
-    logical = _operands(weight)
+    logical = _operands(name)
     x = np.random.default_rng(0).normal(size=(8, weight.k))
-    got = _emulate(weight, _pack(weight, logical), x)
+    got = _emulate(weight, _pack(logical, weight), x)
     np.testing.assert_allclose(got.T, x @ _dense(weight, logical), rtol=1e-10, atol=1e-9)
 
 
 def test_the_reference_multiplies_the_layout() -> None:
     weight = WEIGHTS["zeros"]
-    logical = _operands(weight)
-    x = jax.random.normal(jax.random.key(1), (3, weight.k))
-    got = quantized_matmul(x, _pack(weight, logical), weight, "hopper4")
+    logical = _operands("zeros")
+    x = np.random.default_rng(1).normal(size=(3, weight.k)).astype(np.float32)
+    arrays = _pack(logical, weight)
+    got = jax.jit(lambda x, a: quantized_matmul(x, a, weight, "hopper4"))(x, arrays)
     wanted = np.asarray(x, np.float64) @ _dense(weight, logical)
     np.testing.assert_allclose(np.asarray(got), wanted, rtol=1e-4, atol=1e-4)
 
@@ -177,14 +283,15 @@ def test_dispatch_takes_it_on_hopper_and_says_why_not() -> None:
 @pytest.mark.parametrize(
     ("weight", "reason"),
     [
-        (Weight(256, 32, 256, "int4", "float32"), "groups are of 256"),
-        (Weight(256, 32, 128, "int8", "bfloat16"), "not integers of 4 bits"),
-        (Weight(256, 32, 128, "int4", "float32"), "scales are float32"),
+        (Weight(512, 32, 256, "int4", "float32"), "groups are of 256"),
+        (Weight(256, 32, 128, "int8", "bfloat16"), "not of 4 bits"),
+        (Weight(256, 32, 256, "uint4", "float32", zero="uint4"), "zero points or offsets per chan"),
         (Weight(256, 32, 64, "uint4", "float16", zero="float16"), "zero points are float16"),
+        (Weight(256, 32, 64, "uint4", "float16", "uint4", values=NF4), "a codebook, and zero"),
     ],
 )
 def test_the_layout_says_what_it_does_not_take(weight: Weight, reason: str) -> None:
-    why = HOPPER.supports(weight)
+    why = LAYOUTS["hopper4"].supports(weight)
     assert why is not None
     assert reason in why
 
@@ -205,6 +312,16 @@ def test_configs_fit_the_chip_and_cover_the_product(m: int, k: int, n: int) -> N
         assert plan.box <= plan.tiles_k
 
 
+def _of_format(row: dict) -> Weight:
+    k, n = row["k"], row["n"]
+    return {
+        "int4": Weight(k, n, 128, "int4", "bfloat16"),
+        "int8": Weight(k, n, k, "int8"),
+        "fp8": Weight(k, n, k, "float8_e4m3fn"),
+        "nf4": Weight(k, n, 64, "uint4", values=NF4),
+    }[row["format"]]
+
+
 def test_the_table_holds_what_can_run() -> None:
     tables = sorted(mosaic_gpu.TABLES.glob("*.json"))
     assert tables
@@ -212,7 +329,7 @@ def test_the_table_holds_what_can_run() -> None:
         table = json.loads(path.read_text())
         assert table["command"]
         for row in table["rows"]:
-            weight = Weight(row["k"], row["n"], 128, "int4", "bfloat16")
+            weight = _of_format(row)
             config = mosaic_gpu.Config(*row["config"])
             assert isinstance(mosaic_gpu.plan(row["m"], weight, config), mosaic_gpu.Plan)
             assert mosaic_gpu.choose_config(row["m"], weight, table["device"]) == config
@@ -222,3 +339,28 @@ def test_a_smaller_m_takes_the_row_of_the_next_larger() -> None:
     weight = Weight(4096, 28672, 128, "int4", "bfloat16")
     choice = [mosaic_gpu.choose_config(m, weight, H100.kind) for m in (3, 8)]
     assert choice[0] == choice[1]
+
+
+def test_weights_of_one_x_are_one_launch_where_they_are_alike() -> None:
+    weights = [Weight(4096, n, 128, "int4", "bfloat16") for n in (4096, 1024, 1024)]
+    each = [Problem(1, w, "hopper4", "bfloat16", "bfloat16") for w in weights]
+    assert mosaic_gpu.joins(each) is None
+    assert mosaic_gpu.whole_problem(each).weight.n == 6144
+    odd = each[0]._replace(weight=weights[0]._replace(n=40))
+    assert "40 channels do not fill tiles" in (mosaic_gpu.joins([*each, odd]) or "")
+    other = each[0]._replace(weight=weights[0]._replace(group=64))
+    assert "more than their channels" in (mosaic_gpu.joins([*each, other]) or "")
+    wider = each[0]._replace(out="float32")
+    assert "more than their weights" in (mosaic_gpu.joins([*each, wider]) or "")
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_stage_holds_its_pieces_on_sixteen_bytes(bias: bool) -> None:
+    for weight in WEIGHTS.values():
+        problem = Problem(1, weight, "", "bfloat16", "bfloat16", bias, None)
+        sizes = mosaic_gpu.Plan(2, 2, 1, 1, 1, 1)
+        shape = hopper_shape.shape_of(problem, sizes)
+        for depth in (1, 2, 4):
+            words = depth * mosaic_gpu.tile_words(weight) + mosaic_gpu.channel_words(weight, bias)
+            assert shape.words(depth) == words
+            assert all(p.length(depth) % 4 == 0 for p in shape.pieces)

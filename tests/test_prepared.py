@@ -15,6 +15,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import qjax
+from pallas_kernels.frame import Device
+from qjax import ops
 from qjax.formats import FORMATS
 from qjax.io.folder import write_folder
 from qjax.prepared import why_not
@@ -269,6 +271,28 @@ def test_it_does_not_pass_for_an_array():
         jnp.sum(p)
 
 
+HOPPER = {  # spec: layout
+    "int4_g128": "hopper4",
+    "q4_1": "hopper4",
+    "nf4_g64": "hopper4",
+    "q8_0": "hopper8",
+    "fp8_e4m3": "hopper8",
+}
+
+
+def test_weights_for_hopper_and_back():
+    device = Device("gpu", "NVIDIA H100 80GB HBM3")
+    q = {spec: qjax.quantize(weight((256, 40)), spec, 0) for spec in HOPPER}
+    p = qjax.prepare(q, device=device, unsupported="raise")
+    assert {spec: v.layout for spec, v in p.items()} == HOPPER
+    back = qjax.unprepare(p)
+    for spec, wanted in q.items():
+        assert_same(back[spec], wanted)
+    integers = {"w": qjax.quantize(weight((256, 40)), "int8/int8_token", 0)}
+    with pytest.raises(ValueError, match="hopper8: its kernels take no quantized activations"):
+        qjax.prepare(integers, device=device, unsupported="raise")
+
+
 # --- compiled programs
 
 
@@ -371,3 +395,129 @@ def test_outlier_features_beside_a_prepared_weight() -> None:
     plain = dataclasses.replace(q, activation=dataclasses.replace(q.activation, threshold=None))
     exact = x @ qjax.dequantize(q)
     assert abs(run(fast, x) - exact).max() < abs(run(plain, x) - exact).max() / 3
+
+
+# --- one launch, experts, refused cuts
+
+
+class Layer(nn.Module):
+    """Three products of one x, with what comes between them in a trace."""
+
+    @nn.compact
+    def __call__(self, x):
+        q, k = nn.Dense(48, use_bias=False, name="q")(x), nn.Dense(16, name="k")(x)
+        return jnp.concatenate([q.reshape(*q.shape[:-1], 48), k, x @ jnp.eye(64)], axis=-1)
+
+
+def test_products_of_one_x_are_one_op_with_the_same_numbers():
+    x = weight((2, 3, 64), 1)
+    params = Layer().init(jax.random.key(0), x)
+    sites = qjax.find_sites(Layer().apply, params, x)
+    q = qjax.quantize_params(params, qjax.Recipe(qjax.Rule(".*kernel", "int4_g32")), sites)
+    p = qjax.prepare(q, sites)
+    fn = qjax.quantized(Layer().apply)
+    jaxpr = jax.make_jaxpr(fn)(p, x)
+    calls = [e for e in jaxpr.eqns if e.primitive.name == "custom_jvp_call"]
+    assert [len(e.outvars) for e in calls] == [2]
+    wanted = Layer().apply(dense(q), x)
+    assert relative_error(jax.jit(fn)(p, x), wanted) < 2e-6
+    assert_same(qjax.unprepare(p), q)
+    loss = lambda x, fn, tree: jnp.sum(jnp.square(fn(tree, x)))
+    mine, its = jax.grad(loss)(x, fn, p), jax.grad(loss)(x, Layer().apply, dense(q))
+    assert relative_error(mine, its) < 2e-6
+    many = jax.vmap(lambda x: fn(p, x))(x)
+    assert relative_error(many, wanted) < 2e-6
+    uses = qjax.explain(Layer().apply, p, x).uses
+    assert [u.path for u in uses] == ["params/q/kernel", "params/k/kernel"]
+    assert all(u.how == "xla_cpu on nibbles" for u in uses)  # no launch to share on a CPU
+
+
+def test_explain_names_a_launch_that_weights_share(monkeypatch):
+    monkeypatch.setattr(ops, "joins", lambda problems: None)  # as on a device that has one
+    p = {n: qjax.prepare(qjax.quantize(weight((64, 24)), "int4_g32", 0)) for n in "abc"}
+    fn = lambda p, x: (x @ p["a"], x @ p["b"].T.T, (2 * x) @ p["c"])
+    hows = {u.path: u.how for u in qjax.explain(fn, p, weight((3, 64))).uses}
+    assert hows == {
+        "a": "xla_cpu on nibbles, in one launch with b",
+        "b": "xla_cpu on nibbles, in one launch with a",
+        "c": "xla_cpu on nibbles",
+    }
+
+
+def test_joined_layers_scan_and_export():
+    q = {n: qjax.quantize(weight((3, 64, 64), i), "int4_g32", 1) for i, n in enumerate("ab")}
+    p, x = qjax.prepare(q), weight((2, 64), 1)
+    body = lambda c, w: (jnp.tanh(c @ w["a"]) + c @ w["b"] / 8, None)
+    fn = lambda p, x: jax.lax.scan(body, x, p)[0]
+    leaves, tree = jax.tree.flatten(p)
+    run = jax.jit(lambda leaves, x: qjax.quantized(fn)(jax.tree.unflatten(tree, leaves), x))
+    assert relative_error(run(leaves, x), fn(dense(q), x)) < 1e-5
+    reloaded = jax.export.deserialize(jax.export.export(run)(leaves, x).serialize())
+    np.testing.assert_array_equal(reloaded.call(leaves, x), run(leaves, x))
+
+
+def test_weights_that_differ_are_not_one_op():
+    p = {
+        "a": qjax.prepare(qjax.quantize(weight((64, 24)), "int4_g32", 0)),
+        "b": qjax.prepare(qjax.quantize(weight((64, 24), 1), "int8", 0)),
+    }
+    fn = lambda p, x: (x @ p["a"], x @ p["b"], jnp.sin(x) @ p["a"])
+    x = weight((3, 64), 2)
+    got = jax.jit(qjax.quantized(fn))(p, x)
+    for mine, its in zip(got, fn(dense(qjax.unprepare(p)), x), strict=True):
+        assert relative_error(mine, its) < 2e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_joined_weights_are_cut_each_for_itself(kind):
+    mesh = jax.make_mesh((2, 4), ("d", "t"), axis_types=(KINDS[kind],) * 2)
+    q = {n: qjax.quantize(weight((64, s), s), "int4_g16", 0) for n, s in (("a", 32), ("b", 8))}
+    x = weight((8, 64), 1)
+    fn = qjax.quantized(lambda p, x: (x @ p["a"], x @ p["b"]))
+    wanted = [x @ qjax.dequantize(v) for v in q.values()]
+    with jax.set_mesh(mesh):
+        p = qjax.prepare(q)
+        where = {"a": P(None, "t"), "b": P(None, "t") if kind == "auto" else P()}
+        p = put(p, qjax.partition_specs(p, where, mesh), mesh)
+        x = jax.device_put(x, NamedSharding(mesh, P("d", None)))
+        call = jax.jit(fn)
+        got, text = call(p, x), call.lower(p, x).compile().as_text()
+    for mine, its in zip(got, wanted, strict=True):
+        assert relative_error(mine, its) < 2e-6
+    assert " all-gather" not in text
+
+
+@pytest.mark.parametrize("rows", [2, 7])
+def test_experts_are_not_opened(rows):
+    q = {"w": qjax.quantize(weight((3, 64, 24)), "int4_g32", 1)}
+    sizes, x = jnp.asarray([1, 0, rows - 2], jnp.int32), weight((rows, 64), 1)
+    fn = lambda p, x: jax.lax.ragged_dot(x, p["w"], sizes)
+    p = qjax.prepare(q)
+    (use,) = qjax.explain(fn, p, x).uses
+    assert use.how == f"xla_cpu on nibbles, {'row by row' if rows < 3 else 'expert by expert'}"
+    w = np.asarray(qjax.dequantize(q["w"]), np.float64)
+    owner = np.repeat(np.arange(3), np.asarray(sizes))
+    wanted = np.zeros((rows, 24))  # rows beyond the last group are zeros
+    for row, e in enumerate(owner):
+        wanted[row] = np.asarray(x[row], np.float64) @ w[e]
+    run = qjax.quantized(fn)
+    assert relative_error(jax.jit(run)(p, x), wanted) < 2e-6
+    mine = jax.jit(jax.grad(lambda x: jnp.sum(jnp.square(run(p, x)))))(x)
+    its = jax.grad(lambda x: jnp.sum(jnp.square(fn(dense(q), x))))(x)
+    assert relative_error(mine, its) < 2e-6
+
+
+@pytest.mark.parametrize("cut", ["x", "weight"])
+def test_explicit_axes_that_cut_a_group_are_refused_while_tracing(cut):
+    mesh = jax.make_mesh((8,), ("t",), axis_types=(AxisType.Explicit,))
+    p, x = qjax.prepare(qjax.quantize(weight((64, 32)), "int4_g32", 0)), weight((2, 64), 1)
+    fn = lambda p, x: jnp.einsum("bi,io->bo", x, p, out_sharding=P())
+    with jax.set_mesh(mesh):
+        place = lambda v, spec: jax.device_put(v, NamedSharding(mesh, spec))
+        if cut == "x":
+            x = place(x, P(None, "t"))
+        else:
+            codes = place(p.arrays["codes"], P(None, "t"))
+            p = dataclasses.replace(p, arrays=p.arrays | {"codes": codes})
+        with pytest.raises(ValueError, match=r"8 shards cannot cut k = 64 .* a multiple of 32"):
+            jax.jit(qjax.quantized(fn)).trace(p, x)

@@ -12,8 +12,9 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels.dispatch import IMPLEMENTATIONS, choose
 from pallas_kernels.frame import Device
 from pallas_kernels.quantized_matmul import problems, xla_cpu
+from pallas_kernels.quantized_matmul.epilogue import ACTIVATIONS
 from pallas_kernels.quantized_matmul.layouts import LAYOUTS
-from pallas_kernels.quantized_matmul.op import quantized_matmul
+from pallas_kernels.quantized_matmul.op import joined_matmul, quantized_matmul
 from pallas_kernels.quantized_matmul.problem import Problem, Weight
 
 CPU = Device("cpu", "cpu")
@@ -195,7 +196,76 @@ def test_a_chain_of_layers_is_not_decoded_at_once():
     assert compiled.memory_analysis().temp_size_in_bytes < 3 * 4 * 512 * 512
 
 
+# --- bias and activation, several weights
+
+
+def finished(y, bias, activation):
+    y = y + np.asarray(bias, np.float64)
+    if activation == "relu":
+        return np.maximum(y, 0)
+    if activation == "silu":
+        return y / (1 + np.exp(-y))
+    return y / 2 * (1 + np.tanh((2 / np.pi) ** 0.5 * (y + 0.044715 * y**3)))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_bias_and_activation_and_their_derivatives(activation):
+    weight, arrays, dense = make("int4_g32")
+    arrays = arrays | {"scale": arrays["scale"] / 50}
+    dense = dense / 50
+    x, t = (np.random.default_rng(i).standard_normal((3, weight.k)) for i in range(2))
+    bias = np.random.default_rng(2).standard_normal(weight.n)
+    fn = jax.jit(
+        lambda x, b: quantized_matmul(x, arrays, weight, "nibbles", bias=b, activation=activation)
+    )
+    operands = jnp.asarray(x, jnp.float32), jnp.asarray(bias, jnp.float32)
+    assert error(fn(*operands), finished(x @ dense, bias, activation)) < 2e-6
+    got = jax.jvp(fn, operands, (jnp.asarray(t, jnp.float32), 2 * operands[1]))[1]
+    step = 1e-6
+    ends = [finished((x + h * t) @ dense, bias * (1 + 2 * h), activation) for h in (step, -step)]
+    # float32 sums on one side; on the other an error of step ** 2 = 1e-12 and 1e-16 / step
+    assert error(got, (ends[0] - ends[1]) / (2 * step)) < 1e-5
+    rows = jax.vmap(fn, (0, None))(operands[0][:, None], operands[1])
+    assert error(rows[:, 0], finished(x @ dense, bias, activation)) < 2e-6
+
+
+def test_several_weights_of_one_x_stacked_and_differentiated():
+    first, arrays, dense = make("int4_g128")
+    second = first._replace(n=40)
+    others = {n: v[:40] for n, v in arrays.items()}
+    call = lambda x, a, b: joined_matmul(x, [a, b], [first, second], "nibbles")
+    x = np.random.default_rng(0).standard_normal((2, 3, first.k)).astype(np.float32)
+    stack = lambda held: {n: jnp.stack([v, v]) for n, v in held.items()}
+    ys = jax.jit(jax.vmap(call))(x, stack(arrays), stack(others))
+    assert error(ys[0], x @ dense) < 2e-6
+    assert error(ys[1], x @ dense[:, :40]) < 2e-6
+    loss = lambda x: sum(jnp.sum(y) * (1 + i) for i, y in enumerate(call(x, arrays, others)))
+    wanted = dense.sum(1) + 2 * dense[:, :40].sum(1)
+    assert error(jax.grad(loss)(x[0]), np.broadcast_to(wanted, x[0].shape)) < 2e-6
+
+
+def test_a_wrong_bias_or_activation_is_refused():
+    weight, arrays, _ = make("int4_g128")
+    x = jnp.ones((1, 512))
+    with pytest.raises(ValueError, match=r"bias must be floats \[96\].*is float32\[5\]"):
+        quantized_matmul(x, arrays, weight, "nibbles", bias=jnp.ones(5))
+    with pytest.raises(ValueError, match="activation 'tanh' is none of relu, silu, gelu_tanh"):
+        quantized_matmul(x, arrays, weight, "nibbles", activation="tanh")
+
+
 # --- meshes
+
+
+def test_a_bias_is_added_once_where_k_is_cut():
+    weight, arrays, dense = make("int4_g128")
+    mesh = jax.make_mesh((2, 4), ("d", "t"), axis_types=(AxisType.Auto,) * 2)
+    x, bias = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(4, 512), (96,)]))
+    held = {n: cut(v, P("d", "t"), mesh) for n, v in arrays.items()}
+    run = lambda x, a, b: quantized_matmul(x, a, weight, "nibbles", bias=100 * b, activation="relu")
+    compiled = jax.jit(run).lower(cut(x, P(None, "t"), mesh), held, bias).compile()
+    assert collectives(compiled) == {"all-reduce": 1}
+    wanted = np.maximum(np.asarray(x, np.float64) @ dense + 100 * np.asarray(bias, np.float64), 0)
+    assert error(compiled(cut(x, P(None, "t"), mesh), held, bias), wanted) < 2e-6
 
 
 def collectives(compiled):

@@ -1,15 +1,23 @@
-"""The order of a 4-bit weight for `mosaic_gpu`: what a thread multiplies lies side by side.
+"""The order of 4- and 8-bit weights for `mosaic_gpu`: what a thread multiplies lies side by side.
 
-The unit is a tile of 16 output channels by 128 of k, the A operands of eight `mma.m16n8k16`. Arrays
-are `[n / 16, k / 128, words]`, of 32-bit words:
+The unit is a tile of 16 output channels by 128 of k, the A operands of eight `mma.m16n8k16`. Codes
+are `[n / 16, k / 128, words]` of 32 bits, read by lane = 4 r + c of a warp as 16-byte vectors.
+Multiplication i takes of a lane the channels r and r + 8 and eight numbers of x that are neighbors
+in memory; element (j, e) of its operand, half e of register j, is channel r + 8 (j mod 2),
+k = 32 (i // 2) + 8 c + 4 (i mod 2) + 2 (j // 2) + e.
 
-  - codes, 256 words, `[half of k, lane, 4]`: lane = 4 r + c of a warp reads two 16-byte vectors.
-    Word i = 4 half + v has the eight codes of multiplication i, nibble p in bits 4 p: channel
-    r + 8 (p mod 2), k = 32 (i // 2) + 8 c + 4 (i mod 2) + 2 (p // 2 mod 2) + p // 4. So
-    `word >> 4 j & 0x000F000F` is register j of the operand, and the eight numbers of x that go
-    with a lane are neighbors in memory. Codes are stored less the lowest one, 0 .. 15.
-  - scales, zero points and offsets, 8 words per group: word r has 16-bit numbers of channels r (low
-    half) and r + 8. A zero point z is held as the bfloat16 `128 + z - lowest code`, exactly.
+  - `HOPPER4`, 256 words `[half of k, lane, 4]`: word i = 4 half + v has the eight codes of
+    multiplication i, less the lowest code. Integers: (j, e) is nibble j + 4 e, so that
+    `word >> 4 j & 0x000F000F` is register j. Codebooks: (j, e) is nibble 2 j + e less its highest
+    bit, three bits to choose from half a table; the highest bits of nibbles 0 to 3 are bits
+    7, 15, 23, 31 of the word, those of nibbles 4 to 7 bits 3, 11, 19, 27.
+  - `HOPPER8`, 512 words `[quarter of k, lane, 4]`: words 2 (i mod 2) and the next of quarter i // 2
+    have the bytes of multiplication i; (j, e) is byte j mod 2 + 2 e of word j // 2. Integers are
+    held plus 128.
+  - scales, zero points and offsets of groups of 32, 64 or 128: 16-bit ones in 8 words per group,
+    word r with channels r (low half) and r + 8; float32 ones in 16 words per group, by channel.
+    A zero point z is held as the bfloat16 `128 + z - lowest code`, exactly.
+  - one scale per channel: float32, `[n / 16, 1, 16]`.
 
 What the padding to whole tiles adds has scale 0.
 """
@@ -23,19 +31,9 @@ from pallas_kernels.quantized_matmul.layout import Layout
 from pallas_kernels.quantized_matmul.problem import Weight
 
 ROWS, DEPTH = 16, 128  # channels and k of a tile
-CODES = ROWS * DEPTH // 8  # words of its codes
+GROUPS = (32, 64, 128)
 SIXTEEN = ("bfloat16", "float16")
-
-
-def _shifts() -> jax.Array:
-    """Bits that nibble p is shifted by, along (p // 2 mod 2, p // 4, p mod 2), the last axes
-    of nine.
-
-    An iota, since custom_partitioning takes no constants.
-    """
-    shape = (1, 1, 1, 1, 1, 1, 2, 2, 2)
-    p2, p4, p1 = (lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in (6, 7, 8))
-    return p1 * 4 + p2 * 8 + p4 * 16
+FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
 
 
 def is_hopper(device: Device) -> bool:
@@ -43,88 +41,206 @@ def is_hopper(device: Device) -> bool:
     return any(name in device.kind for name in ("H100", "H200"))
 
 
-def scale_words(weight: Weight) -> int:
-    """Words of scales in a tile."""
-    return DEPTH // weight.group * ROWS // 2
+def per_channel(weight: Weight) -> bool:
+    """Whether each channel has one scale, which lies apart from the tiles."""
+    return weight.group not in GROUPS
+
+
+def code_words(weight: Weight) -> int:
+    """Words of the codes of a tile."""
+    return ROWS * DEPTH // (8 if weight.code in ("int4", "uint4") else 4)
+
+
+def group_words(weight: Weight, name: str) -> int:
+    """Words of the scales, zero points or offsets of a tile; 0 where there are none."""
+    if getattr(weight, name) is None or per_channel(weight):
+        return 0
+    wide = name != "zero" and getattr(weight, name) == "float32"
+    return DEPTH // weight.group * ROWS // (1 if wide else 2)
 
 
 def lowest(weight: Weight) -> int:
     """The code that is stored as 0."""
-    return -8 if weight.code == "int4" else 0
+    return {"int4": -8, "int8": -128}.get(weight.code, 0)
 
 
-def supports(weight: Weight) -> str | None:
-    """None, or why a weight cannot lie so."""
-    if weight.code not in ("int4", "uint4") or weight.values is not None:
-        return "its codes are not integers of 4 bits"
-    if weight.group not in (32, 64, 128):
-        return f"its groups are of {weight.group}, not 32, 64 or 128"
-    if weight.scale not in SIXTEEN:
-        return f"its scales are {weight.scale}, not of 16 bits"
+def _scales_support(weight: Weight) -> str | None:
+    extras = [n for n in (weight.zero, weight.offset) if n is not None]
+    if per_channel(weight):
+        if weight.groups > 1:
+            return f"its groups are of {weight.group}, not 32, 64, 128 or a whole channel"
+        if extras:
+            return "it has zero points or offsets per channel"
+    if weight.scale not in (*SIXTEEN, "float32"):
+        return f"its scales are {weight.scale}, not bfloat16, float16 or float32"
+    return None
+
+
+def _support4(weight: Weight) -> str | None:
+    if weight.code not in ("int4", "uint4"):
+        return "its codes are not of 4 bits"
+    if weight.values is not None:
+        if weight.code != "uint4" or len(weight.values) > 16:
+            return "a codebook is indexed by uint4 and has at most 16 values"
+        if weight.zero is not None or weight.offset is not None:
+            return "it has a codebook, and zero points or offsets"
     if weight.zero is not None and weight.zero not in ("int4", "uint4"):
         return f"its zero points are {weight.zero}, not integers of 4 bits"
     if weight.offset is not None and weight.offset not in SIXTEEN:
         return f"its offsets are {weight.offset}, not of 16 bits"
     if weight.zero is not None and weight.offset is not None:
         return "it has zero points and offsets"
-    return None
+    return _scales_support(weight)
 
 
-def _pack_codes(codes: jax.Array, weight: Weight) -> jax.Array:
-    unsigned = codes.astype(jnp.int32) - lowest(weight)
-    k, n = weight.k, weight.n
-    rows, deep = -(-n // ROWS), -(-k // DEPTH)
-    whole = jnp.pad(unsigned.astype(jnp.uint32), ((0, deep * DEPTH - k), (0, rows * ROWS - n)))
-    # k tile, i // 2, c, i mod 2, p // 2 mod 2, p // 4; n tile, p mod 2, r
-    cut = whole.reshape(deep, 4, 4, 2, 2, 2, rows, 2, 8)
-    cut = cut.transpose(6, 0, 1, 8, 2, 3, 4, 5, 7)
-    word = jnp.sum(cut << _shifts(), axis=(-3, -2, -1), dtype=jnp.uint32)
+def _support8(weight: Weight) -> str | None:
+    if weight.code not in ("int8", *FLOAT8) or weight.values is not None:
+        return "its codes are not int8 or float8"
+    if weight.zero is not None or weight.offset is not None:
+        return "it has zero points or offsets"
+    return _scales_support(weight)
+
+
+def _tiles(weight: Weight) -> tuple[int, int]:
+    """How many there are along n and along k."""
+    return -(-weight.n // ROWS), -(-weight.k // DEPTH)
+
+
+def _shifts(codebook: bool) -> jax.Array:
+    """Bits by which element (j, e) is shifted, along (j // 2, e, j mod 2), the last axes of nine.
+
+    An iota, since custom_partitioning takes no constants.
+    """
+    shape = (1, 1, 1, 1, 1, 1, 2, 2, 2)
+    high, e, low = (lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in (6, 7, 8))
+    if codebook:
+        return low * 8 + high * 16 + e * 4
+    return low * 4 + high * 8 + e * 16
+
+
+def _high_bits_moved(word: jax.Array) -> jax.Array:
+    """Highest bits of nibbles 0 to 3 to the bits 7, 15, 23, 31; of nibbles 4 to 7 to 3, 11 ..."""
+    out = word & jnp.uint32(0x77777777)
+    for q in range(8):
+        to = 8 * q + 7 if q < 4 else 8 * (q - 4) + 3
+        out = out | ((word >> jnp.uint32(4 * q + 3) & jnp.uint32(1)) << jnp.uint32(to))
+    return out
+
+
+def _high_bits_back(word: jax.Array) -> jax.Array:
+    out = word & jnp.uint32(0x77777777)
+    for q in range(8):
+        at = 8 * q + 7 if q < 4 else 8 * (q - 4) + 3
+        out = out | ((word >> jnp.uint32(at) & jnp.uint32(1)) << jnp.uint32(4 * q + 3))
+    return out
+
+
+def _cut(codes: jax.Array, weight: Weight) -> jax.Array:
+    """Codes `[k, n]` as `[n tile, k tile, i // 2, r, c, i mod 2, j // 2, e, j mod 2]`."""
+    rows, deep = _tiles(weight)
+    whole = jnp.pad(codes, ((0, deep * DEPTH - weight.k), (0, rows * ROWS - weight.n)))
+    return whole.reshape(deep, 4, 4, 2, 2, 2, rows, 2, 8).transpose(6, 0, 1, 8, 2, 3, 4, 5, 7)
+
+
+def _joined(cut: jax.Array, weight: Weight) -> jax.Array:
+    """The inverse of `_cut`."""
+    rows, deep = _tiles(weight)
+    whole = cut.transpose(1, 2, 4, 5, 6, 7, 0, 8, 3).reshape(deep * DEPTH, rows * ROWS)
+    return whole[: weight.k, : weight.n]
+
+
+def _pack4(codes: jax.Array, weight: Weight) -> jax.Array:
+    rows, deep = _tiles(weight)
+    unsigned = (codes.astype(jnp.int32) - lowest(weight)).astype(jnp.uint32)
+    spread = _cut(unsigned, weight) << _shifts(weight.values is not None)
+    word = jnp.sum(spread, axis=(-3, -2, -1), dtype=jnp.uint32)
+    if weight.values is not None:
+        word = _high_bits_moved(word)
     word = word.reshape(rows, deep, 2, 2, 8, 4, 2)  # half, i // 2 mod 2, r, c, i mod 2
-    word = word.transpose(0, 1, 2, 4, 5, 3, 6).reshape(rows, deep, CODES)
+    word = word.transpose(0, 1, 2, 4, 5, 3, 6).reshape(rows, deep, code_words(weight))
     return lax.bitcast_convert_type(word, jnp.int32)
 
 
-def _unpack_codes(words: jax.Array, weight: Weight) -> jax.Array:
-    rows, deep, _ = words.shape
+def _unpack4(words: jax.Array, weight: Weight) -> jax.Array:
+    rows, deep = _tiles(weight)
     word = lax.bitcast_convert_type(words, jnp.uint32).reshape(rows, deep, 2, 8, 4, 2, 2)
     word = word.transpose(0, 1, 2, 5, 3, 4, 6).reshape(rows, deep, 4, 8, 4, 2)
-    cut = (word[..., None, None, None] >> _shifts()) & jnp.uint32(15)
-    codes = cut.transpose(1, 2, 4, 5, 6, 7, 0, 8, 3).reshape(deep * DEPTH, rows * ROWS)
-    codes = codes[: weight.k, : weight.n].astype(jnp.int32) + lowest(weight)
+    if weight.values is not None:
+        word = _high_bits_back(word)
+    cut = (word[..., None, None, None] >> _shifts(weight.values is not None)) & jnp.uint32(15)
+    codes = _joined(cut, weight).astype(jnp.int32) + lowest(weight)
     return codes.astype(jnp.int8).astype(weight.code)
 
 
+def _pack8(codes: jax.Array, weight: Weight) -> jax.Array:
+    rows, deep = _tiles(weight)
+    bits = lax.bitcast_convert_type(codes, jnp.uint8)
+    if weight.code == "int8":
+        bits = bits ^ jnp.uint8(128)
+    cut = _cut(bits, weight).reshape(rows, deep, code_words(weight), 4)
+    return lax.bitcast_convert_type(cut, jnp.int32)
+
+
+def _unpack8(words: jax.Array, weight: Weight) -> jax.Array:
+    rows, deep = _tiles(weight)
+    cut = lax.bitcast_convert_type(words, jnp.uint8).reshape(rows, deep, 4, 8, 4, 2, 2, 2, 2)
+    bits = _joined(cut, weight)
+    if weight.code == "int8":
+        bits = bits ^ jnp.uint8(128)
+    return lax.bitcast_convert_type(bits, weight.code)
+
+
 def _pack_scale(values: jax.Array, weight: Weight) -> jax.Array:
+    rows, deep = _tiles(weight)
+    if per_channel(weight):
+        padded = jnp.pad(values.astype(jnp.float32), ((0, 0), (0, rows * ROWS - weight.n)))
+        return lax.bitcast_convert_type(padded.reshape(rows, 1, ROWS), jnp.int32)
     if jnp.issubdtype(values.dtype, jnp.integer):
         bias = values.astype(jnp.int8).astype(jnp.float32) + (128 - lowest(weight))
         values = bias.astype(jnp.bfloat16)
-    rows, deep, per_tile = -(-weight.n // ROWS), -(-weight.k // DEPTH), DEPTH // weight.group
-    bits = lax.bitcast_convert_type(values, jnp.uint16).astype(jnp.uint32)
+    per_tile = DEPTH // weight.group
+    wide = values.dtype == jnp.float32
+    bits = lax.bitcast_convert_type(values, jnp.uint32 if wide else jnp.uint16).astype(jnp.uint32)
     bits = jnp.pad(bits, ((0, deep * per_tile - bits.shape[0]), (0, rows * ROWS - bits.shape[1])))
-    bits = bits.reshape(deep, per_tile, rows, 2, 8)
-    word = (bits[..., 0, :] | (bits[..., 1, :] << jnp.uint32(16))).transpose(2, 0, 1, 3)
-    return lax.bitcast_convert_type(word.reshape(rows, deep, per_tile * 8), jnp.int32)
+    if wide:
+        word = bits.reshape(deep, per_tile, rows, ROWS).transpose(2, 0, 1, 3)
+    else:
+        bits = bits.reshape(deep, per_tile, rows, 2, 8)
+        word = (bits[..., 0, :] | (bits[..., 1, :] << jnp.uint32(16))).transpose(2, 0, 1, 3)
+    return lax.bitcast_convert_type(word.reshape(rows, deep, -1), jnp.int32)
 
 
 def _unpack_scale(words: jax.Array, weight: Weight, name: str) -> jax.Array:
-    rows, deep, _ = words.shape
-    pair = lax.bitcast_convert_type(words, jnp.uint32).reshape(rows, deep, -1, 8)
+    rows, deep = _tiles(weight)
+    dtype = getattr(weight, name)
+    if per_channel(weight):
+        held = lax.bitcast_convert_type(words, jnp.float32).reshape(1, rows * ROWS)
+        return held[:, : weight.n].astype(dtype)
+    per_tile = DEPTH // weight.group
+    bits = lax.bitcast_convert_type(words, jnp.uint32)
+    if group_words(weight, name) == per_tile * ROWS:
+        both = bits.reshape(rows, deep * per_tile, ROWS)
+        both = both.transpose(1, 0, 2).reshape(deep * per_tile, rows * ROWS)
+        return lax.bitcast_convert_type(both, jnp.float32)[: weight.groups, : weight.n]
+    pair = bits.reshape(rows, deep, per_tile, 8)
     both = jnp.stack([pair & jnp.uint32(0xFFFF), pair >> jnp.uint32(16)], -2).astype(jnp.uint16)
     both = both.transpose(1, 2, 0, 3, 4).reshape(-1, rows * ROWS)[: weight.groups, : weight.n]
     if name == "zero":
         bias = lax.bitcast_convert_type(both, jnp.bfloat16).astype(jnp.float32)
         return (bias - (128 - lowest(weight))).astype(jnp.int8)
-    return lax.bitcast_convert_type(both, getattr(weight, name))
+    return lax.bitcast_convert_type(both, dtype)
 
 
 HOPPER4 = Layout(
-    supports=supports,
-    pack_codes=_pack_codes,
-    unpack_codes=_unpack_codes,
+    supports=_support4,
+    pack_codes=_pack4,
+    unpack_codes=_unpack4,
     pack_scale=_pack_scale,
     unpack_scale=_unpack_scale,
     code_axes=("n", "k", ""),
     scale_axes=("n", "k", ""),
     tile=lambda weight: (DEPTH, ROWS),
     serves=is_hopper,
+    takes_codes=False,
 )
+HOPPER8 = HOPPER4._replace(supports=_support8, pack_codes=_pack8, unpack_codes=_unpack8)

@@ -11,4 +11,5 @@ LAYOUTS: Mapping[str, Layout] = {
     "nibbles": rows.NIBBLES,
     "bytes": rows.BYTES,
     "hopper4": hopper_layout.HOPPER4,
+    "hopper8": hopper_layout.HOPPER8,
 }

@@ -2,10 +2,11 @@
 ask; the kernel is in `hopper_kernel` and imported when it runs.
 """
 
+import functools
 import itertools
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ SHARED_MEMORY = 232448 - 4096  # bytes of a block, less what Mosaic keeps and al
 MULTIPROCESSORS = 132
 FAST_REGISTERS = 4  # depth times eighths of m: more do not fit beside the rest of a warp's values
 MAX_ROWS = 16
+LAYOUTS = ("hopper4", "hopper8")
 TABLES = pathlib.Path(__file__).parent / "tables"
 # device kind -> what was measured on it; read once, since every matmul of a model asks
 TUNED = {path.stem: json.loads(path.read_text())["rows"] for path in TABLES.glob("*.json")}
@@ -57,8 +59,13 @@ class Plan(NamedTuple):
 
 def tile_words(weight: Weight) -> int:
     """32-bit words of a tile: codes, scales, and zero points or offsets."""
-    extra = (weight.zero is not None) + (weight.offset is not None)
-    return hopper_layout.CODES + hopper_layout.scale_words(weight) * (1 + extra)
+    extra = sum(hopper_layout.group_words(weight, n) for n in ("scale", "zero", "offset"))
+    return hopper_layout.code_words(weight) + extra
+
+
+def channel_words(weight: Weight, bias: bool) -> int:
+    """Words of a tile of channels that are the same for all k: scales per channel, and a bias."""
+    return hopper_layout.ROWS * (hopper_layout.per_channel(weight) + bias)
 
 
 def columns(m: int) -> int:
@@ -66,7 +73,7 @@ def columns(m: int) -> int:
     return -(-m // 8)
 
 
-def plan(m: int, weight: Weight, config: Config) -> Plan | str:
+def plan(m: int, weight: Weight, config: Config, bias: bool = False) -> Plan | str:
     """The sizes that follow from a config, or why it cannot run."""
     c = config
     n, k = -(-weight.n // hopper_layout.ROWS), -(-weight.k // hopper_layout.DEPTH)
@@ -79,6 +86,7 @@ def plan(m: int, weight: Weight, config: Config) -> Plan | str:
     turns = -(-(n // c.rows) // grid)
     sums = c.rows * 512 * columns(m)
     shared = c.warpgroups * c.steps * box * 4 * tile_words(weight)
+    shared += c.warpgroups * c.steps * 16 * channel_words(weight, bias)
     shared += min(2, turns) * c.warpgroups * 4 * sums
     if c.cluster > 1:
         shared += -(-turns // c.cluster) * c.cluster * sums
@@ -87,7 +95,7 @@ def plan(m: int, weight: Weight, config: Config) -> Plan | str:
     return Plan(n, k, grid, turns, box, shared)
 
 
-def configs(m: int, weight: Weight) -> Iterator[tuple[float, Config]]:
+def configs(m: int, weight: Weight, bias: bool = False) -> Iterator[tuple[float, Config]]:
     """Configs that can run, each with a guess at its worth (the share of the peak).
 
     The guess multiplies how evenly the work falls on the multiprocessors, how much of k is padding,
@@ -105,7 +113,7 @@ def configs(m: int, weight: Weight) -> Iterator[tuple[float, Config]]:
         blocks = -(-(n // rows) // turns)
         for steps in (16, 12, 8, 6, 5, 4, 3, 2, 1):
             config = Config(depth, warpgroups, cluster, rows, steps, blocks)
-            sized = plan(m, weight, config)
+            sized = plan(m, weight, config, bias)
             if isinstance(sized, str) or steps > turns * rows:
                 continue
             if sized.shared > (SHARED_MEMORY + 4096) // resident - 4096:
@@ -125,7 +133,7 @@ def configs(m: int, weight: Weight) -> Iterator[tuple[float, Config]]:
             break
 
 
-def choose_config(m: int, weight: Weight, kind: str) -> Config | None:
+def choose_config(m: int, weight: Weight, kind: str, bias: bool = False) -> Config | None:
     """An exact row of the device's table, else the row of the next larger m, else the best guess;
     None if no config can run.
     """
@@ -136,18 +144,18 @@ def choose_config(m: int, weight: Weight, kind: str) -> Config | None:
     ]
     for row in sorted(fits, key=lambda r: r["m"]):
         config = Config(*row["config"])
-        if not isinstance(plan(m, weight, config), str):
+        if not isinstance(plan(m, weight, config, bias), str):
             return config
-    return max(configs(m, weight), default=(0.0, None))[1]
+    return max(configs(m, weight, bias), default=(0.0, None))[1]
 
 
 def supports(problem: Problem, device: Device) -> str | None:
-    """bfloat16, m <= 16, weights in the layout "hopper4", on an H100 or H200 with jax 0.11."""
+    """bfloat16, m <= 16, weights in a layout for Hopper, on an H100 or H200 with jax 0.11."""
     reason = hopper.missing(device)
     if reason is not None:
         return reason
-    if problem.layout != "hopper4":
-        return f"the weight lies in layout {problem.layout}, not hopper4"
+    if problem.layout not in LAYOUTS:
+        return f"the weight lies in layout {problem.layout}, not {' or '.join(LAYOUTS)}"
     if problem.x != "bfloat16" or problem.out not in ("bfloat16", "float32"):
         return (
             f"x is {problem.x} and the result {problem.out}: it takes bfloat16, gives it or float32"
@@ -156,15 +164,63 @@ def supports(problem: Problem, device: Device) -> str | None:
         return f"x has {problem.m} rows, it takes at most {MAX_ROWS}"
     if problem.weight.k % 8:
         return f"k = {problem.weight.k} is no multiple of 8, so rows of x are not aligned"
-    if next(configs(problem.m, problem.weight), None) is None:
+    if next(configs(problem.m, problem.weight, problem.bias), None) is None:
         return f"no way to cut k = {problem.weight.k}, n = {problem.weight.n} fits the chip"
     return None
 
 
+def joins(problems: Sequence[Problem]) -> str | None:
+    """None, or why weights of one x are not one launch: they differ in more than their channels, or
+    have some that do not fill tiles.
+    """
+    first, *rest = problems
+    whole = whole_problem(problems)
+    if any(p._replace(weight=first.weight) != first for p in rest):
+        return "they differ in more than their weights"
+    if any(p.weight._replace(n=0) != first.weight._replace(n=0) for p in rest):
+        return "their weights differ in more than their channels"
+    odd = next((p.weight.n for p in problems if p.weight.n % hopper_layout.ROWS), None)
+    if odd is not None:
+        return f"{odd} channels do not fill tiles of {hopper_layout.ROWS}"
+    if next(configs(whole.m, whole.weight), None) is None:
+        return f"no way to cut k = {whole.weight.k}, n = {whole.weight.n} fits the chip"
+    return None
+
+
+def whole_problem(problems: Sequence[Problem]) -> Problem:
+    """That of the weights side by side."""
+    first = problems[0]
+    return first._replace(weight=first.weight._replace(n=sum(p.weight.n for p in problems)))
+
+
 def run(x: jax.Array, arrays: dict[str, jax.Array], problem: Problem) -> jax.Array:
-    """`x @ w` of one device."""
+    """`x @ w` of one device, with its bias and activation."""
+    (y,) = run_joined(x, [arrays], [problem])
+    return y
+
+
+def run_joined(
+    x: jax.Array, arrays: Sequence[dict[str, jax.Array]], problems: Sequence[Problem]
+) -> list[jax.Array]:
+    """`[x @ w for w in weights]`, one launch."""
+    whole = whole_problem(problems)
+    config = choose_config(whole.m, whole.weight, Device.default().kind, whole.bias)
+    assert config is not None, "supports() found one"
+    channels = tuple(p.weight.n for p in problems)
+    y = launch(whole, config, channels, x, list(arrays))
+    ends = list(itertools.accumulate(channels))
+    return [y[:, end - n : end] for end, n in zip(ends, channels, strict=True)]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # traced once for the layers of a model
+def launch(
+    whole: Problem,
+    config: Config,
+    channels: tuple[int, ...],
+    x: jax.Array,
+    arrays: list[dict[str, jax.Array]],
+) -> jax.Array:
+    """`[m, n]` of all weights side by side."""
     from pallas_kernels.quantized_matmul import hopper_kernel  # needs a jax with Mosaic GPU
 
-    config = choose_config(problem.m, problem.weight, Device.default().kind)
-    assert config is not None, "supports() found one"
-    return hopper_kernel.kernel(problem, config)(x, arrays)
+    return hopper_kernel.kernel(whole, config, channels)(x, arrays)

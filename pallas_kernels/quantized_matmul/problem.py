@@ -41,6 +41,8 @@ class Problem(NamedTuple):
       x: dtype name of x. "int8": x holds codes that the caller has rounded, and the caller
         multiplies the result with their scales.
       out: dtype name of the result; sums are in float32 or better.
+      bias: whether a bias `[n]` is added to the float32 sums.
+      activation: a name in `epilogue.ACTIVATIONS` for what follows the bias; None for nothing.
     """
 
     m: int
@@ -48,3 +50,10 @@ class Problem(NamedTuple):
     layout: str
     x: str
     out: str
+    bias: bool = False
+    activation: str | None = None
+
+    @property
+    def plain(self) -> "Problem":
+        """The same product in float32, before bias and activation."""
+        return self._replace(out="float32", bias=False, activation=None)

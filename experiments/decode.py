@@ -1,0 +1,282 @@
+"""How fast does a Llama-3-8B-shaped decoder decode, in each format, and in how much memory?
+
+Random weights, made and quantized on the device; batch 1 and 8, context 2048, all tokens in one
+jit, layers unrolled, weights prepared. A row is printed and written to results/decode_<card>.json
+as soon as it is measured; one that fails says why, and the others go on.
+
+    python experiments/decode.py
+    python experiments/decode.py --preset tiny --formats bf16 int4_g128 --batches 1
+    python experiments/decode.py --workers 4    # compiles that many rows at a time
+
+`share` is steps/s times the bytes that a step must read (weights of matmuls, keys and values) over
+the rate at which the card reads 1 GiB. `error` is the largest difference of the logits from those
+of the bf16 program on the dequantized weights, after the same tokens, over the largest logit.
+`launches` counts the paths of the matmuls as `explain` names them. Memory is what the compiled
+program says: arguments and temporaries.
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import dataclasses
+import json
+import os
+import pathlib
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+import qjax
+from qjax.models import Cache, Config, Decoder, Rope, init_cache
+from qjax.sizes import nbytes
+
+PRESETS = {  # config, context
+    "8b": (
+        Config(
+            vocab_size=128256,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_layers=32,
+            num_heads=32,
+            num_kv_heads=8,
+            head_dim=128,
+            rope=Rope(500_000.0),
+            dtype=jnp.bfloat16,
+        ),
+        2048,
+    ),
+    "tiny": (
+        Config(
+            vocab_size=256,
+            hidden_size=256,
+            intermediate_size=384,
+            num_layers=2,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=64,
+            dtype=jnp.bfloat16,
+        ),
+        32,
+    ),
+}
+FORMATS = {
+    "bf16": None,
+    "int8": "int8",
+    "fp8": "fp8_e4m3",
+    "int4_g128": "int4_g128",
+    "nf4": "nf4_g64",
+}
+RUNS = 5  # of each program; the median counts
+NEW = 32  # tokens of a run
+GIB = 2**30
+
+
+def sites_of(config: Config) -> tuple[Any, Any]:
+    """The shapes of the parameters in the compute dtype, and their sites."""
+    model, tokens = Decoder(config), jnp.zeros((1, 1), jnp.int32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    shapes = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, config.dtype), shapes)
+    return shapes, qjax.find_sites(model.apply, shapes, tokens)
+
+
+def weights(config: Config, spec: str | None) -> Any:
+    """Random parameters, each quantized and prepared before the next is made."""
+    shapes, sites = sites_of(config)
+    leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
+    made = []
+    quantize = jax.jit(lambda w: qjax.quantize(w, spec, 0))  # all kernels are [in, out]
+    for i, (path, leaf) in enumerate(leaves):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        value = jnp.ones(leaf.shape, leaf.dtype)
+        if len(leaf.shape) == 2:
+            std = leaf.shape[0] ** -0.5 if name.endswith("kernel") else 1.0
+            value = normal(jax.random.key(i), leaf.shape, leaf.dtype) * jnp.asarray(std, leaf.dtype)
+        if spec is not None and name.endswith("kernel"):
+            own = {name: sites[name]}
+            value = qjax.prepare({name: quantize(value)}, own)[name]
+        made.append(value)
+    return jax.tree.unflatten(tree, made)
+
+
+normal = jax.jit(jax.random.normal, static_argnums=(1, 2))
+
+
+def program(config: Config) -> Callable[..., Any]:
+    """`(params, cache, tokens [steps, batch]) -> (logits of the last step, cache)`.
+
+    A token of -1 is the most likely one after the step before.
+    """
+    apply = qjax.quantized(Decoder(config).apply)
+
+    def run(params: Any, cache: Cache, tokens: jax.Array) -> tuple[jax.Array, Cache]:
+        batch = tokens.shape[1]
+
+        def step(carry: Any, token: jax.Array) -> Any:
+            logits, cache = carry
+            token = jnp.where(token < 0, jnp.argmax(logits, -1).astype(jnp.int32), token)
+            logits, cache = apply(params, token[:, None], cache=cache)
+            return (logits[:, 0], cache), None
+
+        logits = jnp.zeros((batch, config.vocab_size), jnp.float32)
+        return jax.lax.scan(step, (logits, cache), tokens)[0]
+
+    return run
+
+
+def compiled(
+    config: Config, fmt: str, batch: int, context: int
+) -> tuple[Any, float, dict[str, int]]:
+    """The program for a format, the seconds that it took to compile, and its paths."""
+    params = jax.eval_shape(lambda: weights(config, FORMATS[fmt]))
+    cache = jax.eval_shape(lambda: init_cache(config, batch, context))
+    tokens = jax.ShapeDtypeStruct((min(NEW, context), batch), jnp.int32)
+    began = time.perf_counter()
+    done = jax.jit(program(config), donate_argnums=1).lower(params, cache, tokens).compile()
+    return done, time.perf_counter() - began, paths(config, params, batch, context)
+
+
+def paths(config: Config, params: Any, batch: int, context: int) -> dict[str, int]:
+    """How many matmuls of a step run on which path; those joined in one launch count once."""
+    cache = jax.eval_shape(lambda: init_cache(config, batch, context))
+    tokens = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
+    apply = lambda params, tokens, cache: Decoder(config).apply(params, tokens, cache=cache)
+    seen: dict[str, float] = collections.Counter()
+    for use in qjax.explain(apply, params, tokens, cache).uses:
+        how, _, others = use.how.partition(", in one launch with ")
+        joined = 1 + len(others.split(", ")) if others else 1
+        seen[how + (f", {joined} weights" if others else "")] += 1 / joined
+    return {how: round(count) for how, count in seen.items()}
+
+
+def read_rate() -> float | None:
+    """Bytes per second at which this card reads 1 GiB; None where there is no such kernel."""
+    if jax.default_backend() != "gpu":
+        return None
+    import ceilings
+
+    return GIB / ceilings.best_reader(GIB)[0] * 1e6
+
+
+def measure(config: Config, params: Any, run: Any, batch: int, context: int) -> dict[str, Any]:
+    """Tokens per second of a program, and what it holds."""
+    steps = min(NEW, context)
+    start = jnp.asarray(context - steps, jnp.int32)
+    free = jnp.full((steps, batch), -1, jnp.int32)
+    cache = init_cache(config, batch, context)
+    seconds = []
+    for _ in range(1 + RUNS):
+        cache = cache._replace(length=jnp.array(start))
+        jax.block_until_ready(cache)
+        began = time.perf_counter()
+        logits, cache = jax.block_until_ready(run(params, cache, free))
+        seconds.append(time.perf_counter() - began)
+    if not bool(jnp.isfinite(logits).all()):
+        raise ValueError("logits are not finite")
+    held = run.memory_analysis()
+    peak = held.argument_size_in_bytes + held.temp_size_in_bytes + held.output_size_in_bytes
+    step = statistics.median(seconds[1:]) / steps
+    kv = 2 * 2 * config.num_layers * batch * context * config.num_kv_heads * config.head_dim
+    read = nbytes(matmul_weights(params)) + kv
+    return {
+        "tokens_per_s": batch / step,
+        "step_ms": 1e3 * step,
+        "read_bytes": read,
+        "memory_bytes": peak - held.alias_size_in_bytes,
+        "temporary_bytes": held.temp_size_in_bytes,
+    }
+
+
+def matmul_weights(params: Any) -> list[Any]:
+    """What every step reads: all but the table of embeddings."""
+    return [v for k, v in params["params"].items() if k != "embed"]
+
+
+def logits_after(config: Config, params: Any, run: Any, context: int) -> jax.Array:
+    """Of given tokens, batch 1."""
+    steps = min(NEW, context)
+    tokens = jax.random.randint(jax.random.key(7), (steps, 1), 0, config.vocab_size, jnp.int32)
+    return run(params, init_cache(config, 1, context), tokens)[0]
+
+
+def dense(params: Any) -> Any:
+    """The dequantized parameters."""
+    one = jax.jit(qjax.dequantize)
+    back = lambda v: one(v) if qjax.is_qtensor(v) else v
+    return jax.tree.map(back, params, is_leaf=qjax.is_qtensor)
+
+
+def write(out: pathlib.Path, head: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """The file; rows of other formats and batches that results/ has of this card are kept."""
+    known = pathlib.Path(__file__).parent / "results" / out.name
+    kept = json.loads(known.read_text())["rows"] if known.exists() else []
+    key = lambda row: (row["format"], row["batch"])
+    merged = {key(row): row for row in kept} | {key(row): row for row in rows}
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(json.dumps(head | {"rows": list(merged.values())}, indent=1) + "\n")
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    """Measures the rows and writes them."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--preset", choices=PRESETS, default="8b")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--layers", type=int, help="of the preset; all by default")
+    parser.add_argument("--out", type=pathlib.Path, help="a JSON file in place of results/")
+    args = parser.parse_args(argv)
+    config, context = PRESETS[args.preset]
+    if args.layers:
+        config = dataclasses.replace(config, num_layers=args.layers)
+    console, card = Console(), jax.devices()[0].device_kind
+    name = f"decode_{card.replace(' ', '_')}.json"
+    folder = pathlib.Path(os.environ.get("OUT", pathlib.Path(__file__).parent / "results"))
+    out = args.out or folder / name
+    rate = read_rate()
+    console.print(
+        f"{card}, jax {jax.__version__}, {args.preset}, reads {rate and rate / 1e12} TB/s"
+    )
+    head = {"card": card, "jax": jax.__version__, "preset": args.preset, "context": context}
+    head |= {"command": "python experiments/decode.py", "read_bytes_per_s": rate, "new": NEW}
+    rows: list[dict[str, Any]] = []
+    pool = concurrent.futures.ThreadPoolExecutor(args.workers)
+    with console.status("compiling"):
+        jobs = {}
+        for fmt in args.formats:
+            for batch in args.batches:
+                job = jobs[fmt, batch] = pool.submit(compiled, config, fmt, batch, context)
+                if FORMATS[fmt] is None:  # its matmuls are chosen by timing: nothing beside it
+                    concurrent.futures.wait([job])
+    for fmt in args.formats:
+        params = None
+        for batch in args.batches:
+            row: dict[str, Any] = {"format": fmt, "batch": batch, "workers": args.workers}
+            try:
+                with console.status(f"{fmt}, batch {batch}"):
+                    run, row["compile_s"], row["launches"] = jobs[fmt, batch].result()
+                    params = weights(config, FORMATS[fmt]) if params is None else params
+                    row |= measure(config, params, run, batch, context)
+                    if rate is not None:
+                        row["share"] = row["read_bytes"] / rate / (row["step_ms"] / 1e3)
+                    if fmt != "bf16" and batch == 1 and ("bf16", 1) in jobs:
+                        truth_run = jobs["bf16", 1].result()[0]
+                        mine = logits_after(config, params, run, context)
+                        its = logits_after(config, dense(params), truth_run, context)
+                        row["error"] = float(abs(mine - its).max() / abs(its).max())
+            except (RuntimeError, ValueError, TypeError, NotImplementedError) as why:
+                row["failed"] = f"{type(why).__name__}: {why}"[:2000]
+            rows.append(row)
+            text = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
+            console.print(text, soft_wrap=True)
+            write(out, head, rows)
+        del params
+    return rows
+
+
+if __name__ == "__main__":
+    main()

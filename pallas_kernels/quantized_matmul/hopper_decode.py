@@ -1,0 +1,143 @@
+"""How words of codes become the A operand of `mma.m16n8k16`: four registers of two bfloat16.
+
+Each is exact but for a codebook, whose values are rounded to bfloat16. In the order of
+`hopper_layout`; the tests hold these bits against numpy.
+"""
+
+# pyright: reportCallIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
+
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith
+
+from pallas_kernels.quantized_matmul import hopper_asm as ptx
+from pallas_kernels.quantized_matmul.hopper_codebook import codebook_bytes
+
+Words: TypeAlias = Sequence[ir.Value]
+Operand: TypeAlias = Callable[[Words], list[ir.Value]]
+PAIRS = 0x0001_0001  # a 16-bit number in both halves of a register
+
+
+def _word(code: str, *args: ir.Value) -> ir.Value:
+    return ptx.asm(ir.IntegerType.get_signless(32), code, "=r" + ",r" * len(args), *args)
+
+
+def _right(word: ir.Value, bits: int) -> ir.Value:
+    return arith.shrui(word, ptx.number(bits)) if bits else word
+
+
+def _left(word: ir.Value, bits: int) -> ir.Value:
+    return arith.shli(word, ptx.number(bits)) if bits else word
+
+
+def _and_or(word: ir.Value, mask: int, bits: int) -> ir.Value:
+    """`word & mask | bits`, one instruction."""
+    return _word(f"lop3.b32 $0, $1, {mask:#x}, {bits:#x}, 0xEA;", word)
+
+
+def _choose(mask: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
+    """`mask & a | ~mask & b`, one instruction."""
+    return _word("lop3.b32 $0, $1, $2, $3, 0xCA;", mask, a, b)
+
+
+def _bytes(a: ir.Value, b: ir.Value, selector: ir.Value) -> ir.Value:
+    """The bytes of `b:a` that the nibbles of `selector` name."""
+    return _word("prmt.b32 $0, $1, $2, $3;", a, b, selector)
+
+
+def _int4(values: None) -> Operand:
+    """128 + u of eight codes; what is too much comes off by way of the sums of x."""
+
+    def operand(words: Words) -> list[ir.Value]:
+        (word,) = words
+        return [_and_or(_right(word, 4 * p), 0xF * PAIRS, 0x4300 * PAIRS) for p in range(4)]
+
+    return operand
+
+
+def _int8(values: None) -> Operand:
+    """U - 128 of eight bytes: (16 h + 2048 - 2304) + (l + 128), where u = 16 h + l; both sums are
+    exact in bfloat16.
+    """
+
+    def operand(words: Words) -> list[ir.Value]:
+        out, minus = [], ptx.number(0xC510 * PAIRS)  # -2304
+        for word in words:
+            for low in (0, 8):
+                high = _and_or(_right(word, low + 4), 0xF * PAIRS, 0x4500 * PAIRS)
+                small = _and_or(_right(word, low), 0xF * PAIRS, 0x4300 * PAIRS)
+                high = _word("add.rn.bf16x2 $0, $1, $2;", high, minus)
+                out.append(_word("add.rn.bf16x2 $0, $1, $2;", high, small))
+        return out
+
+    return operand
+
+
+def _float8(mantissa: int, bias: int) -> Callable[[None], Operand]:
+    """The bits of eight numbers where bfloat16 has them, times 2 ** (127 - bias), which also makes
+    subnormal ones right. NaN and Inf become finite.
+    """
+    shift = 7 - mantissa
+    magnitude, power = (0x7F << shift) * PAIRS, ((127 + 127 - bias) << 7) * PAIRS
+
+    def make(values: None) -> Operand:
+        def operand(words: Words) -> list[ir.Value]:
+            out, scale = [], ptx.number(power)
+            for word in words:
+                for up in (8, 0):
+                    to = shift + up - 8
+                    moved = _left(word, to) if to > 0 else _right(word, -to)
+                    moved = arith.andi(moved, ptx.number(magnitude))
+                    bits = _word("lop3.b32 $0, $1, 0x80008000, $2, 0xEA;", _left(word, up), moved)
+                    out.append(_word("mul.rn.bf16x2 $0, $1, $2;", bits, scale))
+            return out
+
+        return operand
+
+    return make
+
+
+def _codebook(values: Sequence[float]) -> Operand:
+    """Eight values by the byte permutation: three bits choose from each half of the table, the
+    highest bit between the halves.
+    """
+
+    def operand(words: Words) -> list[ir.Value]:
+        (word,) = words
+        table = [ptx.number(v) for v in codebook_bytes(values)]
+        three = arith.andi(word, ptx.number(0x77777777))
+        out = []
+        for half in range(2):
+            signs, selector = _left(word, 4 * half), _right(three, 16 * half)
+            mask = _bytes(signs, signs, ptx.number(0xBA98))  # the sign of each byte, eight times
+            planes = []
+            for at in (0, 4):
+                lower = _bytes(table[at], table[at + 1], selector)
+                upper = _bytes(table[at + 2], table[at + 3], selector)
+                planes.append(_choose(mask, upper, lower))
+            out += [_bytes(*planes, ptx.number(s)) for s in (0x5140, 0x7362)]
+        return out
+
+    return operand
+
+
+# how a code is decoded -> codebook -> (words of one multiplication -> its four registers)
+OPERANDS: Mapping[str, Callable[..., Operand]] = {
+    "int4": _int4,
+    "codebook": _codebook,
+    "int8": _int8,
+    "float8_e4m3fn": _float8(3, 7),
+    "float8_e5m2": _float8(2, 15),
+}
+
+
+def halves(word: ir.Value, dtype: str) -> list[ir.Value]:
+    """The two 16-bit floats of a word, as float32."""
+    f32 = ir.F32Type.get()
+    if dtype == "float16":
+        code = "{ .reg .b16 h, l; mov.b32 {l, h}, $1; cvt.f32.f16 $0, SIDE; }"
+        return [ptx.asm(f32, code.replace("SIDE", side), "=f,r", word) for side in "lh"]
+    high = arith.andi(word, ptx.number(0xFFFF0000))
+    return [arith.bitcast(f32, v) for v in (_left(word, 16), high)]

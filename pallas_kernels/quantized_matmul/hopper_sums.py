@@ -1,0 +1,174 @@
+"""How the sums of warps and blocks meet, and how they are written."""
+
+# The decorator of inline code keeps the type of what it wraps, which takes one argument more.
+# pyright: reportCallIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, scf
+
+from pallas_kernels.quantized_matmul import hopper_asm as ptx
+from pallas_kernels.quantized_matmul import hopper_layout as layout
+from pallas_kernels.quantized_matmul.hopper_shape import Shape
+from pallas_kernels.quantized_matmul.mosaic_gpu import Config
+
+
+def _sigmoid(y: ir.Value, z: ir.Value) -> ir.Value:
+    """`y / (1 + exp(-z))`."""
+    f32 = ir.F32Type.get()
+    power = arith.mulf(z, ptx.real(-1.4426950408889634))  # log2(e)
+    grown = ptx.asm(f32, "ex2.approx.ftz.f32 $0, $1;", "=f,f", power)
+    return ptx.asm(
+        f32, "div.approx.ftz.f32 $0, $1, $2;", "=f,f,f", y, arith.addf(grown, ptx.real(1.0))
+    )
+
+
+def _gelu_tanh(y: ir.Value) -> ir.Value:
+    """`y sigmoid(2 sqrt(2 / pi) (y + 0.044715 y^3))`, which is the definition by tanh."""
+    inner = arith.addf(arith.mulf(arith.mulf(y, y), ptx.real(0.044715)), ptx.real(1.0))
+    return _sigmoid(y, arith.mulf(arith.mulf(y, inner), ptx.real(1.5957691216057308)))
+
+
+# as in epilogue.ACTIVATIONS; a NaN of the sums must stay one
+ACTIVATIONS: Mapping[str | None, Callable[[ir.Value], ir.Value]] = {
+    None: lambda y: y,
+    "relu": lambda y: ptx.asm(ir.F32Type.get(), "max.NaN.f32 $0, $1, 0f00000000;", "=f,f", y),
+    "silu": lambda y: _sigmoid(y, y),
+    "gelu_tanh": _gelu_tanh,
+}
+
+
+def _each_total(
+    shape: Shape, config: Config, sums: ir.Value, count: int, use: Callable[..., None]
+) -> None:
+    """Adds `count` sums `[count, line, 64]` in order; warps take turns at the lines.
+
+    `use` is given the line, the lane and the pair of totals. Where there are fewer lines than
+    warps, they go to warps of different warpgroups and schedulers.
+    """
+    f32 = ir.F32Type.get()
+    lines, warps = config.rows * 2 * shape.columns, 4 * config.warpgroups
+    warp, lane = ptx.lane()
+    quad, place = arith.shrui(warp, ptx.number(2)), arith.andi(warp, ptx.number(3))
+    turned = arith.andi(arith.subi(place, quad), ptx.number(3))
+    warp = arith.addi(arith.muli(turned, ptx.number(config.warpgroups)), quad)
+    for i in range(-(-lines // warps)):
+        line = ptx.add(warp, i * warps)
+        live = arith.cmpi(arith.CmpIPredicate.ult, line, ptx.number(lines))
+        branch = scf.IfOp(live)
+        with ir.InsertionPoint(branch.then_block):
+            place = arith.addi(arith.muli(line, ptx.number(64)), arith.muli(lane, ptx.number(2)))
+            got = [
+                ptx.load(sums, ptx.add(place, part * lines * 64), 2, f32) for part in range(count)
+            ]
+            total = got[0]
+            for part in got[1:]:
+                total = [arith.addf(t, v) for t, v in zip(total, part, strict=True)]
+            use(line, lane, total)
+            scf.yield_([])
+
+
+def write(shape: Shape, config: Config, count: int) -> Any:
+    """Adds `count` sums and writes them to `[m, n]` of the result, from the channel `first` on."""
+    half_word = shape.out == jnp.dtype(jnp.bfloat16)
+    activate = ACTIVATIONS[shape.activation]
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), ptx.SCALAR))
+    def add_and_write(ctx, out, sums, first):
+        i64 = ir.IntegerType.get_signless(64)
+        kind = ir.BF16Type.get() if half_word else ir.F32Type.get()
+
+        def put(line, lane, total):
+            rest = arith.shrui(line, ptx.number(1))
+            column, row = (f(rest, ptx.number(shape.columns)) for f in (arith.remui, arith.divui))
+            half = arith.muli(arith.andi(line, ptx.number(1)), ptx.number(8))
+            inner = arith.addi(half, arith.shrui(lane, ptx.number(2)))
+            tile = arith.addi(first.registers.item(), arith.muli(row, ptx.number(layout.ROWS)))
+            channel = arith.addi(tile, inner)
+            known = arith.cmpi(arith.CmpIPredicate.ult, channel, ptx.number(shape.n))
+            pair = arith.muli(arith.andi(lane, ptx.number(3)), ptx.number(2))
+            m = arith.addi(arith.muli(column, ptx.number(8)), pair)
+            for i, value in enumerate(total):
+                value = activate(value)
+                there = ptx.add(m, i)
+                offset = arith.addi(arith.muli(there, ptx.number(shape.n)), channel)
+                live = arith.andi(
+                    known, arith.cmpi(arith.CmpIPredicate.ult, there, ptx.number(shape.m))
+                )
+                code = "@p st.global.f32 [$0], $1;"
+                if half_word:
+                    code = "cvt.rn.bf16.f32 h, $1; @p st.global.b16 [$0], h;"
+                ptx.run(
+                    "{ .reg .pred p; .reg .b16 h; setp.ne.b32 p, $2, 0; " + code + " }",
+                    "l,f,r",
+                    ptx.at(out, arith.extui(i64, offset), kind),
+                    value,
+                    ptx.flag(live),
+                )
+
+        _each_total(shape, config, sums, count, put)
+
+    return add_and_write
+
+
+def push(shape: Shape, config: Config) -> Any:
+    """Adds the warps' sums and sends them to a slot of the block that owns them."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.RefType(), ptx.SCALAR))
+    def add_and_send(ctx, slot, arrived, sums, owner):
+        rank = owner.registers.item()
+        barrier, start = ptx.far(ptx.near(arrived), rank), ptx.far(ptx.near(slot), rank)
+
+        def send(line, lane, total):
+            byte = arith.addi(arith.muli(line, ptx.number(256)), arith.muli(lane, ptx.number(8)))
+            ptx.run(
+                "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 "
+                "[$0], {$2, $3}, [$1];",
+                "r,r,f,f",
+                arith.addi(start, byte),
+                barrier,
+                *total,
+            )
+
+        _each_total(shape, config, sums, 4 * config.warpgroups, send)
+
+    return add_and_send
+
+
+class Exchange:
+    """Barriers on which the blocks of a cluster leave `size` bytes for each other, once."""
+
+    def __init__(self, size: int) -> None:
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+        def open_(ctx, barriers):
+            live = arith.cmpi(arith.CmpIPredicate.eq, ptx.thread(), ptx.number(0))
+            for i in range(ir.MemRefType(barriers.type).shape[0]):
+                ptx.run(
+                    "{ .reg .pred p; setp.ne.b32 p, $1, 0; "
+                    "@p mbarrier.init.shared::cta.b64 [$0], 1; "
+                    f"@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {size}; }}",
+                    "r,r",
+                    ptx.near(barriers, 8 * i),
+                    ptx.flag(live),
+                )
+            ptx.run("barrier.cluster.arrive.release.aligned;", "~{memory}")
+
+        @plgpu.inline_mgpu(arg_types=())
+        def meet(ctx):
+            ptx.run("barrier.cluster.wait.acquire.aligned;", "~{memory}")
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+        def wait(ctx, barrier):
+            ptx.run(
+                "{ .reg .pred p; AGAIN_${:uid}: "
+                "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [$0], 0; "
+                "@!p bra AGAIN_${:uid}; }",
+                "r,~{memory}",
+                ptx.near(barrier),
+            )
+
+        self.open, self.meet, self.wait = open_, meet, wait

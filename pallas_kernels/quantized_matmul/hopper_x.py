@@ -1,0 +1,107 @@
+"""load_x: each warp keeps the x of its own stretch of k in registers, in operand order."""
+
+# The decorator of inline code keeps the type of what it wraps, which takes one argument more.
+# pyright: reportCallIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
+
+from pallas_kernels.quantized_matmul import hopper_asm as ptx
+from pallas_kernels.quantized_matmul import hopper_layout as layout
+from pallas_kernels.quantized_matmul.hopper_shape import Shape
+from pallas_kernels.quantized_matmul.mosaic_gpu import Config
+
+
+def load_x(shape: Shape, config: Config) -> Any:
+    """The x of each warp's k: int32 `[registers, thread]`, register
+    `((4 j + b) columns + col) 4 + q` of a lane: bfloat16 pair q of the eight at
+    k = 128 j + 32 b + 8 c of row 8 col + r.
+
+    Beyond the rows of x, and where the tiles belong to another warpgroup, it is 0. With it come
+    float32 `[2 groups columns, thread]`: -start times the sum of x over each group, of rows
+    8 col + 2 c and the next; none where the accumulators start at 0.
+    """
+    box, parts = 4 * config.depth, config.cluster * config.warpgroups
+    kinds = zip(layouts(shape, config), (jnp.int32, jnp.float32), strict=False)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(),),
+        return_type=tuple(
+            plgpu.ShapeDtypeStruct((count, 128), dtype, layout=held)
+            for (count, held), dtype in kinds
+        ),
+    )
+    def keep(ctx, x):
+        i32, i64 = (ir.IntegerType.get_signless(n) for n in (32, 64))
+        four = llvm.StructType.get_literal([i32] * 4)
+        warp, lane = ptx.lane()
+        rank = ptx.rank(config.cluster > 1)
+        part = arith.addi(
+            arith.muli(rank, ptx.number(config.warpgroups)), arith.shrui(warp, ptx.number(2))
+        )
+        begin, end = (
+            arith.divui(arith.muli(ptx.add(part, i), ptx.number(shape.tiles_k)), ptx.number(parts))
+            for i in (0, 1)
+        )
+        first = arith.minui(begin, ptx.number(shape.tiles_k - box))
+        tile = arith.addi(
+            first, arith.muli(arith.andi(warp, ptx.number(3)), ptx.number(config.depth))
+        )
+        r, c = arith.shrui(lane, ptx.number(2)), arith.andi(lane, ptx.number(3))
+        out = []
+        for j in range(config.depth):
+            own = ptx.add(tile, j)
+            mine = arith.andi(
+                arith.cmpi(arith.CmpIPredicate.uge, own, begin),
+                arith.cmpi(arith.CmpIPredicate.ult, own, end),
+            )
+            start = arith.addi(
+                arith.muli(own, ptx.number(layout.DEPTH)), arith.muli(c, ptx.number(8))
+            )
+            for b in range(4):
+                k = ptx.add(start, 32 * b)
+                inside = arith.cmpi(arith.CmpIPredicate.ult, k, ptx.number(shape.k))
+                for column in range(shape.columns):
+                    row = ptx.add(r, 8 * column)
+                    there = arith.cmpi(arith.CmpIPredicate.ult, row, ptx.number(shape.m))
+                    live = ptx.flag(arith.andi(arith.andi(mine, inside), there))
+                    offset = arith.addi(arith.muli(row, ptx.number(shape.k)), k)
+                    got = ptx.asm(
+                        four,
+                        "{ .reg .pred p; setp.ne.b32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; "
+                        "mov.b32 $2, 0; mov.b32 $3, 0; "
+                        "@p ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4]; }",
+                        "=&r,=&r,=&r,=&r,l,r",
+                        ptx.at(x, arith.extui(i64, offset), ir.BF16Type.get()),
+                        live,
+                    )
+                    out += [llvm.extractvalue(i32, got, [q]) for q in range(4)]
+        kept = (ptx.registers(out, i32),)
+        if not shape.start:
+            return kept
+        bits = int(np.float32(-shape.start).view(np.uint32)) >> 16  # of a bfloat16
+        minus = [ptx.number(bits << 16 | bits)] * 4
+        sums, per_group = [], shape.group // 16
+        for group in range(config.depth * shape.groups):
+            for column in range(shape.columns):
+                total = [ptx.zero()] * 4
+                for i in range(group * per_group, (group + 1) * per_group):
+                    at = (i // 2 * shape.columns + column) * 4 + 2 * (i % 2)
+                    total = ptx.mma(minus, out[at : at + 2], total)
+                sums += total[:2]
+        return (*kept, ptx.registers(sums, ir.F32Type.get()))
+
+    return keep
+
+
+def layouts(shape: Shape, config: Config) -> list[tuple[int, Any]]:
+    """(values of a thread, their layout) of x and of its sums."""
+    counts = [config.depth * 16 * shape.columns]
+    if shape.start:
+        counts.append(config.depth * shape.groups * shape.columns * 2)
+    return [(n, plgpu.Layout.WG_STRIDED((n, 128), vec_size=1)) for n in counts]
