@@ -1,8 +1,8 @@
-"""What does the Hopper kernel cost in instructions? Compiled to SASS without a GPU, counted, held to limits.
+"""What does the Hopper kernel cost in instructions? Compiled to SASS without a GPU, and counted.
 
 Exits with 1 where a kernel spills or takes more integer instructions per code than LIMITS says. At
-3.3 TB/s a scheduler of an H100 can issue about 4.2 of them (16 lanes a cycle) per byte of weight: 2.1
-per 4-bit code, 4.2 per 8-bit code.
+3.3 TB/s a scheduler of an H100 has time for about 4.2 of them (two cycles each) per byte of weight
+of a lane: 2.1 per 4-bit code, 4.2 per 8-bit code.
 
     make sass                  # an environment with the compiler's wheels, then this
     python experiments/sass.py
