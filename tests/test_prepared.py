@@ -128,7 +128,9 @@ def test_uses_run_on_the_kernel_with_the_numbers_of_the_dense_weight(spec, use):
         assert relative_error(got, jax.jit(qjax.quantized(fn))(q, x)) < 5e-3
     hows = [u.how for u in qjax.explain(fn, p, x).uses]
     assert hows
+    opened = ["quantized scales opened in the call" in how for how in hows]
     assert all("xla_cpu on" in how for how in hows)
+    assert opened == [spec.endswith("_dq")] * len(hows)
 
 
 @pytest.mark.parametrize("spec", ["int4_g32", "nf4_g32_dq", "int8", "q5_1"])
