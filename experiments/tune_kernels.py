@@ -158,7 +158,11 @@ def check(name: str, m: int, weight: Weight, activation: str | None, which: int)
         return False
     config = guesses[which][1]
     run = lambda x, a: mosaic_gpu.launch(problem, config, (weight.n,), x, [a])
+    began = time.time()
     ours = worst(jax.jit(run)(x, arrays), truth)
+    print(
+        f"      {name}, m {m}, {tuple(config)} came back in {time.time() - began:.1f} s", flush=True
+    )
     xla = worst(jax.jit(lambda x, a: plain(x, a, problem))(x, arrays), truth)
     good = ours <= 2 * xla
     verdict = "ok   " if good else "WRONG"

@@ -302,7 +302,7 @@ def _prepared_linear(x: jax.Array, p: Prepared, op: Op, extra: tuple) -> tuple[j
     if reason is not None or not isinstance(op, Dot):
         y = op(x, dequantize(p), extra, op.out_dtype)
         return lax.convert_element_type(y, op.out_dtype), f"dequantized in the call: {reason}"
-    how = f"{choose('quantized_matmul', _problem(x, p, op))} on {p.layout}"
+    how = _path(_problem(x, p, op), p)
     if p.activation is not None and p.activation.spec is not None:
         return _dynamic(x, p, extra, op), f"{_rounding(p.activation)}, {how}"
     return _prepared_dot(x, p, op, op.out_dtype), how
@@ -338,8 +338,7 @@ def joined(x: jax.Array, products: Sequence[tuple[Any, Dot]]) -> tuple[list[jax.
         out=dot.out_dtype,
     )
     shaped = [_as_result(y, x, p, dot) for y, (p, dot) in zip(ys, parts, strict=True)]
-    how = f"{choose('quantized_matmul', problems[0])} on {first.layout}"
-    return shaped, how, joins(problems) is None
+    return shaped, _path(problems[0], first), joins(problems) is None
 
 
 def _unfit(x: jax.Array, p: Prepared, op: Op) -> str | None:
@@ -368,6 +367,12 @@ def _problem(x: jax.Array, p: Prepared, dot: Dot) -> Problem:
     dtype = x.dtype if spec is None else "int8" if spec.format == "int8" else "float32"
     m = math.prod(x.shape) // max(weight.k * lead, 1)
     return Problem(m, weight, p.layout, jnp.dtype(dtype).name, jnp.dtype(dot.out_dtype).name)
+
+
+def _path(problem: Problem, p: Prepared) -> str:
+    """The implementation and the layout; and what of the weight is packed anew in every call."""
+    opened = ", its quantized scales opened in the call" if p.nested else ""
+    return f"{choose('quantized_matmul', problem)} on {p.layout}{opened}"
 
 
 def _prepared_experts(
@@ -407,7 +412,7 @@ def _prepared_experts(
         1 if m < experts else m, p.weight, p.layout, x.dtype.name, np.dtype(op.out_dtype).name
     )
     by = "row by row" if m < experts else "expert by expert"
-    return y, f"{choose('quantized_matmul', problem)} on {p.layout}, {by}"
+    return y, f"{_path(problem, p)}, {by}"
 
 
 def _rounding(act: Activation) -> str:

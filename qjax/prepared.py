@@ -619,15 +619,15 @@ def take(
     (axis,) = p.n_axes
     whole = [size for a, size in enumerate(p.inner) if a != axis]
     one_axis = (tuple(dims.start_index_map), tuple(dims.collapsed_slice_dims)) == ((axis,),) * 2
-    if not one_axis or dims.operand_batching_dims or order.tile(weight)[1] != 1:
+    if not one_axis or dims.operand_batching_dims:
         raise CannotCarry("the lookup does not take whole output channels")
     if [n for a, n in enumerate(slice_sizes) if a != axis] != whole:
         raise CannotCarry("the lookup takes parts of output channels")
-    rows = indices.reshape(-1)
+    rows, tile = indices.reshape(-1), order.tile(weight)[1]
+    inside = jnp.clip(rows, 0, weight.n - 1)
 
     def pick(v: jax.Array, axes: Sequence[str]) -> jax.Array:
-        at = (slice(None),) * axes.index("n") + (rows,)
-        return v.at[at].get(mode=mode, wrap_negative_indices=False)
+        return jnp.take(v, inside // tile, axis=axes.index("n"), mode="clip")
 
     arrays = p.operands()
     picked = {
@@ -638,11 +638,15 @@ def take(
         p,
         arrays=picked,
         nested=(),
-        weight=weight._replace(n=rows.size),
-        inner=(rows.size, *k_shape),
+        weight=weight._replace(n=rows.size * tile),
+        inner=(rows.size * tile, *k_shape),
         k_axes=tuple(range(1, p.ndim)),
         n_axes=(0,),
     ).dequantized()
+    found = found.reshape(rows.size, tile, *k_shape)[jnp.arange(rows.size), inside % tile]
+    if mode == lax.GatherScatterMode.FILL_OR_DROP:
+        known = (rows == inside).reshape(-1, *[1] * len(k_shape))
+        found = jnp.where(known, found, jnp.full((), jnp.nan, found.dtype))
     found = found.reshape(*indices.shape[:-1], *k_shape)
     batch = indices.ndim - 1
     kept = sorted(p.k_axes)

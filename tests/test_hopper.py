@@ -95,8 +95,11 @@ def _dense(weight: Weight, logical: dict[str, np.ndarray]) -> np.ndarray:
 
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_unpacking_gives_the_bits_back(name: str) -> None:
-    logical = _operands(name)
-    got = _unpack(_pack(logical, WEIGHTS[name]), WEIGHTS[name])
+    logical, weight = _operands(name), WEIGHTS[name]
+    packed = _pack(logical, weight)
+    shapes = {n: (v.shape, v.dtype) for n, v in _order(weight).shapes(weight).items()}
+    assert {n: (v.shape, v.dtype) for n, v in packed.items()} == shapes
+    got = _unpack(packed, weight)
     for part, wanted in logical.items():
         assert got[part].shape == wanted.shape
         np.testing.assert_array_equal(

@@ -128,7 +128,9 @@ def test_uses_run_on_the_kernel_with_the_numbers_of_the_dense_weight(spec, use):
         assert relative_error(got, jax.jit(qjax.quantized(fn))(q, x)) < 5e-3
     hows = [u.how for u in qjax.explain(fn, p, x).uses]
     assert hows
+    opened = ["quantized scales opened in the call" in how for how in hows]
     assert all("xla_cpu on" in how for how in hows)
+    assert opened == [spec.endswith("_dq")] * len(hows)
 
 
 @pytest.mark.parametrize("spec", ["int4_g32", "nf4_g32_dq", "int8", "q5_1"])
@@ -269,6 +271,20 @@ def test_it_does_not_pass_for_an_array():
     p = qjax.prepare(qjax.quantize(weight((64, 8)), "int4_g32", 0))
     with pytest.raises(TypeError, match=r"Prepared\(int4.*qjax.quantized\(fn\)"):
         jnp.sum(p)
+
+
+@pytest.mark.parametrize("spec", ["int4_g32", "nf4_g64", "fp8_e4m3"])
+def test_lookups_in_tiles_for_hopper_open_those_tiles_only(spec):
+    device = Device("gpu", "NVIDIA H100 80GB HBM3")
+    q = qjax.quantize(weight((40, 128)), spec, 1)
+    p = qjax.prepare({"w": q}, device=device)["w"]
+    ids = jnp.asarray([[1, 39], [0, 17]], jnp.int32)
+    got = jax.jit(qjax.quantized(lambda w, i: w[i]))(p, ids)
+    np.testing.assert_array_equal(got, qjax.dequantize(q)[ids])
+    (use,) = qjax.explain(lambda w, i: w[i], p, ids).uses
+    assert use.how == f"look up codes, dequantize rows, on {p.layout}"
+    beyond = qjax.quantized(lambda w: jnp.take(w, jnp.asarray([3, 40, -41]), axis=0))(p)
+    np.testing.assert_array_equal(jnp.isnan(beyond).all(1), [False, True, True])
 
 
 HOPPER = {  # spec: layout

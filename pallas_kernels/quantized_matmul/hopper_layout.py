@@ -231,12 +231,24 @@ def _unpack_scale(words: jax.Array, weight: Weight, name: str) -> jax.Array:
     return lax.bitcast_convert_type(both, dtype)
 
 
+def _code_array(weight: Weight) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((*_tiles(weight), code_words(weight)), jnp.int32)
+
+
+def _scale_array(weight: Weight, name: str) -> jax.ShapeDtypeStruct:
+    rows, deep = _tiles(weight)
+    own = (1, ROWS) if per_channel(weight) else (deep, group_words(weight, name))
+    return jax.ShapeDtypeStruct((rows, *own), jnp.int32)
+
+
 HOPPER4 = Layout(
     supports=_support4,
     pack_codes=_pack4,
     unpack_codes=_unpack4,
     pack_scale=_pack_scale,
     unpack_scale=_unpack_scale,
+    code_array=_code_array,
+    scale_array=_scale_array,
     code_axes=("n", "k", ""),
     scale_axes=("n", "k", ""),
     tile=lambda weight: (DEPTH, ROWS),

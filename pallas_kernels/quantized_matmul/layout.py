@@ -22,6 +22,8 @@ class Layout(NamedTuple):
       pack_scale: (scale, zero or offset [groups, n], weight) -> the same in kernel order.
       unpack_scale: (array in kernel order, weight, "scale", "zero" or "offset") -> the inverse, bit
         for bit; an integer array may come back wider.
+      code_array: weight -> shape and dtype of what `pack_codes` returns.
+      scale_array: (weight, "scale", "zero" or "offset") -> of what `pack_scale` returns.
       code_axes, scale_axes: for each axis of an array in kernel order, the axis of the weight that
         it runs along: "k", "n", or "" for one that is never cut.
       tile: weight -> (k, n): a shard of the weight must be a multiple of these along an axis that
@@ -35,6 +37,8 @@ class Layout(NamedTuple):
     unpack_codes: Callable[[jax.Array, Weight], jax.Array]
     pack_scale: Callable[[jax.Array, Weight], jax.Array]
     unpack_scale: Callable[[jax.Array, Weight, str], jax.Array]
+    code_array: Callable[[Weight], jax.ShapeDtypeStruct]
+    scale_array: Callable[[Weight, str], jax.ShapeDtypeStruct]
     code_axes: tuple[str, ...]
     scale_axes: tuple[str, ...]
     tile: Callable[[Weight], tuple[int, int]]
@@ -43,11 +47,6 @@ class Layout(NamedTuple):
 
     def shapes(self, weight: Weight) -> dict[str, jax.ShapeDtypeStruct]:
         """The arrays in kernel order that a weight consists of."""
-        codes = jax.ShapeDtypeStruct((weight.k, weight.n), weight.code)
-        packed = {"codes": jax.eval_shape(lambda v: self.pack_codes(v, weight), codes)}
-        for name in ("scale", "zero", "offset"):
-            dtype = getattr(weight, name)
-            if dtype is not None:
-                scale = jax.ShapeDtypeStruct((weight.groups, weight.n), dtype)
-                packed[name] = jax.eval_shape(lambda v: self.pack_scale(v, weight), scale)
-        return packed
+        names = [n for n in ("scale", "zero", "offset") if getattr(weight, n) is not None]
+        packed = {"codes": self.code_array(weight)}
+        return packed | {name: self.scale_array(weight, name) for name in names}

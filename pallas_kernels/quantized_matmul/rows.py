@@ -75,9 +75,28 @@ def _unpack_bytes(rows: jax.Array, weight: Weight) -> jax.Array:
     return rows[:, : weight.k].T
 
 
+def _held(dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype in which scales, zero points and offsets lie: whole bytes."""
+    small = jnp.issubdtype(dtype, jnp.integer) and jnp.iinfo(dtype).bits < 8
+    return jnp.dtype("uint8" if dtype == jnp.uint4 else "int8") if small else dtype
+
+
 def _pack_scale(scale: jax.Array, weight: Weight) -> jax.Array:
-    small = jnp.issubdtype(scale.dtype, jnp.integer) and jnp.iinfo(scale.dtype).bits < 8
-    return (scale.astype(jnp.uint8 if scale.dtype == jnp.uint4 else jnp.int8) if small else scale).T
+    return scale.astype(_held(scale.dtype)).T
+
+
+def _scale_array(weight: Weight, name: str) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((weight.n, weight.groups), _held(jnp.dtype(getattr(weight, name))))
+
+
+def _nibble_array(weight: Weight) -> jax.ShapeDtypeStruct:
+    length = weight.groups * padded_group(weight, nibbles=True)
+    return jax.ShapeDtypeStruct((weight.n, length // 2), jnp.uint8)
+
+
+def _byte_array(weight: Weight) -> jax.ShapeDtypeStruct:
+    length = weight.groups * padded_group(weight, nibbles=False)
+    return jax.ShapeDtypeStruct((weight.n, length), weight.code)
 
 
 def _unpack_scale(scale: jax.Array, weight: Weight, name: str) -> jax.Array:
@@ -94,6 +113,8 @@ NIBBLES = Layout(
     unpack_codes=_unpack_nibbles,
     pack_scale=_pack_scale,
     unpack_scale=_unpack_scale,
+    code_array=_nibble_array,
+    scale_array=_scale_array,
     code_axes=("n", "k"),
     scale_axes=("n", "k"),
     tile=lambda weight: (weight.group if weight.groups > 1 else run_length(weight), 1),
@@ -103,5 +124,6 @@ BYTES = NIBBLES._replace(
     supports=_bytes_support,
     pack_codes=_pack_bytes,
     unpack_codes=_unpack_bytes,
+    code_array=_byte_array,
     tile=lambda weight: (weight.group if weight.groups > 1 else 1, 1),
 )

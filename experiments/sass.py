@@ -1,0 +1,122 @@
+"""What does the Hopper kernel cost in instructions? Compiled to SASS without a GPU, and counted.
+
+Exits with 1 where a kernel spills or takes more integer instructions per code than LIMITS says. At
+3.3 TB/s a scheduler of an H100 has time for about 4.2 of them (two cycles each) per byte of weight
+of a lane: 2.1 per 4-bit code, 4.2 per 8-bit code.
+
+    make sass                  # an environment with the compiler's wheels, then this
+    python experiments/sass.py
+
+"""
+
+import collections
+import os
+import pathlib
+import re
+import sys
+import tempfile
+from typing import Any
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import jax.experimental.mosaic.gpu  # sets MOSAIC_GPU_CUDA_ROOT: overwritten below
+import jax.numpy as jnp
+import nvidia
+from jax.experimental import topologies
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from pallas_kernels.quantized_matmul import hopper_layout, mosaic_gpu, problems
+from pallas_kernels.quantized_matmul.layouts import LAYOUTS
+from pallas_kernels.quantized_matmul.problem import Problem, Weight
+
+HOPPER = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  shared_memory_per_block_optin: 232448
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3350000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 85520809984
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 12 patch: 0 }
+device_description_str: "Hopper"
+"""
+WEIGHTS = {
+    "int4": Weight(4096, 4096, 128, "int4", "bfloat16"),
+    "nf4": Weight(4096, 4096, 64, "uint4", values=problems.NF4),
+    "int8": Weight(4096, 4096, 4096, "int8"),
+    "fp8": Weight(4096, 4096, 4096, "float8_e4m3fn"),
+}
+CONFIGS = {1: (4, 4, 1, 2, 1, 0), 16: (2, 2, 2, 2, 4, 64)}  # m -> config
+LIMITS = {"int4": 1.0, "nf4": 2.7, "int8": 1.9, "fp8": 1.4}  # integer instructions per code, m = 1
+INTEGER = ("LOP3", "SHF", "PRMT")
+OTHERS = ("HMMA", "HADD2", "HMUL2", "HFMA2", "FFMA", "FADD", "FMUL", "LDS", "IMAD", "SYNCS")
+
+
+def sass(m: int, weight: Weight, folder: str) -> tuple[str, str]:
+    """The disassembly and the compiler's report of one kernel."""
+    layout = next(n for n in mosaic_gpu.LAYOUTS if LAYOUTS[n].supports(weight) is None)
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name="", target_config=HOPPER, topology="1x1x1"
+    )
+    device = topology.devices[0]
+    on = SingleDeviceSharding(device)
+    shapes = {
+        name: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=on)
+        for name, v in LAYOUTS[layout].shapes(weight).items()
+    }
+    x = jax.ShapeDtypeStruct((m, weight.k), jnp.bfloat16, sharding=on)
+    problem = Problem(m, weight, layout, "bfloat16", "bfloat16")
+    config = mosaic_gpu.Config(*CONFIGS[m])
+    os.environ["MOSAIC_GPU_DUMP_TO"] = folder
+    call = jax.jit(lambda x, a: mosaic_gpu.launch(problem, config, (weight.n,), x, [a]))
+    with jax.sharding.use_abstract_mesh(Mesh([device], ("x",)).abstract_mesh):
+        call.lower(x, shapes).compile()
+    newest = lambda end: max(pathlib.Path(folder).glob(end), key=os.path.getmtime).read_text()
+    return newest("*.sass*"), newest("*.ptxas")
+
+
+def counts(text: str) -> collections.Counter:
+    """Instructions by name, without what follows the first dot."""
+    code = r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)"
+    return collections.Counter(re.findall(code, text))
+
+
+def main() -> None:
+    """Prints a row per kernel; exits with 1 if one is over its limit."""
+    root = pathlib.Path(next(iter(nvidia.__path__))) / "cu13"  # bin/nvdisasm and bin/ptxas
+    os.environ["MOSAIC_GPU_CUDA_ROOT"] = str(root)
+    for name in ("PTX", "PTXAS", "SASS"):
+        os.environ[f"MOSAIC_GPU_DUMP_{name}"] = "1"
+    bad: list[str] = []
+    print("format  m  registers  spilled  integer per code  all  others")
+    for name, weight in WEIGHTS.items():
+        for m, config in CONFIGS.items():
+            with tempfile.TemporaryDirectory() as folder:
+                text, report = sass(m, weight, folder)
+            found: Any = counts(text)
+            registers = re.search(r"Used (\d+) registers", report)
+            spilled = re.search(r"(\d+) bytes spill stores", report)
+            bytes_spilled = int(spilled[1]) if spilled else 0
+            lanes = hopper_layout.ROWS * hopper_layout.DEPTH // 32  # codes of a lane in a tile
+            codes = lanes * config[0] * config[3]
+            per_code = sum(found[i] for i in INTEGER) / codes
+            others = " ".join(f"{i} {found[i]}" for i in OTHERS if found[i])
+            print(
+                f"{name:6} {m:2d}  {registers[1] if registers else '?':>9}  {bytes_spilled:7d}  "
+                f"{per_code:16.2f}  {sum(found.values())}  {others}",
+                flush=True,
+            )
+            if bytes_spilled or (m == 1 and per_code > LIMITS[name]):
+                bad.append(f"{name}, m = {m}")
+    if bad:
+        sys.exit("over the limit: " + "; ".join(bad))
+
+
+if __name__ == "__main__":
+    main()
