@@ -14,7 +14,7 @@ SCRIPT = pathlib.Path(__file__).parent.parent / "experiments" / "compare_ptq.py"
 @pytest.mark.slow
 @pytest.mark.skipif(
     "PEERS" not in os.environ,
-    reason="needs the peers: install them as experiments/compare_ptq.py says, set PEERS=peers/bin/python",
+    reason="needs the peers: experiments/compare_ptq.py says how to install them; set PEERS",
 )
 def test_no_algorithm_is_worse_than_its_peers():
     run = subprocess.run(
