@@ -81,6 +81,45 @@ def hqq(problem, bits):
     return values.reshape(w.shape).T.numpy(), seconds
 
 
+def awq(problem):
+    """The scale search of llm-compressor's AWQ on one Linear, uint4 groups: its own objective,
+    ||x (w - q)||^2 of round to nearest and of the best scales.
+    """
+    from compressed_tensors.quantization import (
+        QuantizationArgs,
+        QuantizationScheme,
+        disable_quantization,
+        initialize_module_for_quantization,
+    )
+    from llmcompressor.modifiers.transform.awq import base
+
+    x, w = torch.from_numpy(problem["few loud"]), torch.from_numpy(problem["w"].T.copy())
+    linear = torch.nn.Linear(w.shape[1], w.shape[0], bias=False)
+    linear.weight.data = w.clone()
+    linear.requires_grad_(False)
+    args = QuantizationArgs(num_bits=4, symmetric=False, strategy="group", group_size=GROUP)
+    initialize_module_for_quantization(linear, QuantizationScheme(targets=["Linear"], weights=args))
+    disable_quantization(linear)  # as it is while a model is calibrated
+    modifier = base.AWQModifier(mappings=[])
+    modifier._smooth_activation_stats["x"] = [x.abs().sum(0), torch.tensor(len(x))]
+    cache = base.IntermediatesCache(None, None)
+    cache.append({"input": x})
+    modifier._parent_args_cache[linear] = cache
+    mapping = base.ResolvedMapping(
+        smooth_name="x",
+        smooth_layer=linear,
+        balance_layers=[linear],
+        balance_names=["w"],
+        parent=linear,
+        parent_name="w",
+    )
+    start = time.perf_counter()
+    modifier._compute_best_scale(mapping, [x @ w.T], {linear: w})
+    seconds = time.perf_counter() - start
+    found, count = modifier._error_metrics[0], len(x) * w.shape[0]
+    return np.array([found["initial_error"], found["best_error"]]) * count, seconds
+
+
 def bitsandbytes(problem):
     """LLM.int8() of bitsandbytes on the CPU, threshold 6: the product."""
     import bitsandbytes as bnb
@@ -109,6 +148,7 @@ JOBS = {
     "hqq4": lambda p: hqq(p, 4),
     "hqq3": lambda p: hqq(p, 3),
     "hqq2": lambda p: hqq(p, 2),
+    "awq": awq,
     "bitsandbytes": bitsandbytes,
 }
 

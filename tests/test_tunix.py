@@ -9,6 +9,7 @@ from flax import nnx
 from helpers import dense, dequantized_uses, relative_error
 
 import qjax
+from qjax.recipes import ROUTER
 
 if importlib.util.find_spec("tunix") is None:
     pytest.skip("google-tunix is not installed: make test-thirdparty", allow_module_level=True)
@@ -85,3 +86,28 @@ def test_dynamic_activations(name):
     assert not dequantized_uses(apply, q, IDS)
     got, wanted = jax.jit(qjax.quantized(apply))(q, IDS), jax.jit(apply)(params, IDS)
     assert relative_error(got, wanted) < 0.1
+
+
+def test_calibrated_gptq_of_a_mixture_of_experts():
+    """Both ways, experts included: less of the logits is lost than by rounding to nearest."""
+    apply, params, _ = load("qwen3 experts")
+    ids = jax.random.randint(jax.random.key(1), (4, 2, 6), 0, SIZES["vocab_size"])
+    tables = qjax.Rule(".*", None, where=qjax.is_gathered)
+    recipe = lambda *algorithm: qjax.Recipe(
+        tables, qjax.Rule(ROUTER, None), qjax.Rule(".*", "int4_g16", *algorithm)
+    )
+    sites, gptq = qjax.find_sites(apply, params, ids[0]), recipe(qjax.gptq())
+    # 48 tokens, 2 of 4 experts each: some expert sees fewer than the usual 64 and is rounded
+    stats = qjax.calibrate(apply, params, list(ids), gptq)
+    experts = [s for path, s in stats.items() if "experts" in path or s.count.ndim == 1]
+    assert experts
+    assert all(int(s.count.sum()) == ids.size * 2 for s in experts)
+    trees = {
+        "nearest": qjax.quantize_params(params, recipe(), sites),
+        "calibrated": qjax.quantize_params(params, gptq, sites, stats=stats, min_tokens=1),
+        "sequential": qjax.quantize_sequential(apply, params, list(ids), gptq, min_tokens=1),
+    }
+    run = jax.jit(qjax.quantized(apply))
+    off = {n: relative_error(run(q, ids[0]), apply(params, ids[0])) for n, q in trees.items()}
+    assert off["calibrated"] < off["nearest"]
+    assert off["sequential"] < off["nearest"]

@@ -167,27 +167,31 @@ def _normalized(h: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _factor(h: jax.Array, damping: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """R and diag(D) of (h + damping * I) = R D R^T, and the damping it took; ones if none did."""
-    eye = jnp.eye(h.shape[0], dtype=h.dtype)
+    """R and diag(D) of (h + damping * I) = R D R^T, and the damping it took; ones if none did.
+
+    Written so that few arrays of the size of h are alive at once: what failed is read off the
+    diagonal, which `cholesky` fills with NaN too; rows are turned around once, at the end; and each
+    use of an identity makes its own, which a loop would carry.
+    """
+    eye = lambda: jnp.eye(h.shape[0], dtype=h.dtype)
 
     def attempt(damping: jax.Array) -> jax.Array:
-        lower = jnp.linalg.cholesky((h + damping * eye)[::-1, ::-1], symmetrize_input=False)
-        return lower[::-1, ::-1]
+        return jnp.linalg.cholesky(h[::-1, ::-1] + damping * eye(), symmetrize_input=False)
 
-    def failed(factor: jax.Array) -> jax.Array:
-        return ~jnp.all(jnp.isfinite(factor))
+    def failed(lower: jax.Array) -> jax.Array:
+        return ~jnp.all(jnp.isfinite(jnp.diag(lower)))
 
     def again(state: tuple[int, jax.Array, jax.Array]) -> tuple[int, jax.Array, jax.Array]:
         count, damping, _ = state
         return count + 1, damping * 10, attempt(damping * 10)
 
     first = jnp.asarray(damping, h.dtype)
-    _, used, upper = lax.while_loop(
+    _, used, lower = lax.while_loop(
         lambda s: (s[0] < _ATTEMPTS) & failed(s[2]), again, (1, first, attempt(first))
     )
-    good, diagonal = ~failed(upper), jnp.diag(upper)
-    upper = jnp.where(good, upper / diagonal[None, :], eye)
-    return upper, jnp.where(good, diagonal**2, 1), jnp.where(good, used, jnp.inf)
+    good, diagonal = ~failed(lower), jnp.diag(lower)
+    upper = jnp.where(good, lower / diagonal[None, :], eye())[::-1, ::-1]
+    return upper, jnp.where(good, diagonal[::-1] ** 2, 1), jnp.where(good, used, jnp.inf)
 
 
 @jax.tree_util.register_dataclass
