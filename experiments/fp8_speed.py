@@ -39,7 +39,7 @@ from jax import lax
 
 from qjax import training
 
-BF16, F32, F8 = jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn
+BF16, F32, F8, U16 = jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn, jnp.uint16
 RUNS, REPEATS = 5, 2  # medians of RUNS, each the mean of REPEATS calls
 STREAM = 1.15  # of the time to copy the bytes that casts must move
 COPIED = 2**29  # elements of the copy that measures the memory
@@ -70,7 +70,8 @@ class Shape(NamedTuple):
         """(in, out) of each projection."""
         kv = self.width // self.heads * self.kv_heads
         d, f = self.width, self.hidden
-        return dict(zip(SITES, ((d, d), (d, kv), (d, kv), (d, d), (d, f), (d, f), (f, d))))
+        sizes = (d, d), (d, kv), (d, kv), (d, d), (d, f), (d, f), (f, d)
+        return dict(zip(SITES, sizes, strict=True))
 
 
 WIDE = Shape(8192, 28672, 64, 8, 1, 4, 4096)  # a layer of Llama-3-70B
@@ -122,7 +123,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 @functools.cache
 def flash() -> Any:
-    """cuDNN's attention where there is one, else XLA's; what it is gets printed."""
+    """Whose attention: that of cuDNN where there is one, else XLA's, which is said."""
     if jax.default_backend() != "gpu":
         return "xla"
     x = normal(0, 1, 128, 2, 128)
@@ -173,18 +174,18 @@ def layers(p: Any, x: jax.Array, shape: Shape) -> jax.Array:
 
 
 def compiled(model: Callable[..., jax.Array], name: str, shape: Shape, *args: Any) -> Any:
-    """A compiled function of (params, x, target) that returns every gradient."""
+    """A compiled function of (params, x, target) that returns the loss and every gradient."""
 
     def loss(p: Any, x: jax.Array, target: jax.Array) -> jax.Array:
         return jnp.sum((model(p, x, shape) * target).astype(F32))
 
     if name == "bf16":
-        return jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*args).compile()
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*args).compile()
     # The last matmul runs dense by default, as the papers keep the head: here it is none.
     recipe = dataclasses.replace(training.RECIPES[name], keep_head=False)
     low = training.fp8(loss, recipe, argnums=(0, 1))
     state = low.init(*args)
-    return jax.jit(lambda p, *a: low.grads(p, state, *a)[1:]).lower(*args).compile()
+    return jax.jit(lambda p, *a: low.grads(p, state, *a)[:2]).lower(*args).compile()
 
 
 def calls(program: Any) -> dict[str, int]:
@@ -290,9 +291,6 @@ def measure_layer(tiny: bool, rows: Rows) -> None:
         )
 
 
-U16 = jnp.uint16
-
-
 def matrix_elements(shape: Shape) -> int:
     """Weights of one layer's projections."""
     return sum(a * b for a, b in shape.features.values())
@@ -306,7 +304,7 @@ def cast_elements(shape: Shape) -> int:
 
 
 def gemms(shape: Shape) -> tuple[Any, Any]:
-    """The 21 FP8 GEMMs of a layer on operands that lie as tensor cores take them, in one program."""
+    """The 21 FP8 GEMMs of a layer in one program, operands laid out as tensor cores take them."""
     t, operands = shape.tokens, []
     for i, (a, b) in enumerate(shape.features.values()):
         for j, size in enumerate(((t, a), (b, a), (t, b), (a, b), (b, t), (a, t))):

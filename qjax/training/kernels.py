@@ -112,20 +112,15 @@ def _line(wide: jax.Array, layers: int, used: Sequence[int], kept: Sequence[int]
     return wide.reshape(*wide.shape[:layers], math.prod(wide.shape[a] for a in kept))
 
 
-def product(
-    a: QTensor, b: QTensor, numbers: Any, dtype: Any, turned: bool = False
-) -> jax.Array | None:
-    """`lax.dot_general` of operands in blocks of 128 along the contraction; None if no kernel does.
-
-    `turned`: the caller transposes the result, so the kernel writes the transpose of it.
-    """
+def product(a: QTensor, b: QTensor, numbers: Any, dtype: Any) -> jax.Array | None:
+    """`lax.dot_general` of operands in blocks of 128 along the contraction, or None."""
     (of_a, of_b), batch = numbers
     if any(batch) or not of_a:
         return None
     views = [_view(q, axes) for q, axes in ((a, of_a), (b, of_b))]
     if any(v is None for v in views) or all(v[3] for v in views):
         return None
-    swap = views[0][3] or (turned and not views[1][3])
+    swap = views[0][3]  # the kernel has tiles on the right
     left, right = views[::-1] if swap else views
     problem = Product(
         left[0].shape[0], right[0].shape[0], left[0].shape[1], not right[3], np.dtype(dtype).name
