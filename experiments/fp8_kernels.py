@@ -27,6 +27,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.amax import hopper_kernel as maxima
+from pallas_kernels.amax import mosaic_gpu as amax_plan
+from pallas_kernels.amax import problems as amax_problems
+from pallas_kernels.amax import reference as amax_reference
 from pallas_kernels.block_scaled_matmul import hopper_kernel as products
 from pallas_kernels.block_scaled_matmul import mosaic_gpu as block_plan
 from pallas_kernels.block_scaled_matmul import problems as block_problems
@@ -99,6 +103,25 @@ def cast(problem: Any, timed: bool) -> dict[str, Any]:
     return row
 
 
+def amax(problem: Any, timed: bool) -> dict[str, Any]:
+    """Maxima that differ, and times beside XLA's and a sum, which reads the same bytes."""
+    args = cast_operands(cast_problems.Problem(problem.rows, problem.columns, "block"))
+    kernels = {
+        f"{tiles}x{steps}": maxima.kernel(problem, amax_plan.Config(tiles, steps))
+        for tiles, steps in ((1, 1), (4, 2), (8, 3))
+    }
+    wanted = functools.partial(amax_reference.run, problem=problem)
+    truth = jax.jit(wanted)(*args)
+    found = {name: sum(map(different, jax.jit(f)(*args), truth)) for name, f in kernels.items()}
+    row = {"op": "amax", **problem._asdict(), "different": sum(found.values())}
+    if timed:
+        read = lambda x: jnp.sum(lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32))
+        calls = {"read": (read, args), "xla": (wanted, args)}
+        us = turns(calls | {n: (f, args) for n, f in kernels.items()})
+        row |= {"us": us, "of_read": {n: us["read"] / us[n] for n in (*kernels, "xla")}}
+    return row
+
+
 def block_operands(problem: Any) -> tuple[jax.Array, ...]:
     """Codes and scales of random matrices."""
     keys = jax.random.split(jax.random.key(0))
@@ -168,8 +191,10 @@ def main() -> None:
     print(f"{card}, jax {jax.__version__}")
     work = [(product, p, False) for p in block_problems.SMALL.values()]
     work += [(cast, p, False) for p in cast_problems.SMALL]
+    work += [(amax, p, False) for p in amax_problems.SMALL]
     work += [(product, p, True) for p in block_problems.LARGE]
     work += [(cast, p, True) for p in cast_problems.LARGE]
+    work += [(amax, p, True) for p in amax_problems.LARGE]
     for measure, problem, timed in work:
         rows.append(measure(problem, timed))
         print(text(rows[-1]), flush=True)

@@ -3,6 +3,7 @@
 The arithmetic on the device is checked there (experiments/fp8_kernels.py).
 """
 
+import collections
 import dataclasses
 
 import jax
@@ -11,6 +12,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from pallas_kernels.amax import problems as maxima
+from pallas_kernels.amax.op import amax
 from pallas_kernels.block_scaled_matmul import mosaic_gpu as block_plan
 from pallas_kernels.block_scaled_matmul import problems as products
 from pallas_kernels.block_scaled_matmul.op import block_scaled_matmul
@@ -112,6 +115,16 @@ def test_casts_are_those_of_the_recipes_bit_for_bit(how, kind):
         np.testing.assert_array_equal(bits(held), bits(wanted.scale))
 
 
+def test_the_largest_of_rows_and_columns_are_numpys():
+    x = _x().at[5, 7].set(jnp.nan).at[200, 300].set(jnp.inf)
+    wide = np.abs(np.asarray(x, np.float32))
+    wide[5, 7] = np.inf
+    for got, axis in zip(amax(x), (1, 0), strict=True):
+        np.testing.assert_array_equal(np.asarray(got), wide.max(axis))
+    with pytest.raises(ValueError, match=r"must be floats \[r, c\], is int32\[4\]"):
+        amax(jnp.arange(4))
+
+
 def test_vmap_loops_over_what_is_mapped():
     problem = products.SMALL["rows"]._replace(n=128, k=128)
     a, a_scale, b, b_scale = _operands(problem)
@@ -124,6 +137,7 @@ def test_vmap_loops_over_what_is_mapped():
 
 def test_dispatch_takes_them_on_hopper_and_says_why_not():
     work = {"block_scaled_matmul": products.LARGE[0], "cast_fp8": casts.LARGE[0]}
+    work |= {"amax": maxima.LARGE[0]}
     for op, problem in work.items():
         assert choose(op, problem, Device("cpu", "cpu")) == "reference"
         with pytest.raises(ValueError, match="compiled for H100 and H200, not for cpu"):
@@ -179,6 +193,22 @@ def test_casts_lower_for_a_gpu(problem):
     call = jax.jit(lambda *v: mosaic_gpu.run(*v, problem=problem))
     lowered = call.trace(_x(), *inverses).lower(lowering_platforms=("cuda",))
     assert "mosaic_gpu" in lowered.as_text()
+
+
+@needs_mosaic
+def test_the_interpreted_amax_is_numpys():
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from pallas_kernels.amax import hopper_kernel, mosaic_gpu
+
+    x = _x(512, 128).at[200, 30].set(jnp.inf)
+    call = jax.jit(hopper_kernel.kernel(maxima.Problem(512, 128), mosaic_gpu.Config(2, 2)))
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        got = call(x)
+    for value, axis in zip(got, (1, 0), strict=True):
+        np.testing.assert_array_equal(
+            np.asarray(value), np.abs(np.asarray(x, np.float32)).max(axis)
+        )
 
 
 @needs_mosaic
@@ -263,7 +293,8 @@ def test_recipes_are_the_same_through_the_casts(name, forced, monkeypatch):
     low = training.fp8(loss, recipe, argnums=(0, 1))
     state = low.init(p, x)
     got = jax.jit(lambda p, x: low.grads(p, state, x)[:2])(p, x)
-    assert len(forced) == 6  # two weights, two x, two gradients
+    wanted_calls = {"cast_fp8": 6} | ({"amax": 6} if name == "rowwise" else {})
+    assert collections.Counter(forced) == wanted_calls  # two weights, two x, two gradients
     monkeypatch.undo()
     wanted = jax.jit(lambda p, x: low.grads(p, state, x)[:2])(p, x)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
