@@ -32,7 +32,7 @@ def amax(
     """
     if x.ndim != 2 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"amax: x must be floats [r, c], is {x.dtype}{list(x.shape)}")
-    problem = Problem(*x.shape, x.dtype.name)
+    problem = Problem(x.shape[0], x.shape[1], x.dtype.name)
     name = choose("amax", problem, device, implementation)
     run = IMPLEMENTATIONS["amax"][name].run
     return looped(functools.partial(run, problem=problem))(x)

@@ -169,7 +169,7 @@ def _dot(a: Operand, b: Operand, numbers: Any, dtype: Any, where: Any, scaled: i
         scale = lax.mul(a.scale.reshape(()), b.scale.reshape(())).astype(dtype)
         wide = [q.qvalue.astype(dtype) for q in (a, b)]
         wide[scaled] = wide[scaled] * scale
-        return of_a(*wide[::-1], (), dtype)
+        return of_a(wide[1], wide[0], (), dtype)
     preferred = jnp.int32 if integer else jnp.bfloat16 if short else jnp.float32
     y = of_a(b.qvalue, a.qvalue, (), preferred).astype(jnp.float32)
     scales = of_a.place_weight_scale(a.scale, a, b, ()), of_b.place_weight_scale(b.scale, b, a, ())
