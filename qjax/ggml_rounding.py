@@ -6,6 +6,7 @@ import numpy as np
 
 from qjax import blocks, exact, kquants, microscaling
 from qjax.formats import FORMATS, Format
+from qjax.formats.floating import narrow
 from qjax.scaling import Rounded, reciprocal
 from qjax.spec import Spec
 
@@ -38,7 +39,7 @@ def _ggml_symmetric(w: jax.Array, fmt: Format, block: blocks.Block) -> Rounded:
         block,
         reciprocal(scale),
     )
-    return Rounded(codes, scale.astype(jnp.float16))
+    return Rounded(codes, narrow(scale, jnp.float16))
 
 
 def _ggml_signed(w: jax.Array, fmt: Format, block: blocks.Block) -> Rounded:
@@ -57,7 +58,7 @@ def _ggml_signed(w: jax.Array, fmt: Format, block: blocks.Block) -> Rounded:
     signed = isinstance(fmt.storage, str)
     if signed:
         codes = codes.astype(jnp.int8) + jnp.int8(fmt.min)
-    return Rounded(codes, scale.astype(jnp.float16))
+    return Rounded(codes, narrow(scale, jnp.float16))
 
 
 def _ggml_affine(w: jax.Array, fmt: Format, block: blocks.Block) -> Rounded:
@@ -72,7 +73,7 @@ def _ggml_affine(w: jax.Array, fmt: Format, block: blocks.Block) -> Rounded:
         reciprocal(scale),
         low,
     )
-    return Rounded(codes, scale.astype(jnp.float16), offset=offset.astype(jnp.float16))
+    return Rounded(codes, narrow(scale, jnp.float16), offset=narrow(offset, jnp.float16))
 
 
 def _half_away(x: jax.Array) -> jax.Array:
@@ -99,7 +100,7 @@ def _ggml_ternary(w: jax.Array, fmt: Format, block: blocks.Block) -> Rounded:
         block,
         reciprocal(scale),
     )
-    return Rounded(codes, scale.astype(jnp.float16))
+    return Rounded(codes, narrow(scale, jnp.float16))
 
 
 def _ggml_mxfp4(w: jax.Array, fmt: Format, block: blocks.Block) -> Rounded:

@@ -16,6 +16,7 @@ import numpy as np
 
 from qjax.exact import divide, rounded
 from qjax.formats.codebook import IQ4_VALUES
+from qjax.formats.floating import nearest
 
 EPSILON = 1e-15  # groups below it are zeros
 
@@ -344,7 +345,7 @@ def _inverse(x: jax.Array) -> jax.Array:
 def _as_float16(d: jax.Array) -> jax.Array:
     """Float32 `d`, saturated and rounded to what float16 holds."""
     top = float(jnp.finfo(jnp.float16).max)
-    return jnp.clip(d, -top, top).astype(jnp.float16).astype(jnp.float32)
+    return nearest(jnp.clip(d, -top, top), jnp.float16)
 
 
 def _finite(x: jax.Array) -> jax.Array:

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from qjax.formats.floating import narrow
+
 
 class Rounded(NamedTuple):
     """Joined codes and what undoes them.
@@ -42,7 +44,7 @@ def round_scale(scale: jax.Array, block_value: jax.Array, dtype: str) -> jax.Arr
 def saturate(x: jax.Array, dtype: str) -> jax.Array:
     """`x` in `dtype`, its largest finite value where x lies beyond."""
     top = float(jnp.finfo(dtype).max)
-    return jnp.clip(x, -top, top).astype(dtype)
+    return narrow(jnp.clip(x, -top, top), dtype)
 
 
 def reciprocal(scale: jax.Array) -> jax.Array:

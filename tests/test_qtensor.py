@@ -190,3 +190,14 @@ def test_zero_points_may_be_any_number_type():
 def test_is_qtensor():
     assert qjax.is_qtensor(Q)
     assert not any(map(qjax.is_qtensor, (W, None, 1, "q")))
+
+
+@pytest.mark.parametrize("spec", ["int4_g8", "int3_g8", "int2_g8"])
+def test_on_a_gpu_narrow_codes_stay_as_they_lie(spec):
+    """XLA for a GPU copies stacks of 4-bit integers transposed, and cannot do so of 2 bits."""
+    q = qjax.quantize(jnp.ones((3, 16, 8)), spec, 1)
+    scan = lambda x, w: jax.lax.scan(lambda x, w: (x @ jnp.pad(w, ((0, 0), (0, 8))), None), x, w)[0]
+    traced = jax.jit(qjax.quantized(scan)).trace(jnp.ones((2, 16)), q)
+    text = {p: traced.lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "cuda")}
+    assert text["cuda"].count("@LayoutConstraint") == 1
+    assert "@LayoutConstraint" not in text["cpu"]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import all_codes
+from helpers import all_codes, without_round_trips
 
 import qjax
 from qjax import quantizing
@@ -403,3 +403,24 @@ def test_fp8_weights_can_be_quantized_from_narrow_floats():
     w = normal(8, 8).astype(ml_dtypes.float8_e5m2)
     out = qjax.dequantize(qjax.quantize(jnp.asarray(w), "int8", 0))
     assert out.dtype == w.dtype
+
+
+USED_WHERE_MADE = [
+    "int4_g32",
+    "uint4_g32",
+    "fp8_e4m3",
+    "fp8_e4m3_g32",
+    "fp8_e5m2",
+    "nvfp4",
+    "mxfp8",
+]
+USED_WHERE_MADE += ["nf4_g64_dq", "q8_0", "q4_1", "q4_k", "q3_k", "iq4_xs"]
+
+
+@pytest.mark.parametrize("spec", USED_WHERE_MADE)
+def test_no_rounding_is_a_cast_there_and_back(spec):
+    """XLA for a GPU leaves such casts out, and codes and scales would be used unrounded."""
+    w = jax.random.normal(jax.random.key(0), (256, 6))
+    both = lambda w: qjax.dequantize(qjax.quantize(w, spec, 0))
+    got = jax.jit(without_round_trips(both))(w)
+    np.testing.assert_array_equal(got, jax.jit(both)(w))

@@ -9,12 +9,14 @@ from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 Codes: TypeAlias = jax.Array | tuple[jax.Array, ...]
 
 # The planes a code may be cut into, low bits first. "uint1" is the one packed plane: eight codes to
 # a byte along the last axis, least significant bit first, because no device dtype holds one bit.
 PLANE_BITS = {"uint1": 1, "uint2": 2, "uint4": 4}
+_NARROW = frozenset({"int2", "uint2", "int4", "uint4"})
 
 
 class Format(NamedTuple):
@@ -44,14 +46,27 @@ class Format(NamedTuple):
 def join_planes(fmt: Format, qvalue: Codes) -> jax.Array:
     """Codes of `fmt` as one array: planes are joined into uint8, a single array passes through."""
     if not isinstance(qvalue, tuple):
-        return qvalue
+        return _as_they_lie(qvalue)
     shape = qvalue[0].shape
     codes, shift = jnp.zeros(shape, jnp.uint8), 0
     for name, plane in zip(fmt.storage, qvalue, strict=True):
-        bits = unpack_bits(plane, shape[-1]) if name == "uint1" else plane.astype(jnp.uint8)
-        codes = codes | (bits << jnp.uint8(shift))
+        packed = name == "uint1"
+        bits = unpack_bits(plane, shape[-1]) if packed else _as_they_lie(plane)
+        codes = codes | (bits.astype(jnp.uint8) << jnp.uint8(shift))
         shift += PLANE_BITS[name]
     return codes
+
+
+def _as_they_lie(codes: jax.Array) -> jax.Array:
+    """The same codes, which XLA for a GPU may not transpose before they are decoded.
+
+    It would copy a whole stack of 4-bit weights before the loop that reads them (jax 0.11), and
+    fails to compile the transposition of 2-bit integers.
+    """
+    if codes.dtype.name not in _NARROW:
+        return codes
+    stay = lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+    return jax.lax.platform_dependent(codes, cuda=stay, rocm=stay, default=lambda x: x)
 
 
 def split_planes(fmt: Format, codes: jax.Array) -> Codes:

@@ -23,14 +23,24 @@ def floating(name: str, storage: str) -> Format:
         return codes.astype(dtype)
 
     def encode(x: jax.Array) -> jax.Array:
-        x = jnp.clip(x, low, high)
-        if info.bits == 4:
-            # XLA:CPU casts to float4 by way of a shorter float inside loops (jax 0.10 to 0.12) and
-            # so rounds twice: 1.2504 becomes 1. A value of the format is cast exactly.
-            x = nearest(x, storage)
-        return x.astype(storage)
+        return narrow(jnp.clip(x, low, high), storage)
 
     return Format(name, storage, decode, encode, low, high, info.bits)
+
+
+def narrow(x: jax.Array, dtype: Any) -> jax.Array:
+    """X, float32, in a narrower float dtype: rounded first, then cast, which changes nothing.
+
+    A cast alone is not to be relied on. XLA for a GPU takes one there and back for the identity, so
+    that codes or scales that are used where they are made would never be rounded; XLA:CPU casts to
+    float4 by way of a shorter float inside loops (jax 0.10 to 0.12) and so rounds twice.
+    """
+    dtype = np.dtype(dtype)
+    if dtype == np.float32:
+        return x
+    if dtype == jnp.bfloat16:
+        return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7).astype(dtype)
+    return nearest(x, dtype).astype(dtype)
 
 
 def nearest(x: jax.Array, storage: Any) -> jax.Array:

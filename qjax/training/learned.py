@@ -11,6 +11,7 @@ from jax import lax
 
 from qjax import blocks
 from qjax.formats import FORMATS, split_planes
+from qjax.formats.floating import narrow
 from qjax.qtensor import Activation, QTensor, dequantize
 from qjax.spec import Spec
 
@@ -87,7 +88,7 @@ def held(leaf: Learned) -> QTensor:
     """The QTensor of a learned weight: codes clip(round(value / scale)), scales in their dtype."""
     spec, block = leaf.spec, blocks.align(leaf.block, leaf.value.ndim)
     fmt = FORMATS[spec.format]
-    scale = _step(leaf).astype(spec.scale_dtype)
+    scale = narrow(_step(leaf), spec.scale_dtype)
     wide = scale.astype(jnp.float32)
     codes = blocks.apply(lambda x, s: fmt.encode(x / s), _float32(leaf.value), block, wide)
     act = None if spec.activation is None else Activation(spec.activation)
@@ -113,7 +114,7 @@ def _simulated(
     value: jax.Array, w: jax.Array, scale: jax.Array, spec: Spec, block: blocks.Block
 ) -> jax.Array:
     fmt = FORMATS[spec.format]
-    fixed = _float32(lax.stop_gradient(jnp.maximum(scale, LEAST)).astype(spec.scale_dtype))
+    fixed = _float32(narrow(lax.stop_gradient(jnp.maximum(scale, LEAST)), spec.scale_dtype))
     x = blocks.apply(jnp.divide, lax.stop_gradient(_float32(w)), block, fixed)
     inside = (x > fmt.min) & (x < fmt.max)
     slope = jnp.where(inside, jnp.round(x) - x, jnp.clip(x, fmt.min, fmt.max))
