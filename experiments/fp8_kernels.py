@@ -6,17 +6,20 @@ what it is measured against: XLA's copy of the same bytes and XLA's own code for
 cuBLASLt's FP8 product of the same codes, without scales. Wall clock over calls in flight, medians.
 Rows are written to a JSON file as they are made.
 
-    python experiments/fp8_kernels.py [rows.json]
+    python experiments/fp8_kernels.py [OP...] [--json ROWS.json] [--sizes]
+
+`--sizes` asks instead from which size on the kernels beat XLA's code: square tensors, many calls in
+one program, as dispatching one takes longer than a small kernel.
 
 XLA's Triton matmuls are off, so that its FP8 product is cuBLASLt's.
 """
 
+import argparse
 import functools
 import json
 import os
 import pathlib
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -41,6 +44,7 @@ from pallas_kernels.cast_fp8 import reference as cast_reference
 
 F32 = jnp.float32
 ROUNDS, SECONDS = 5, 0.02  # medians of so many turns, each at least so long
+SIZES, CALLS = (512, 1024, 2048, 4096), 16
 CONFIGS = {
     False: ("WIDE", "NARROW"),  # by `Problem.b_rows`
     True: ("NARROW",),
@@ -170,6 +174,41 @@ def product(problem: Any, timed: bool) -> dict[str, Any]:
     return row
 
 
+def sizes(n: int) -> dict[str, Any]:
+    """Microseconds of a call on n x n, of each op: the kernel, and XLA's code for the same."""
+    xs = [jax.random.normal(jax.random.key(i), (n, n), jnp.bfloat16) for i in range(CALLS)]
+    ones = jnp.ones(n)
+    given, tile = (cast_problems.Problem(n, n, kind) for kind in ("given", "tile"))
+    maximum = amax_problems.Problem(n, n)
+    of_a = [cast_reference.run(x, problem=given._replace(scales="block")) for x in xs]
+    of_b = [cast_reference.run(x, problem=tile) for x in xs]
+    operands = [(a[0], a[2], b[0], b[2]) for a, b in zip(of_a, of_b, strict=True)]
+    work = block_problems.Problem(n, n, n, False, "bfloat16")
+    wide = lambda a, sa, b, sb: (
+        (a.astype(F32) * jnp.repeat(sa.T, 128, 1)).astype(jnp.bfloat16)
+        @ (b.astype(F32) * jnp.repeat(jnp.repeat(sb, 128, 0), 128, 1)).astype(jnp.bfloat16).T
+    )
+    pairs = {
+        "cast": (
+            lambda x: casts.run(x, ones, ones, problem=given),
+            lambda x: cast_reference.run(x, ones, ones, problem=given),
+            [(x,) for x in xs],
+        ),
+        "amax": (
+            lambda x: amax_plan.run(x, maximum),
+            lambda x: amax_reference.run(x, maximum),
+            [(x,) for x in xs],
+        ),
+        "product": (lambda *v: block_plan.run(*v, work), wide, operands),
+    }
+    row: dict[str, Any] = {"n": n}
+    for name, (ours, xla, args) in pairs.items():
+        many = lambda f: lambda *v: [f(*one) for one in v]
+        us = turns({"ours": (many(ours), tuple(args)), "xla": (many(xla), tuple(args))})
+        row |= {name: us["ours"] / CALLS, f"{name} xla": us["xla"] / CALLS}
+    return row
+
+
 def text(row: dict[str, Any]) -> str:
     """One line."""
     short = lambda v: f"{v:.4g}" if isinstance(v, float) else str(v)
@@ -179,22 +218,35 @@ def text(row: dict[str, Any]) -> str:
     return "  ".join(f"{name}: {flat(v)}" for name, v in row.items())
 
 
+OPS = {
+    "product": (product, block_problems.SMALL.values(), block_problems.LARGE),
+    "cast": (cast, cast_problems.SMALL, cast_problems.LARGE),
+    "amax": (amax, amax_problems.SMALL, amax_problems.LARGE),
+}
+
+
 def main() -> None:
     """Checks and measures all problems."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("ops", nargs="*", help=", ".join(OPS))
+    parser.add_argument("--json", type=pathlib.Path)
+    parser.add_argument("--sizes", action="store_true")
+    args = parser.parse_args()
     card = jax.devices()[0].device_kind
     results = (
         pathlib.Path(__file__).parent / "results" / f"fp8_kernels_{card.replace(' ', '_')}.json"
     )
-    path = pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else results
+    print(f"{card}, jax {jax.__version__}")
+    if args.sizes:
+        for n in SIZES:
+            print(text(sizes(n)), flush=True)
+        return
+    path = args.json or results
     path.parent.mkdir(exist_ok=True)
     rows: list[dict[str, Any]] = []
-    print(f"{card}, jax {jax.__version__}")
-    work = [(product, p, False) for p in block_problems.SMALL.values()]
-    work += [(cast, p, False) for p in cast_problems.SMALL]
-    work += [(amax, p, False) for p in amax_problems.SMALL]
-    work += [(product, p, True) for p in block_problems.LARGE]
-    work += [(cast, p, True) for p in cast_problems.LARGE]
-    work += [(amax, p, True) for p in amax_problems.LARGE]
+    chosen = [OPS[name] for name in args.ops or OPS]
+    work = [(measure, p, False) for measure, small, _ in chosen for p in small]
+    work += [(measure, p, True) for measure, _, large in chosen for p in large]
     for measure, problem, timed in work:
         rows.append(measure(problem, timed))
         print(text(rows[-1]), flush=True)

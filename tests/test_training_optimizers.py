@@ -44,11 +44,6 @@ def test_the_dynamic_map_is_that_of_its_paper(bits, signed, name):
     np.testing.assert_allclose(table(name), np.sort(wanted), rtol=1e-6)  # rounded to float32 thrice
 
 
-def held_as(way, x, key=None):
-    """A moment in codes."""
-    return way.write(x, way.measure(x), key)
-
-
 @pytest.mark.parametrize(("which", "name"), BITS)
 def test_moments_beside_bitsandbytes(which, name):
     """Scales and decoded codes to the bit. Its CPU library finds codes in a table of 65,536 steps,
@@ -56,7 +51,7 @@ def test_moments_beside_bitsandbytes(which, name):
     """
     golden = np.load(GOLDEN)
     x, codes = golden[which], golden[f"{which}_codes"]
-    held = held_as(moments.blocked(name, 256), jnp.asarray(x))
+    held = moments.hold(jnp.asarray(x), name, 256)
     np.testing.assert_array_equal(held.scale.reshape(-1), golden[f"{which}_absmax"])
     theirs = dataclasses.replace(held, qvalue=jnp.asarray(codes))
     decoded = np.asarray(moments.opened(theirs))
@@ -137,7 +132,7 @@ def test_lion8bit_follows_its_definition():
 def test_rank_one_scales():
     v = np.random.default_rng(2).normal(size=(6, 70, 90)).astype(np.float32) ** 2
     v[:, 3] = 0
-    held = held_as(moments.RANK_ONE, jnp.asarray(v))
+    held = moments.hold_rank_one(jnp.asarray(v))
     rows = np.minimum(v.max((1, 2))[:, None, None], v.max((0, 2))[None, :, None])
     scale = np.minimum(rows, v.max((0, 1))[None, None])
     error = np.abs(np.asarray(moments.opened(held), np.float64) - v)
@@ -188,15 +183,12 @@ def test_bfloat16_parameters_are_rounded_without_a_bias():
 
 def test_linear_codes_are_unbiased_and_second_moments_never_zero():
     x = jnp.asarray(np.random.default_rng(3).normal(size=(4, 256)) ** 2, jnp.float32)
-    way, second = (
-        moments.blocked("fp8_e4m3", 256, stochastic=True, positive=p) for p in (False, True)
-    )
-    held = jax.vmap(lambda k: moments.opened(held_as(way, x, k)))
+    held = jax.vmap(lambda k: moments.opened(moments.hold(x, "fp8_e4m3", 256, k)))
     draws = np.asarray(held(jax.random.split(jax.random.key(0), 400)), np.float64)
     spacing = np.maximum(x, 0) * 2.0**-3 + x.max(1, keepdims=True) * 2.0**-9 / 448
     assert np.all(np.abs(draws.mean(0) - x) < 5 * spacing / 2 / np.sqrt(400) + 1e-6)
     tiny = jnp.asarray([[1.0, 1e-30, 0.0]])
-    kept = moments.opened(held_as(second, tiny, jax.random.key(0)))
+    kept = moments.opened(moments.hold(tiny, "fp8_e4m3", 256, jax.random.key(0), positive=True))
     assert kept[0, 1] > 0
     assert kept[0, 2] == 0
 

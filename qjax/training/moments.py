@@ -1,8 +1,7 @@
 """Moments of an optimizer in low precision: codes of the parameter's shape, a scale per block."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,52 +28,33 @@ def run_of(shape: tuple[int, ...], count: int) -> blocks.Block:
     return tuple(block)
 
 
-class Hold(NamedTuple):
-    """How a moment is held, in two steps: the second may see the moment computed anew.
-
-    Attributes:
-      measure: moment -> what its scales are made from.
-      write: (moment, what was measured, key) -> what holds it.
-    """
-
-    measure: Callable[[jax.Array], Any]
-    write: Callable[[jax.Array, Any, jax.Array], Any]
-
-
-FLOAT = Hold(lambda x: (), lambda x, top, key: x)
-
-
-def blocked(format: str, count: int, stochastic: bool = False, positive: bool = False) -> Hold:
-    """Codes nearest to x / scale, scale = max|x| of each block / largest value.
+def hold(
+    x: jax.Array, format: str, count: int, key: jax.Array | None = None, positive: bool = False
+) -> QTensor:
+    """A moment in codes: scale = max|x| of each block / largest value, codes nearest to x / scale.
 
     Args:
+      x: float32, any shape.
       format: a row of `FORMATS` of one plane.
       count: elements of a block.
-      stochastic: round such that the mean over keys is x; floating-point formats only.
+      key: round stochastically, so that the mean over keys is x; floating-point formats only.
       positive: keep what is not zero from becoming zero: such a second moment would divide by
         epsilon alone.
     """
-    fmt = FORMATS[format]
-
-    def measure(x: jax.Array) -> jax.Array:
-        return blocks.largest(x, run_of(x.shape, count))
-
-    def write(x: jax.Array, top: jax.Array, key: jax.Array) -> QTensor:
-        block = run_of(x.shape, count)
-        # below the smallest amax 1 / scale is not finite; such a block is held as zeros
-        inverse = jnp.where(top < casting.SMALLEST, 0.0, fmt.max / top)
-        scaled = blocks.apply(jnp.multiply, x, block, inverse)
-        if stochastic:
-            scaled = casting.stochastic(scaled, fmt, key)
-        if positive:
-            least = float(jnp.finfo(fmt.storage).smallest_subnormal)
-            scaled = jnp.where(x > 0, jnp.maximum(scaled, least), scaled)
-        scale = top / fmt.max
-        codes = split_planes(fmt, fmt.encode(scaled))
-        held = (codes, scale, None, None, None, format, blocks.trim(block), np.dtype(np.float32))
-        return QTensor(*held)
-
-    return Hold(measure, write)
+    fmt, block = FORMATS[format], run_of(x.shape, count)
+    top = blocks.largest(x, block)
+    # below the smallest amax 1 / scale is not finite; such a block is held as zeros
+    inverse = jnp.where(top < casting.SMALLEST, 0.0, fmt.max / top)
+    scaled = blocks.apply(jnp.multiply, x, block, inverse)
+    if key is not None:
+        scaled = casting.stochastic(scaled, fmt, key)
+    if positive:
+        least = float(jnp.finfo(fmt.storage).smallest_subnormal)
+        scaled = jnp.where(x > 0, jnp.maximum(scaled, least), scaled)
+    scale = top / fmt.max
+    codes = split_planes(fmt, fmt.encode(scaled))
+    held = (codes, scale, None, None, None, format, blocks.trim(block), np.dtype(np.float32))
+    return QTensor(*held)
 
 
 @jax.tree_util.register_dataclass
@@ -94,19 +74,14 @@ class RankOne:
     tops: tuple[Any, ...]
 
 
-def _largest_of_axes(v: jax.Array) -> tuple[jax.Array, ...]:
+def hold_rank_one(v: jax.Array) -> RankOne:
+    """A non-negative float32 array of at least two axes, rounded to nearest."""
     others = lambda axis: tuple(a for a in range(v.ndim) if a != axis)
-    return tuple(jnp.max(v, axis=others(axis), keepdims=True) for axis in range(v.ndim))
-
-
-def _rank_one(v: jax.Array, tops: tuple[jax.Array, ...], key: jax.Array) -> RankOne:
+    tops = tuple(jnp.max(v, axis=others(axis), keepdims=True) for axis in range(v.ndim))
     scale = _least(tops, v.shape)
     ratio = jnp.where(scale > 0, v / scale, 0.0)
     codes = jnp.clip(jnp.round(ratio * 16) - 1, 0, 15)
     return RankOne(codes.astype(jnp.uint4), tops)
-
-
-RANK_ONE = Hold(_largest_of_axes, _rank_one)  # non-negative, of two axes or more; to nearest
 
 
 def opened(held: Any) -> jax.Array:

@@ -1,6 +1,5 @@
 """adamw8bit, adamw4bit, lion8bit: optax transformations whose moments are held in low precision."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ class State(NamedTuple):
     moments: tuple[Any, ...]
 
 
-Held = Callable[[jax.Array], moments.Hold]  # the moment as a float32 array -> how it is held
+Hold = Callable[[jax.Array, jax.Array], Any]  # (moment, key) -> what holds it
 Rule = Callable[..., tuple[jax.Array, tuple[jax.Array, ...]]]
 
 
@@ -109,9 +108,12 @@ def adamw4bit(
       >>> tx.init({"w": jnp.ones((64, 64))})[0].moments[0]["w"].format
       'dynamic4'
     """
-    flat, first = moments.blocked("udynamic8", BLOCK8), moments.blocked("dynamic4", BLOCK4)
-    second = lambda v: moments.RANK_ONE if v.ndim > 1 else flat
-    adam = _low_bit(_adam(b1, b2, eps), (lambda m: first, second), min_size, seed)
+
+    def second(v: jax.Array, key: jax.Array) -> Any:
+        return moments.hold_rank_one(v) if v.ndim > 1 else moments.hold(v, "udynamic8", BLOCK8)
+
+    first = lambda m, key: moments.hold(m, "dynamic4", BLOCK4)
+    adam = _low_bit(_adam(b1, b2, eps), (first, second), min_size, seed)
     return _whole(adam, learning_rate, weight_decay, mask, seed)
 
 
@@ -192,61 +194,49 @@ def _adam(b1: float, b2: float, eps: float) -> Rule:
     return rule
 
 
-def _eight_bits(name: str) -> tuple[Held, Held]:
+def _eight_bits(name: str) -> tuple[Hold, Hold]:
     """How a first and a second moment are held."""
     if name == "dynamic8":
-        pair = moments.blocked("dynamic8", BLOCK8), moments.blocked("udynamic8", BLOCK8)
-    elif name == "fp8_e4m3":
-        pair = (
-            moments.blocked("fp8_e4m3", BLOCK8, stochastic=True),
-            moments.blocked("fp8_e4m3", BLOCK8, stochastic=True, positive=True),
+        return (
+            lambda m, key: moments.hold(m, "dynamic8", BLOCK8),
+            lambda v, key: moments.hold(v, "udynamic8", BLOCK8),
         )
-    else:
-        raise ValueError(f"moments {name!r} are unknown; they may be 'dynamic8' or 'fp8_e4m3'")
-    return (lambda m: pair[0]), (lambda v: pair[1])
+    if name == "fp8_e4m3":
+        return (
+            lambda m, key: moments.hold(m, "fp8_e4m3", BLOCK8, key),
+            lambda v, key: moments.hold(v, "fp8_e4m3", BLOCK8, key, positive=True),
+        )
+    raise ValueError(f"moments {name!r} are unknown; they may be 'dynamic8' or 'fp8_e4m3'")
 
 
 def _low_bit(
-    rule: Rule, holds: tuple[Held, ...], min_size: int, seed: int
+    rule: Rule, holds: tuple[Hold, ...], min_size: int, seed: int
 ) -> optax.GradientTransformation:
     """The transformation of `rule`: (step, g, *moments) -> (direction, new moments), in float32."""
 
-    def how(value: jax.Array, hold: Held) -> moments.Hold:
-        return hold(value) if value.size >= min_size else moments.FLOAT
+    def held(values: Any, hold: Hold, keys: Any) -> Any:
+        one = lambda v, key: hold(v, key) if v.size >= min_size else v
+        return jax.tree.map(one, values, keys)
 
     def init(params: Any) -> State:
-        def zero(hold: Held, p: jax.Array) -> Any:
-            # an array of its own for each moment: a buffer that two leaves share cannot be donated
-            value = jnp.zeros_like(p, jnp.float32)
-            way = how(value, hold)
-            return way.write(value, way.measure(value), jax.random.key(seed))
-
-        trees = tuple(jax.tree.map(functools.partial(zero, hold), params) for hold in holds)
-        return State(jnp.zeros((), jnp.int32), trees)
+        zeros = lambda: jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
+        keys = _keys(params, seed, jnp.zeros((), jnp.int32))
+        # arrays of its own for each moment: a buffer that two leaves share cannot be donated
+        return State(jnp.zeros((), jnp.int32), tuple(held(zeros(), h, keys) for h in holds))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         t = (state.count + 1).astype(jnp.float32)
-        grads, tree = jax.tree.flatten(updates)
+        tree = jax.tree.structure(updates)
         leaf = lambda m: moments.is_held(m) or m is None
         past = [jax.tree.leaves(m, is_leaf=leaf) for m in state.moments]
-        keys = [_keys(grads, seed + 2 + i, state.count) for i in range(len(holds))]
-
-        def one(g: jax.Array, held: tuple, keys: tuple) -> tuple[jax.Array, list[Any]]:
-            step = lambda g, held: rule(t, g.astype(jnp.float32), *map(moments.opened, held))
-            after = step(g, held)[1]
-            ways = [how(v, hold) for v, hold in zip(after, holds, strict=True)]
-            tops = [way.measure(v) for way, v in zip(ways, after, strict=True)]
-            # The moments are computed anew from their codes: kept as float32 between the two passes
-            # over memory they would be most of what the step moves.
-            g, held, tops = lax.optimization_barrier((g, held, tops))
-            direction, after = step(g, held)
-            written = zip(ways, after, tops, keys, strict=True)
-            return direction, [way.write(v, top, key) for way, v, top, key in written]
-
-        of_leaf = lambda lists, i: tuple(v[i] for v in lists)
-        done = [one(g, of_leaf(past, i), of_leaf(keys, i)) for i, g in enumerate(grads)]
-        new = tuple(tree.unflatten([held[i] for _, held in done]) for i in range(len(holds)))
-        return tree.unflatten([d for d, _ in done]), State(state.count + 1, new)
+        grads = [g.astype(jnp.float32) for g in jax.tree.leaves(updates)]
+        steps = [rule(t, g, *map(moments.opened, ms)) for g, *ms in zip(grads, *past, strict=True)]
+        new = []
+        for i, hold in enumerate(holds):
+            values = jax.tree.unflatten(tree, [after[i] for _, after in steps])
+            new.append(held(values, hold, _keys(values, seed + 2 + i, state.count)))
+        directions = jax.tree.unflatten(tree, [direction for direction, _ in steps])
+        return directions, State(state.count + 1, tuple(new))
 
     return optax.GradientTransformation(init, update)
 
