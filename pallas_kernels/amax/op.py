@@ -1,14 +1,14 @@
 """amax: the op as it is called, with its checks and its vmap."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from pallas_kernels.amax.problem import Problem
+from pallas_kernels.amax.problem import BLOCK, Problem
 from pallas_kernels.dispatch import IMPLEMENTATIONS, choose
 from pallas_kernels.frame import Device
 from pallas_kernels.mapping import looped
+from pallas_kernels.sharded import Cut, on_mesh
 
 
 def amax(
@@ -32,7 +32,17 @@ def amax(
     """
     if x.ndim != 2 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"amax: x must be floats [r, c], is {x.dtype}{list(x.shape)}")
-    problem = Problem(x.shape[0], x.shape[1], x.dtype.name)
-    name = choose("amax", problem, device, implementation)
-    run = IMPLEMENTATIONS["amax"][name].run
-    return looped(functools.partial(run, problem=problem))(x)
+
+    def run(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        problem = Problem(x.shape[0], x.shape[1], x.dtype.name)
+        name = choose("amax", problem, device, implementation)
+        return IMPLEMENTATIONS["amax"][name].run(x, problem=problem)
+
+    def part(cut: Cut, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        over = lambda top, axis: lax.pmax(top, cut[axis]) if axis in cut else top
+        of_rows, of_columns = run(x)
+        return over(of_rows, "c"), over(of_columns, "r")
+
+    if x.shape[0] % BLOCK or x.shape[1] % BLOCK:
+        return looped(run)(x)
+    return looped(on_mesh(run, ("r c",), ("r", "c"), part))(x)

@@ -16,6 +16,7 @@ from pallas_kernels.block_scaled_matmul.problem import Problem as Product
 from pallas_kernels.cast_fp8.op import cast_fp8
 from pallas_kernels.cast_fp8.problem import Problem as CastProblem
 from pallas_kernels.dispatch import choose
+from pallas_kernels.sharded import divides
 from qjax import _compat, blocks
 from qjax.formats import FORMATS
 from qjax.qtensor import QTensor
@@ -27,11 +28,22 @@ KINDS = {128: "block", (128, 128): "tile", (): "given", None: "given"}  # by `Ca
 
 
 def runs(op: str, problem: Any) -> bool:
-    """Whether something better than the reference runs it here.
+    """Whether something better than the reference runs it here, on one device or a mesh."""
+    sizes = [v for v in problem if isinstance(v, int) and not isinstance(v, bool)]
+    whole = jax.device_count() == 1 or all(map(divides, sizes))
+    return whole and choose(op, problem) != "reference"
 
-    The kernels see one device: where jax has more, XLA could only gather their operands.
-    """
-    return jax.device_count() == 1 and choose(op, problem) != "reference"
+
+def misplaced(x: jax.Array) -> str | None:
+    """Why no kernel runs on `x`, wherever it is: they know Auto mesh axes, and whole shards."""
+    if _compat.explicit_sharding(x) is not None:
+        return "mesh axes are Explicit"
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.manual_axes and (len(mesh.manual_axes) < len(mesh.axis_names)):
+        return "some mesh axes of the shard_map are not manual"
+    if _compat.varying_axes(x):
+        return "the shard_map has check_vma, which kernels do not know"
+    return None
 
 
 def cast_both(
@@ -73,7 +85,7 @@ def cast_both(
     if kind != "given" and not whole:  # blocks lie along the innermost axis that is contracted
         return None
     problem = CastProblem(rows, columns, kind, storage, x.dtype.name)
-    if _compat.explicit_sharding(x) is not None or not runs("cast_fp8", problem):
+    if misplaced(x) is not None or not runs("cast_fp8", problem):
         return None
     stack = x.shape[:layers]
     operands, found = [x.reshape(*stack, rows, columns)], ()
@@ -164,7 +176,7 @@ def _view(q: QTensor, contract: Axes) -> Any:
     wanted = {last: BLOCK, free[-1]: BLOCK} if tile else {last: BLOCK}
     if blocked != wanted or any(q.shape[axis] % BLOCK for axis in blocked):
         return None
-    if _compat.explicit_sharding(q.qvalue) is not None:
+    if misplaced(q.qvalue) is not None:
         return None
     width = math.prod(q.shape[a] for a in contract)
     codes = lax.transpose(q.qvalue, (*free, *contract)).reshape(-1, width)
