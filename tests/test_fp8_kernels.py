@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from pallas_kernels import hopper
 from pallas_kernels.amax import problems as maxima
 from pallas_kernels.amax.op import amax
 from pallas_kernels.block_scaled_matmul import mosaic_gpu as block_plan
@@ -333,6 +334,17 @@ def test_on_a_mesh_each_device_multiplies_its_part(of_a, of_b):
     assert "all-gather" not in program.as_text()
     truth = _truth(problem, a, a_scale, b, b_scale)
     assert np.abs(np.asarray(program(*placed)) - truth).max() <= 2**-12 * np.abs(truth).max()
+
+
+def test_listings_say_who_casts(monkeypatch):
+    monkeypatch.setattr(hopper, "missing", lambda device: None)
+    shapes = {"a": (1024, 1024), "b": (1024, 1088), "c": (1088, 128)}
+    p = {n: jax.ShapeDtypeStruct(s, jnp.bfloat16) for n, s in shapes.items()}
+    x = jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16)
+    low = training.fp8(lambda p, x: jnp.sum(x @ p["a"] @ p["b"] @ p["c"]), "rowwise")
+    monkeypatch.setattr(kernels, "runs", lambda op, problem: False)
+    lines = str(low.explain(p, x)).splitlines()
+    assert lines[1].endswith("rowwise, casts by XLA: 8 devices may cut x [1024, 1024] inside 128")
 
 
 def test_a_mesh_that_may_cut_blocks_runs_xlas_code():

@@ -9,13 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels import hopper
 from pallas_kernels.amax.op import amax
 from pallas_kernels.amax.problem import Problem as Amax
 from pallas_kernels.block_scaled_matmul.op import block_scaled_matmul
 from pallas_kernels.block_scaled_matmul.problem import Problem as Product
 from pallas_kernels.cast_fp8.op import cast_fp8
 from pallas_kernels.cast_fp8.problem import Problem as CastProblem
-from pallas_kernels.dispatch import choose
+from pallas_kernels.dispatch import IMPLEMENTATIONS, choose
+from pallas_kernels.frame import Device
 from pallas_kernels.sharded import divides
 from qjax import _compat, blocks
 from qjax.formats import FORMATS
@@ -46,6 +48,29 @@ def misplaced(x: jax.Array) -> str | None:
     return None
 
 
+def note(x: jax.Array, how: Cast | None, contract: Axes) -> str:
+    """What a listing says of the casts of an operand: nothing where no kernel could run them."""
+    device = Device.default()
+    if how is None or hopper.missing(device) is not None:
+        return ""
+    kind = KINDS.get(how.block) if how.scale in ("current", "delayed") else None
+    columns = math.prod(x.shape[a] for a in contract)
+    rows = x.size // max(columns, 1)
+    problem = CastProblem(rows, columns, kind or "given", dtype_of(how), x.dtype.name)
+    if kind is None or how.stochastic or not problem.dtype.startswith("float8_e"):
+        reason = f"no kernel casts to {how.format} like this"
+    else:
+        reason = misplaced(x) or IMPLEMENTATIONS["cast_fp8"]["mosaic_gpu"].supports(problem, device)
+    if reason is None and not runs("cast_fp8", problem):
+        reason = f"{jax.device_count()} devices may cut x [{rows}, {columns}] inside 128"
+    return ", casts by mosaic_gpu" if reason is None else f", casts by XLA: {reason}"
+
+
+def dtype_of(how: Cast) -> str:
+    """The dtype name of the codes."""
+    return str(FORMATS[how.format].storage)
+
+
 def cast_both(
     x: jax.Array,
     how: Cast,
@@ -68,7 +93,7 @@ def cast_both(
     """
     if how.stochastic or how.hadamard or how.scale not in ("current", "delayed"):
         return None
-    kind, storage = KINDS.get(how.block), FORMATS[how.format].storage
+    kind, storage = KINDS.get(how.block), dtype_of(how)
     used = sorted({*contracts[0], *contracts[1]})
     layers = x.ndim - len(used)
     if kind is None or not all(contracts) or used != list(range(layers, x.ndim)):
@@ -78,7 +103,7 @@ def cast_both(
     if [*down, *along] != used:
         return None
     rows, columns = (math.prod(x.shape[a] for a in axes) for axes in (down, along))
-    if not isinstance(storage, str) or not storage.startswith("float8_e"):
+    if not storage.startswith("float8_e"):
         return None
     ordered = [list(c) for c in contracts] == [sorted(c) for c in contracts]
     whole = ordered and all(x.shape[axes[-1]] % BLOCK == 0 for axes in (along, down))
