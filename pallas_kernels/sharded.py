@@ -34,14 +34,14 @@ def on_mesh(
     """
     if jax.device_count() == 1 or any(jax.sharding.get_abstract_mesh().manual_axes):
         return run
-    operands, results = [o.split() for o in operands], [r.split() for r in results]
+    given, made = [o.split() for o in operands], [r.split() for r in results]
 
     def call(*arrays: jax.Array) -> Any:
         return run(*arrays)
 
     def plan(mesh: Any, infos: Sequence[Any]) -> tuple[Cut, Any, Any]:
         cut, taken = {}, set()
-        for names, info in zip(operands, infos, strict=True):
+        for names, info in zip(given, infos, strict=True):
             spec = [*info.sharding.spec, *[None] * len(names)][: len(names)]
             for axis, entry in zip(names, spec, strict=True):
                 axis, entry = axis[0], entry if isinstance(entry, tuple) else (entry,)
@@ -51,23 +51,23 @@ def on_mesh(
                     cut[axis] = entry
                     taken |= set(entry)
         place = lambda axes: NamedSharding(mesh, PartitionSpec(*(cut.get(a[0]) for a in axes)))
-        whole = tuple(map(place, results))
-        return cut, tuple(map(place, operands)), whole if len(whole) > 1 else whole[0]
+        whole = [place(axes) for axes in made]
+        return cut, tuple(map(place, given)), tuple(whole) if len(whole) > 1 else whole[0]
 
     def split(mesh: Any, args: Any, result: Any) -> tuple[Any, Any, Any, Any]:
-        cut, given, whole = plan(mesh, args)
+        cut, parts, whole = plan(mesh, args)
 
         def one(*arrays: jax.Array) -> Any:
             with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):  # that of one device
                 return run(*arrays) if part is None else part(cut, *arrays)
 
-        return mesh, one, whole, given
+        return mesh, one, whole, parts
 
     def on(*arrays: jax.Array) -> Any:
-        sizes = _sizes(operands, [v.shape for v in arrays])
+        sizes = _sizes(given, [v.shape for v in arrays])
         if not all(map(divides, sizes.values())):
             return run(*arrays)
-        rule, factors = _rule(operands, results, sizes)
+        rule, factors = _rule(given, made, sizes)
         op = custom_partitioning(call)
         op.def_partition(
             split,
