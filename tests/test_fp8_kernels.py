@@ -336,6 +336,22 @@ def test_on_a_mesh_each_device_multiplies_its_part(of_a, of_b):
     assert np.abs(np.asarray(program(*placed)) - truth).max() <= 2**-12 * np.abs(truth).max()
 
 
+@pytest.mark.parametrize("check", [False, True])
+def test_a_shard_is_cast_by_kernels_where_nothing_keeps_account_of_axes(check, forced):
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
+    how = training.RECIPES["block"].output[0]
+
+    def cast(x):
+        return [q.qvalue for q in casting.cast_both(x, (how, how), ((1,), (0,)), (0, 1))]
+
+    spec = PartitionSpec("a")
+    over = jax.shard_map(cast, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=check)
+    x = jax.random.normal(jax.random.key(0), (1024, 128), jnp.bfloat16)
+    got = jax.jit(over)(x)
+    assert forced == ([] if check else ["cast_fp8"])
+    _same(got, [jnp.concatenate(v) for v in zip(*map(cast, jnp.split(x, 8)), strict=True)])
+
+
 def test_listings_say_who_casts(monkeypatch):
     monkeypatch.setattr(hopper, "missing", lambda device: None)
     shapes = {"a": (1024, 1024), "b": (1024, 1088), "c": (1088, 128)}
