@@ -6,17 +6,20 @@ what it is measured against: XLA's copy of the same bytes and XLA's own code for
 cuBLASLt's FP8 product of the same codes, without scales. Wall clock over calls in flight, medians.
 Rows are written to a JSON file as they are made.
 
-    python experiments/fp8_kernels.py [rows.json]
+    python experiments/fp8_kernels.py [OP...] [--json ROWS.json] [--sizes]
+
+`--sizes` asks instead from which size on the kernels beat XLA's code: square tensors, many calls in
+one program, as dispatching one takes longer than a small kernel.
 
 XLA's Triton matmuls are off, so that its FP8 product is cuBLASLt's.
 """
 
+import argparse
 import functools
 import json
 import os
 import pathlib
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +30,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.amax import hopper_kernel as maxima
+from pallas_kernels.amax import mosaic_gpu as amax_plan
+from pallas_kernels.amax import problems as amax_problems
+from pallas_kernels.amax import reference as amax_reference
 from pallas_kernels.block_scaled_matmul import hopper_kernel as products
 from pallas_kernels.block_scaled_matmul import mosaic_gpu as block_plan
 from pallas_kernels.block_scaled_matmul import problems as block_problems
@@ -37,6 +44,7 @@ from pallas_kernels.cast_fp8 import reference as cast_reference
 
 F32 = jnp.float32
 ROUNDS, SECONDS = 5, 0.02  # medians of so many turns, each at least so long
+SIZES, CALLS = (512, 1024, 2048, 4096), 16
 CONFIGS = {
     False: ("WIDE", "NARROW"),  # by `Problem.b_rows`
     True: ("NARROW",),
@@ -99,6 +107,25 @@ def cast(problem: Any, timed: bool) -> dict[str, Any]:
     return row
 
 
+def amax(problem: Any, timed: bool) -> dict[str, Any]:
+    """Maxima that differ, and times beside XLA's and a sum, which reads the same bytes."""
+    args = cast_operands(cast_problems.Problem(problem.rows, problem.columns, "block"))
+    kernels = {
+        f"{tiles}x{steps}": maxima.kernel(problem, amax_plan.Config(tiles, steps))
+        for tiles, steps in ((1, 1), (4, 2), (8, 3))
+    }
+    wanted = functools.partial(amax_reference.run, problem=problem)
+    truth = jax.jit(wanted)(*args)
+    found = {name: sum(map(different, jax.jit(f)(*args), truth)) for name, f in kernels.items()}
+    row = {"op": "amax", **problem._asdict(), "different": sum(found.values())}
+    if timed:
+        read = lambda x: jnp.sum(lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32))
+        calls = {"read": (read, args), "xla": (wanted, args)}
+        us = turns(calls | {n: (f, args) for n, f in kernels.items()})
+        row |= {"us": us, "of_read": {n: us["read"] / us[n] for n in (*kernels, "xla")}}
+    return row
+
+
 def block_operands(problem: Any) -> tuple[jax.Array, ...]:
     """Codes and scales of random matrices."""
     keys = jax.random.split(jax.random.key(0))
@@ -147,6 +174,41 @@ def product(problem: Any, timed: bool) -> dict[str, Any]:
     return row
 
 
+def sizes(n: int) -> dict[str, Any]:
+    """Microseconds of a call on n x n, of each op: the kernel, and XLA's code for the same."""
+    xs = [jax.random.normal(jax.random.key(i), (n, n), jnp.bfloat16) for i in range(CALLS)]
+    ones = jnp.ones(n)
+    given, tile = (cast_problems.Problem(n, n, kind) for kind in ("given", "tile"))
+    maximum = amax_problems.Problem(n, n)
+    of_a = [cast_reference.run(x, problem=given._replace(scales="block")) for x in xs]
+    of_b = [cast_reference.run(x, problem=tile) for x in xs]
+    operands = [(a[0], a[2], b[0], b[2]) for a, b in zip(of_a, of_b, strict=True)]
+    work = block_problems.Problem(n, n, n, False, "bfloat16")
+    wide = lambda a, sa, b, sb: (
+        (a.astype(F32) * jnp.repeat(sa.T, 128, 1)).astype(jnp.bfloat16)
+        @ (b.astype(F32) * jnp.repeat(jnp.repeat(sb, 128, 0), 128, 1)).astype(jnp.bfloat16).T
+    )
+    pairs = {
+        "cast": (
+            lambda x: casts.run(x, ones, ones, problem=given),
+            lambda x: cast_reference.run(x, ones, ones, problem=given),
+            [(x,) for x in xs],
+        ),
+        "amax": (
+            lambda x: amax_plan.run(x, maximum),
+            lambda x: amax_reference.run(x, maximum),
+            [(x,) for x in xs],
+        ),
+        "product": (lambda *v: block_plan.run(*v, work), wide, operands),
+    }
+    row: dict[str, Any] = {"n": n}
+    for name, (ours, xla, args) in pairs.items():
+        many = lambda f: lambda *v: [f(*one) for one in v]
+        us = turns({"ours": (many(ours), tuple(args)), "xla": (many(xla), tuple(args))})
+        row |= {name: us["ours"] / CALLS, f"{name} xla": us["xla"] / CALLS}
+    return row
+
+
 def text(row: dict[str, Any]) -> str:
     """One line."""
     short = lambda v: f"{v:.4g}" if isinstance(v, float) else str(v)
@@ -156,20 +218,35 @@ def text(row: dict[str, Any]) -> str:
     return "  ".join(f"{name}: {flat(v)}" for name, v in row.items())
 
 
+OPS = {
+    "product": (product, block_problems.SMALL.values(), block_problems.LARGE),
+    "cast": (cast, cast_problems.SMALL, cast_problems.LARGE),
+    "amax": (amax, amax_problems.SMALL, amax_problems.LARGE),
+}
+
+
 def main() -> None:
     """Checks and measures all problems."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("ops", nargs="*", help=", ".join(OPS))
+    parser.add_argument("--json", type=pathlib.Path)
+    parser.add_argument("--sizes", action="store_true")
+    args = parser.parse_args()
     card = jax.devices()[0].device_kind
     results = (
         pathlib.Path(__file__).parent / "results" / f"fp8_kernels_{card.replace(' ', '_')}.json"
     )
-    path = pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else results
+    print(f"{card}, jax {jax.__version__}")
+    if args.sizes:
+        for n in SIZES:
+            print(text(sizes(n)), flush=True)
+        return
+    path = args.json or results
     path.parent.mkdir(exist_ok=True)
     rows: list[dict[str, Any]] = []
-    print(f"{card}, jax {jax.__version__}")
-    work = [(product, p, False) for p in block_problems.SMALL.values()]
-    work += [(cast, p, False) for p in cast_problems.SMALL]
-    work += [(product, p, True) for p in block_problems.LARGE]
-    work += [(cast, p, True) for p in cast_problems.LARGE]
+    chosen = [OPS[name] for name in args.ops or OPS]
+    work = [(measure, p, False) for measure, small, _ in chosen for p in small]
+    work += [(measure, p, True) for measure, _, large in chosen for p in large]
     for measure, problem, timed in work:
         rows.append(measure(problem, timed))
         print(text(rows[-1]), flush=True)

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from pallas_kernels.amax import mosaic_gpu as amax_mosaic_gpu
+from pallas_kernels.amax import reference as amax_reference
 from pallas_kernels.block_scaled_matmul import mosaic_gpu as block_mosaic_gpu
 from pallas_kernels.block_scaled_matmul import reference as block_reference
 from pallas_kernels.cast_fp8 import mosaic_gpu as cast_mosaic_gpu
@@ -22,6 +24,10 @@ IMPLEMENTATIONS: Mapping[str, Mapping[str, Implementation]] = {
     "cast_fp8": {
         "mosaic_gpu": Implementation(cast_mosaic_gpu.run, cast_mosaic_gpu.supports),
         "reference": Implementation(cast_reference.run, cast_reference.supports),
+    },
+    "amax": {
+        "mosaic_gpu": Implementation(amax_mosaic_gpu.run, amax_mosaic_gpu.supports),
+        "reference": Implementation(amax_reference.run, amax_reference.supports),
     },
     "block_scaled_matmul": {
         "mosaic_gpu": Implementation(block_mosaic_gpu.run, block_mosaic_gpu.supports),

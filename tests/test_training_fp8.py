@@ -473,6 +473,26 @@ def test_the_form_that_xla_rewrites_to_cublas_fp8(name):
     assert len(dots) - len(low_dots) == 3  # of the head
 
 
+@pytest.mark.parametrize("name", ["current", "rowwise"])
+def test_products_of_a_bfloat16_model_are_bfloat16(name):
+    """Codes times one scale, or plain FP8 dots, that give bfloat16: a float32 product would cost a
+    pass over memory. Both are forms that XLA rewrites.
+    """
+    low = training.fp8(own_weights, name)
+    params, x = jax.tree.map(lambda v: v.astype(jnp.bfloat16), (separate(W), X))
+    state = low.init(params, x)
+    lowered = jax.jit(low.grads).trace(params, state, x).lower(lowering_platforms=("cuda",))
+    text = lowered.as_text().splitlines()
+    dots = [line for line in text if "dot_general" in line]
+    assert all(d.rstrip().endswith("bf16>") for d in dots)
+    widened = [line for line in text if "convert" in line and "f8E" in line.split("->")[0]]
+    if name == "rowwise":
+        assert sum(d.count("f8E") == 2 for d in dots) == 3 * 3 - 1
+    else:
+        assert len(widened) == 2 * (3 * 3 - 1)
+        assert all(line.rstrip().endswith("bf16>") for line in widened)
+
+
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("name", ["delayed", pytest.param("nvfp4", marks=pytest.mark.slow)])
 def test_orbax_resumes_bit_for_bit(name, tmp_path):

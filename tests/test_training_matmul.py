@@ -84,16 +84,16 @@ def relative(got, wanted):
     return float(np.linalg.norm(np.asarray(got, np.float64) - wanted) / np.linalg.norm(wanted))
 
 
-def pull(fn, recipe, w, x, g):
+def pull(fn, recipe, w, x, g, dtype=jnp.float32):
     """(y, dw, dx) of `fn(params, x)` under a recipe, with cotangent g of y."""
-    f32 = lambda v: jnp.asarray(v, jnp.float32)
-    loss = lambda p, x: jnp.sum(fn(p, x) * f32(g))
+    cast = lambda v: jnp.asarray(v, dtype)
+    loss = lambda p, x: jnp.sum(fn(p, x) * cast(g))
     low = training.fp8(lambda p, x: (loss(p, x), fn(p, x)), recipe, has_aux=True, argnums=(0, 1))
-    params = {"w": f32(w)}
-    state = low.init(params, f32(x))
+    params = {"w": cast(w)}
+    state = low.init(params, cast(x))
     if low.recipe.delayed:
-        state = low.update(state, jax.jit(low.grads)(params, state, f32(x))[2])
-    (_, y), (dp, dx), _ = jax.jit(low.grads)(params, state, f32(x))
+        state = low.update(state, jax.jit(low.grads)(params, state, cast(x))[2])
+    (_, y), (dp, dx), _ = jax.jit(low.grads)(params, state, cast(x))
     return y, dp["w"], dx
 
 
@@ -111,6 +111,24 @@ def test_three_gemms_against_float64(name):
     for got, same_rounding, exact in wanted:
         assert relative(got, same_rounding) < 2e-3  # a code in a thousand on a tie
         assert relative(got, exact) <= 1.05 * relative(same_rounding, exact) + 1e-6
+
+
+@pytest.mark.parametrize("name", ["current", "rowwise"])
+def test_bfloat16_results_against_float64(name):
+    short = lambda v: np.asarray(jnp.asarray(v, jnp.bfloat16), np.float64)
+    x, w, g = map(short, operands())
+    recipe = deterministic(name)
+    y, dw, dx = pull(lambda p, x: x @ p["w"], recipe, w, x, g, jnp.bfloat16)
+    o, i, v = recipe.output, recipe.input_grad, recipe.weight_grad
+    wanted = (
+        (y, rounded(x, o[0], 1) @ rounded(w, o[1], 0)),
+        (dx, rounded(g, i[0], 1) @ rounded(w, i[1], 1).T),
+        (dw, rounded(x, v[0], 0).T @ rounded(g, v[1], 0)),
+    )
+    for got, same_rounding in wanted:
+        assert got.dtype == jnp.bfloat16
+        # three roundings of 2^-9 (scale, operand or product, result), and a code in a thousand
+        assert relative(got, same_rounding) < 3 * 2**-9 + 2e-3
 
 
 FORMS = {

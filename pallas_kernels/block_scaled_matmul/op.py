@@ -4,11 +4,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.block_scaled_matmul.problem import BLOCK, Problem
 from pallas_kernels.dispatch import IMPLEMENTATIONS, choose
 from pallas_kernels.frame import Device
 from pallas_kernels.mapping import looped
+from pallas_kernels.sharded import Cut, on_mesh
 
 CODES = jnp.float8_e4m3fn
 
@@ -27,7 +29,7 @@ def block_scaled_matmul(
 
     The matmul of DeepSeek-V3 (arXiv:2412.19437, section 3.3): blocks of 128 along k, each summed
     on tensor cores and added to the total in float32. Not differentiable; under `vmap` it is a loop
-    on the device.
+    on the device. Under Auto mesh axes m, n and k are sharded as the operands are.
 
     Args:
       a: E4M3 `[m, k]`.
@@ -45,10 +47,24 @@ def block_scaled_matmul(
     Raises:
       ValueError: if shapes or dtypes do not fit, or the implementation cannot run this.
     """
-    problem = _problem(a, a_scale, b, b_scale, jnp.dtype(out).name)
-    name = choose("block_scaled_matmul", problem, device, implementation)
-    run = IMPLEMENTATIONS["block_scaled_matmul"][name].run
-    return looped(lambda *operands: run(*operands, problem))(a, a_scale, b, b_scale)
+    whole = _problem(a, a_scale, b, b_scale, jnp.dtype(out).name)
+
+    def run(*operands: jax.Array, out: str = whole.out) -> jax.Array:
+        k, (m, n) = operands[0].shape[1], (operands[i].shape[0] for i in (0, 2))
+        problem = Problem(m, n, k, whole.b_rows, out)
+        name = choose("block_scaled_matmul", problem, device, implementation)
+        return IMPLEMENTATIONS["block_scaled_matmul"][name].run(*operands, problem)
+
+    def part(cut: Cut, *operands: jax.Array) -> jax.Array:
+        if "k" not in cut:
+            return run(*operands)
+        return lax.psum(run(*operands, out="float32"), cut["k"]).astype(whole.out)
+
+    if whole.m % BLOCK or whole.n % BLOCK:
+        return looped(run)(a, a_scale, b, b_scale)
+    of_b = "k/ n" if whole.b_rows else "n/ k/"
+    placed = on_mesh(run, ("m k", "k/ m", "n k", of_b), ("m n",), part, "k")
+    return looped(placed)(a, a_scale, b, b_scale)
 
 
 def _problem(

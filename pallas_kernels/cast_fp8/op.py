@@ -1,6 +1,5 @@
 """cast_fp8: the op as it is called, with its checks and its vmap."""
 
-import functools
 from typing import Any
 
 import jax
@@ -10,6 +9,7 @@ from pallas_kernels.cast_fp8.problem import BLOCK, Problem
 from pallas_kernels.dispatch import IMPLEMENTATIONS, choose
 from pallas_kernels.frame import Device
 from pallas_kernels.mapping import looped
+from pallas_kernels.sharded import on_mesh
 
 DTYPES = ("float8_e4m3fn", "float8_e5m2")
 
@@ -46,10 +46,17 @@ def cast_fp8(
     Raises:
       ValueError: if shapes or dtypes do not fit, or the implementation cannot run this.
     """
-    problem = _problem(x, scales, inverses, jnp.dtype(dtype).name)
-    name = choose("cast_fp8", problem, device, implementation)
-    run = IMPLEMENTATIONS["cast_fp8"][name].run
-    return looped(functools.partial(run, problem=problem))(x, *inverses)
+
+    def run(x: jax.Array, *inverses: jax.Array) -> tuple[jax.Array, ...]:
+        problem = _problem(x, scales, inverses, jnp.dtype(dtype).name)
+        name = choose("cast_fp8", problem, device, implementation)
+        return IMPLEMENTATIONS["cast_fp8"][name].run(x, *inverses, problem=problem)
+
+    _problem(x, scales, inverses, jnp.dtype(dtype).name)
+    if x.shape[0] % BLOCK or x.shape[1] % BLOCK:
+        return looped(run)(x, *inverses)
+    results = "r c", "c r", *{"block": ("c/ r", "r/ c"), "tile": ("r/ c/",), "given": ()}[scales]
+    return looped(on_mesh(run, ("r c", "r", "c")[: 1 + len(inverses)], results))(x, *inverses)
 
 
 def _problem(x: jax.Array, scales: str, inverses: tuple[jax.Array, ...], dtype: str) -> Problem:

@@ -88,28 +88,35 @@ def codebook(name: str, storage: str, table: np.ndarray, bits: int) -> Format:
 
 
 def _count_below(x: jax.Array, middles: np.ndarray) -> jax.Array:
-    """How many of the sorted `middles` each x exceeds (`searchsorted`, left), in two lookups.
+    """How many of the sorted `middles` each x exceeds (`searchsorted`, left), in one lookup.
 
-    The leading bits of |x| and its sign name a bucket so narrow that it holds one middle at most.
+    The sign and the leading bits of |x| name a bucket so narrow that it holds one middle at most.
+    Its entry is how many middles lie below it and the other bits of its own, which are compared
+    with those of x: one lookup fuses with whatever makes x, where two would not.
     """
-    magnitudes = np.abs(middles[middles != 0])
-    for mantissa in range(24):
-        shift = 23 - mantissa
-        first = int(magnitudes.min().view(np.int32) >> shift)
-        last = int(magnitudes.max().view(np.int32) >> shift) + 1
-        edges = (np.arange(first, last + 1, dtype=np.int32) << shift).view(np.float32)
-        edges = np.concatenate([[np.float32(0)], edges, [np.float32(np.inf)]])
-        up, down = edges, -edges[::-1]
-        most = max(np.diff(np.searchsorted(middles, e, "left")).max() for e in (up, down))
-        if most <= 1:
+    assert np.all(middles != 0)
+    bits = np.abs(middles).view(np.int32)
+    negative = middles < 0
+    for shift in range(23, 0, -1):
+        names = (bits >> shift) + np.where(negative, 1 << 23, 0)
+        if len(np.unique(names)) == len(names):
             break
-    count = len(edges) - 1
-    below = np.searchsorted(middles, up[:-1], "left")
-    below = np.concatenate([below, np.searchsorted(middles, -up[1:], "right")]).astype(np.uint8)
-    bucket = (lax.bitcast_convert_type(jnp.abs(x), jnp.int32) >> shift) - (first - 1)
-    bucket = jnp.clip(bucket, 0, count - 1) + jnp.where(x < 0, count, 0)
-    start = _take(below, bucket, jnp.dtype(jnp.uint8))
-    return start + (x > _take(np.append(middles, np.inf), start, x.dtype)).astype(jnp.uint8)
+    first, last = int(bits.min() >> shift), int(bits.max() >> shift)
+    count, mask = last - first + 3, (1 << shift) - 1  # a bucket below and one above the others
+    low = (np.arange(first - 1, last + 2, dtype=np.int32) << shift).view(np.float32)
+    low[0] = 0
+    high = np.append(low[1:], np.float32(np.inf))
+    below = np.append(np.searchsorted(middles, low), np.searchsorted(middles, -high, "right"))
+    own = np.append(np.full(count, mask), np.zeros(count, int))  # nothing is beyond, on either side
+    own[(bits >> shift) - (first - 1) + count * negative] = bits & mask
+    signed = lax.bitcast_convert_type(x, jnp.int32)
+    below_zero, found = signed < 0, signed & 0x7FFFFFFF
+    side = jnp.where(below_zero, count, 0)
+    bucket = jnp.clip((found >> shift) - (first - 1), 0, count - 1) + side
+    entry = _take((below << shift | own).astype(np.int32), bucket, jnp.dtype(jnp.int32))
+    beyond = (found & mask) - (entry & mask)
+    passed = jnp.where(below_zero, beyond < 0, beyond > 0)
+    return ((entry >> shift) + passed.astype(jnp.int32)).astype(jnp.uint8)
 
 
 def _take(table: np.ndarray, indices: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -46,9 +46,9 @@ def cast_both(
     if first is not None and first == second:
         pair = [block_of(first, x.shape, contract, whole) for contract in contracts]
 
-        def scales(which: int) -> tuple[jax.Array, jax.Array]:
+        def scales(which: int, top: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
             wide = x.astype(jnp.float32)
-            return _scales(wide, first, FORMATS[first.format], pair[which], whole, amax)
+            return _scales(wide, first, FORMATS[first.format], pair[which], whole, amax, top)
 
         both = kernels.cast_both(x, first, contracts, pair, scales)
         if both is not None:
@@ -124,14 +124,23 @@ def largest(x: jax.Array, block: Sequence[int]) -> jax.Array:
 
 
 def _scales(
-    x: jax.Array, how: Cast, fmt: Format, block: blocks.Block, whole: Axes, amax: jax.Array | None
+    x: jax.Array,
+    how: Cast,
+    fmt: Format,
+    block: blocks.Block,
+    whole: Axes,
+    amax: jax.Array | None,
+    top: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """float32 scales of the blocks, and their reciprocals, each rounded once."""
+    """float32 scales of the blocks, and their reciprocals, each rounded once.
+
+    `top` is `largest(x, block)` where that is known.
+    """
     if how.scale == "delayed":
         assert amax is not None
         top = jnp.where(amax > 0, amax, fmt.max)  # a scale of 1 until something was seen
         return _linear(jnp.broadcast_to(top, blocks.scale_shape(x.shape, block)), fmt)
-    top = largest(x, block)
+    top = largest(x, block) if top is None else top
     if how.scale == "current":
         return _linear(top, fmt)
     if how.scale == "power_of_two":

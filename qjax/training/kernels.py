@@ -9,11 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels import hopper
+from pallas_kernels.amax.op import amax
+from pallas_kernels.amax.problem import Problem as Amax
 from pallas_kernels.block_scaled_matmul.op import block_scaled_matmul
 from pallas_kernels.block_scaled_matmul.problem import Problem as Product
 from pallas_kernels.cast_fp8.op import cast_fp8
 from pallas_kernels.cast_fp8.problem import Problem as CastProblem
-from pallas_kernels.dispatch import choose
+from pallas_kernels.dispatch import IMPLEMENTATIONS, choose
+from pallas_kernels.frame import Device
+from pallas_kernels.sharded import divides
 from qjax import _compat, blocks
 from qjax.formats import FORMATS
 from qjax.qtensor import QTensor
@@ -25,11 +30,45 @@ KINDS = {128: "block", (128, 128): "tile", (): "given", None: "given"}  # by `Ca
 
 
 def runs(op: str, problem: Any) -> bool:
-    """Whether something better than the reference runs it here.
+    """Whether something better than the reference runs it here, on one device or a mesh."""
+    sizes = [v for v in problem if isinstance(v, int) and not isinstance(v, bool)]
+    whole = jax.device_count() == 1 or all(map(divides, sizes))
+    return whole and choose(op, problem) != "reference"
 
-    The kernels see one device: where jax has more, XLA could only gather their operands.
-    """
-    return jax.device_count() == 1 and choose(op, problem) != "reference"
+
+def misplaced(x: jax.Array) -> str | None:
+    """Why no kernel runs on `x`, wherever it is: they know Auto mesh axes, and whole shards."""
+    if _compat.explicit_sharding(x) is not None:
+        return "mesh axes are Explicit"
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.manual_axes and (len(mesh.manual_axes) < len(mesh.axis_names)):
+        return "some mesh axes of the shard_map are not manual"
+    if _compat.varying_axes(x):
+        return "the shard_map has check_vma, which kernels do not know"
+    return None
+
+
+def note(x: jax.Array, how: Cast | None, contract: Axes) -> str:
+    """What a listing says of the casts of an operand: nothing where no kernel could run them."""
+    device = Device.default()
+    if how is None or hopper.missing(device) is not None:
+        return ""
+    kind = KINDS.get(how.block) if how.scale in ("current", "delayed") else None
+    columns = math.prod(x.shape[a] for a in contract)
+    rows = x.size // max(columns, 1)
+    problem = CastProblem(rows, columns, kind or "given", dtype_of(how), x.dtype.name)
+    if kind is None or how.stochastic or not problem.dtype.startswith("float8_e"):
+        reason = f"no kernel casts to {how.format} like this"
+    else:
+        reason = misplaced(x) or IMPLEMENTATIONS["cast_fp8"]["mosaic_gpu"].supports(problem, device)
+    if reason is None and not runs("cast_fp8", problem):
+        reason = f"{jax.device_count()} devices may cut x [{rows}, {columns}] inside 128"
+    return ", casts by mosaic_gpu" if reason is None else f", casts by XLA: {reason}"
+
+
+def dtype_of(how: Cast) -> str:
+    """The dtype name of the codes."""
+    return str(FORMATS[how.format].storage)
 
 
 def cast_both(
@@ -37,7 +76,7 @@ def cast_both(
     how: Cast,
     contracts: Sequence[Axes],
     pair: Sequence[blocks.Block],
-    scales: Callable[[int], tuple[jax.Array, jax.Array]],
+    scales: Callable[..., tuple[jax.Array, jax.Array]],
 ) -> tuple[QTensor, QTensor] | None:
     """X cast for two GEMMs from one read, the codes of each laid out as tensor cores take them.
 
@@ -47,14 +86,14 @@ def cast_both(
       contracts: the axes that each GEMM contracts.
       pair: the block of scales of each.
       scales: the number of a GEMM -> scales of its blocks and their reciprocals, for those that no
-        tile of 128 x 128 holds.
+        tile of 128 x 128 holds; it takes the largest magnitudes of the blocks where they are known.
 
     Returns:
       None where no kernel takes it.
     """
     if how.stochastic or how.hadamard or how.scale not in ("current", "delayed"):
         return None
-    kind, storage = KINDS.get(how.block), FORMATS[how.format].storage
+    kind, storage = KINDS.get(how.block), dtype_of(how)
     used = sorted({*contracts[0], *contracts[1]})
     layers = x.ndim - len(used)
     if kind is None or not all(contracts) or used != list(range(layers, x.ndim)):
@@ -64,26 +103,28 @@ def cast_both(
     if [*down, *along] != used:
         return None
     rows, columns = (math.prod(x.shape[a] for a in axes) for axes in (down, along))
-    if not isinstance(storage, str) or not storage.startswith("float8_e"):
+    if not storage.startswith("float8_e"):
         return None
     ordered = [list(c) for c in contracts] == [sorted(c) for c in contracts]
     whole = ordered and all(x.shape[axes[-1]] % BLOCK == 0 for axes in (along, down))
     if kind != "given" and not whole:  # blocks lie along the innermost axis that is contracted
         return None
     problem = CastProblem(rows, columns, kind, storage, x.dtype.name)
-    if _compat.explicit_sharding(x) is not None or not runs("cast_fp8", problem):
+    if misplaced(x) is not None or not runs("cast_fp8", problem):
         return None
     stack = x.shape[:layers]
     operands, found = [x.reshape(*stack, rows, columns)], ()
     if kind == "given":
-        found = (scales(last), scales(1 - last))
+        tops = _tops(operands[0], problem) if how.block is None else (None, None)
+        found = tuple(
+            scales(i, None if top is None else top.reshape(blocks.scale_shape(x.shape, pair[i])))
+            for i, top in zip((last, 1 - last), tops, strict=True)
+        )
         for (_, inverse), axes in zip(found, (down, along), strict=True):
             wide = jnp.broadcast_to(inverse, [*stack, *(_wide(inverse, x, a, axes) for a in used)])
             operands.append(_line(wide, layers, used, axes))
     run = lambda *v: cast_fp8(v[0], kind, *v[1:], dtype=storage)
-    for _ in range(layers):
-        run = jax.vmap(run)
-    codes, turned, *made = run(*operands)
+    codes, turned, *made = _mapped(run, layers)(*operands)
     turned = jnp.swapaxes(turned, -1, -2)
     if kind == "block":
         made = [jnp.swapaxes(made[0], -1, -2), made[1]]
@@ -104,6 +145,22 @@ def cast_both(
     return out[0], out[1]
 
 
+def _mapped(run: Callable[..., Any], layers: int) -> Callable[..., Any]:
+    for _ in range(layers):
+        run = jax.vmap(run)
+    return run
+
+
+def _tops(x: jax.Array, problem: CastProblem) -> tuple[Any, Any]:
+    """The largest magnitudes of whole rows and of whole columns, or None twice.
+
+    XLA would write |x| in float32 between the two: 10 bytes of traffic per element in place of 2.
+    """
+    if not runs("amax", Amax(problem.rows, problem.columns, problem.x)):
+        return None, None
+    return _mapped(amax, x.ndim - 2)(x)
+
+
 def _wide(inverse: jax.Array, x: jax.Array, axis: int, kept: Sequence[int]) -> int:
     return x.shape[axis] if axis in kept else inverse.shape[axis]
 
@@ -112,20 +169,15 @@ def _line(wide: jax.Array, layers: int, used: Sequence[int], kept: Sequence[int]
     return wide.reshape(*wide.shape[:layers], math.prod(wide.shape[a] for a in kept))
 
 
-def product(
-    a: QTensor, b: QTensor, numbers: Any, dtype: Any, turned: bool = False
-) -> jax.Array | None:
-    """`lax.dot_general` of operands in blocks of 128 along the contraction; None if no kernel does.
-
-    `turned`: the caller transposes the result, so the kernel writes the transpose of it.
-    """
+def product(a: QTensor, b: QTensor, numbers: Any, dtype: Any) -> jax.Array | None:
+    """`lax.dot_general` of operands in blocks of 128 along the contraction, or None."""
     (of_a, of_b), batch = numbers
     if any(batch) or not of_a:
         return None
     views = [_view(q, axes) for q, axes in ((a, of_a), (b, of_b))]
     if any(v is None for v in views) or all(v[3] for v in views):
         return None
-    swap = views[0][3] or (turned and not views[1][3])
+    swap = views[0][3]  # the kernel has tiles on the right
     left, right = views[::-1] if swap else views
     problem = Product(
         left[0].shape[0], right[0].shape[0], left[0].shape[1], not right[3], np.dtype(dtype).name
@@ -149,7 +201,7 @@ def _view(q: QTensor, contract: Axes) -> Any:
     wanted = {last: BLOCK, free[-1]: BLOCK} if tile else {last: BLOCK}
     if blocked != wanted or any(q.shape[axis] % BLOCK for axis in blocked):
         return None
-    if _compat.explicit_sharding(q.qvalue) is not None:
+    if misplaced(q.qvalue) is not None:
         return None
     width = math.prod(q.shape[a] for a in contract)
     codes = lax.transpose(q.qvalue, (*free, *contract)).reshape(-1, width)

@@ -39,7 +39,7 @@ class Dot(NamedTuple):
 
     def output(self, x: Operand, w: Operand, extra: tuple) -> jax.Array:
         pair = (x, w) if self.side == 1 else (w, x)
-        return _dot(*pair, self.numbers, self.out_dtype, self.out_sharding)
+        return _dot(*pair, self.numbers, self.out_dtype, self.out_sharding, 1 - self.side)
 
     def input_grad(self, g: Operand, w: Operand, extra: tuple, dtype: Any) -> jax.Array:
         return self._grad(g, w, 1 - self.side, dtype, self.x_sharding)
@@ -64,15 +64,20 @@ class Dot(NamedTuple):
     def _grad(self, g: Operand, other: Operand, side: int, dtype: Any, where: Any) -> jax.Array:
         """The gradient of the operand on `side`: g times the other one, axes put back."""
         (mine, my_batch), (theirs, batch) = self._of(side), self._of(1 - side)
-        contract = (self._in_output(1 - side), self._free(1 - side))
-        numbers = (contract, (tuple(range(len(batch))), batch))
-        axes = [*my_batch, *self._free(side), *(mine[theirs.index(a)] for a in sorted(theirs))]
+        free, shared = self._free(1 - side), tuple(range(len(batch)))
+        pair = ((g, self._in_output(1 - side), shared), (other, free, batch))
+        axes = [*self._free(side)], [mine[theirs.index(a)] for a in sorted(theirs)]
+        turn = max(axes[0], default=-1) > min(
+            axes[1], default=0
+        )  # then nothing is transposed after
+        first, second = pair[::-1] if turn else pair
+        axes = [*my_batch, *axes[turn], *axes[1 - turn]]
+        numbers = ((first[1], second[1]), (first[2], second[2]))
         if where is not None:
             spec = [*where.spec, *[None] * (len(axes) - len(where.spec))]
             where = NamedSharding(where.mesh, PartitionSpec(*(spec[a] for a in axes)))
-        order = np.argsort(axes).tolist()
-        y = _dot(g, other, numbers, dtype, where, order != sorted(order))
-        return lax.transpose(y, order)
+        y = _dot(first[0], second[0], numbers, dtype, where, 0 if turn else 1)
+        return lax.transpose(y, np.argsort(axes).tolist())
 
 
 class RaggedDot(NamedTuple):
@@ -138,25 +143,35 @@ def _is_constant(q: QTensor, contracted: Axes) -> bool:
     return all(block[a] >= q.shape[a] for a in contracted)
 
 
-def _dot(
-    a: Operand, b: Operand, numbers: Any, dtype: Any, where: Any, turned: bool = False
-) -> jax.Array:
-    """`lax.dot_general`, on codes where scales can follow, in `dtype`; transposed next if `turned`.
+def _dot(a: Operand, b: Operand, numbers: Any, dtype: Any, where: Any, scaled: int) -> jax.Array:
+    """`lax.dot_general`, on codes where scales can follow, in `dtype`.
 
-    One FP8 dot with the scales applied to its result is the form that XLA rewrites to cuBLASLt.
+    XLA rewrites two forms to cuBLASLt FP8: a product of codes, whose scales follow, and codes times
+    one scale of the whole tensor. cuBLASLt writes the dtype of the product, and a float32 product
+    costs as much time in memory as FP8 saves: bfloat16 results come from bfloat16 products. Where
+    each operand has one scale, theirs stand on operand `scaled`, and cuBLASLt applies them in
+    float32. That shall be the one that several products share: XLA joins products that share an
+    operand, which would then be none of FP8.
     """
     of_a = ops.Dot(numbers, 0, None, np.dtype(dtype), where)
     of_b = of_a._replace(weight_side=1)
     pair = ((a, numbers[0][0]), (b, numbers[0][1]))
     if not all(isinstance(q, QTensor) and _is_constant(q, axes) for q, axes in pair):
         if where is None and isinstance(a, QTensor) and isinstance(b, QTensor):
-            y = kernels.product(a, b, numbers, dtype, turned)
+            y = kernels.product(a, b, numbers, dtype)
             if y is not None:
                 return y
         y = of_a(_opened(b, a, b), _opened(a, a, b), (), jnp.float32)
         return y.astype(dtype)
     integer = jnp.issubdtype(a.qvalue.dtype, jnp.integer)
-    y = of_a(b.qvalue, a.qvalue, (), jnp.int32 if integer else jnp.float32).astype(jnp.float32)
+    short = dtype == jnp.bfloat16 and not integer
+    if short and a.scale.size == b.scale.size == 1:
+        scale = lax.mul(a.scale.reshape(()), b.scale.reshape(())).astype(dtype)
+        wide = [q.qvalue.astype(dtype) for q in (a, b)]
+        wide[scaled] = wide[scaled] * scale
+        return of_a(wide[1], wide[0], (), dtype)
+    preferred = jnp.int32 if integer else jnp.bfloat16 if short else jnp.float32
+    y = of_a(b.qvalue, a.qvalue, (), preferred).astype(jnp.float32)
     scales = of_a.place_weight_scale(a.scale, a, b, ()), of_b.place_weight_scale(b.scale, b, a, ())
     if all(s.size == 1 for s in scales):
         return ops.times(y, lax.mul(*scales)).astype(dtype)

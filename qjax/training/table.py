@@ -12,6 +12,7 @@ import numpy as np
 from qjax import _compat, ops, run, sharding, structural
 from qjax.interpret import Decline, Table, Thread
 from qjax.qtensor import QTensor
+from qjax.training import kernels
 from qjax.training.matmul import Dot, Held, RaggedDot, matmul
 from qjax.training.recipes import Use
 
@@ -182,7 +183,8 @@ def _run(
         state["noise"] = state["noise"] + jnp.array([0, 1], jnp.uint32)
     thread.value = state
     again = ", the weight cast at the use" if None in casts else ""
-    record(box, eqn, f"{use.recipe.name}{again}")
+    by = kernels.note(x, use.recipe.output[0], op.contracted()[0])
+    record(box, eqn, f"{use.recipe.name}{again}{by}")
     return [y]
 
 

@@ -1,0 +1,1 @@
+"""The largest magnitudes of rows and of columns, from one read."""

@@ -1,0 +1,46 @@
+"""Hopper through Pallas Mosaic GPU: what it supports, and how the work is cut."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+
+from pallas_kernels import hopper
+from pallas_kernels.amax.problem import BLOCK, Problem
+from pallas_kernels.frame import Device
+
+
+class Config(NamedTuple):
+    """How the work is cut.
+
+    Attributes:
+      tiles: of a block, one below the other.
+      steps: tiles in shared memory.
+    """
+
+    tiles: int = 4
+    steps: int = 2
+
+
+def supports(problem: Problem, device: Device) -> str | None:
+    """bfloat16 in multiples of 128, on an H100 or H200 with jax 0.11."""
+    reason = hopper.missing(device)
+    if reason is not None:
+        return reason
+    if problem.rows % BLOCK or problem.columns % BLOCK:
+        return f"x [{problem.rows}, {problem.columns}] must be of multiples of {BLOCK}"
+    if problem.x != "bfloat16":
+        return f"x is {problem.x}, it takes bfloat16"
+    return None
+
+
+def run(x: jax.Array, problem: Problem) -> tuple[jax.Array, jax.Array]:
+    """What `op.amax` returns."""
+    return _run(problem, Config(), x)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))  # traced once, so that XLA sees equal calls
+def _run(problem: Problem, config: Config, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    from pallas_kernels.amax import hopper_kernel  # needs a jax with Mosaic GPU
+
+    return hopper_kernel.kernel(problem, config)(x)
