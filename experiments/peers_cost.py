@@ -1,6 +1,6 @@
 """The peers' side of `ptq_cost.py`: torch only, run by an interpreter that has the peers.
 
-python experiments/peers_cost.py PROBLEM.npz RESULT.json
+python experiments/peers_cost.py PROBLEM.npz RESULT.json RUNS
 """
 
 import json
@@ -13,12 +13,12 @@ import peers_ptq
 import torch
 from llmcompressor.modifiers.gptq.helpers import accumulate_hessian, make_empty_hessian
 
-RUNS, SMALL, LARGE = 3, 1024, 4096
+SMALL, LARGE = 1024, 4096
 
 
 def median(call):
-    """The median of RUNS calls after one that is not counted; `call` returns seconds."""
-    return statistics.median([call() for _ in range(RUNS + 1)][1:])
+    """The median of some calls after one that is not counted; `call` returns seconds."""
+    return statistics.median([call() for _ in range(int(sys.argv[3]) + 1)][1:])
 
 
 def hessian(x):

@@ -1,6 +1,6 @@
 """What GPTQ costs on a CPU, beside llm-compressor and GPTQModel: seconds and memory.
 
-    PEERS=peers/bin/python python experiments/ptq_cost.py [--json OUT.json] [--skip model]
+    PEERS=peers/bin/python python experiments/ptq_cost.py [--runs 3] [--json OUT.json]
 
 The peers' environment is that of `compare_ptq.py`; without PEERS their columns stay empty. One
 after the other in one run, medians, the first call left out (it compiles):
@@ -38,7 +38,7 @@ import qjax
 from qjax import evaluate, models
 from qjax.statistics import add, empty, totals
 
-SPEC, GROUP, RUNS = "int4_g128", 128, 3
+SPEC = "int4_g128"
 BATCH, BATCHES = 2048, 128
 SMALL, LARGE = 1024, 4096
 QWIX = 96.0  # seconds that qwix took for 256x256, see docs/peers.md
@@ -49,21 +49,28 @@ CALIBRATION = pathlib.Path(__file__).parent / "data" / "moby_dick_calibration.tx
 def main() -> int:
     """Measures, prints a table and what was met; 1 if something was missed."""
     args = arguments()
-    found: dict[str, Any] = {"load at start": os.getloadavg()[0], "cores": os.cpu_count()}
+    found: dict[str, Any] = {"runs": args.runs, "cores": os.cpu_count(), "load": []}
     x, w = problem(LARGE)
-    found["qjax"] = {
-        f"solve {SMALL}": solving(x[:, :SMALL], w[:SMALL, :SMALL]),
-        f"hessian {LARGE}": hessian(x),
-        f"solve {LARGE}": solving(x, w),
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "qjax": lambda: {"qjax": own(x, w, args.runs)},
+        "peers": lambda: peers(x, w, args.runs) if "PEERS" in os.environ else {},
+        "model": lambda: {} if args.skip == "model" else {"model": whole(args)},
     }
-    if "PEERS" in os.environ:
-        found |= peers(x, w)
-    if args.skip != "model":
-        found["model"] = whole(args)
-    found["load at end"] = os.getloadavg()[0]
-    if args.json is not None:
-        args.json.write_text(json.dumps(found, indent=1))
+    for part in parts.values():
+        found["load"].append(os.getloadavg()[0])
+        found |= part()
+        if args.json is not None:
+            args.json.write_text(json.dumps(found, indent=1))
     return show(found)
+
+
+def own(x: np.ndarray, w: np.ndarray, runs: int) -> dict[str, float]:
+    """Seconds by name."""
+    return {
+        f"solve {SMALL}": solving(x[:, :SMALL], w[:SMALL, :SMALL], runs),
+        f"hessian {LARGE}": hessian(x, runs),
+        f"solve {LARGE}": solving(x, w, runs),
+    }
 
 
 def problem(size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -75,17 +82,17 @@ def problem(size: int) -> tuple[np.ndarray, np.ndarray]:
     return x, rng.normal(size=(size, size)).astype(np.float32) / 30
 
 
-def median(call: Callable[[], Any]) -> float:
-    """The median of RUNS calls after one that is not counted."""
+def median(call: Callable[[], Any], runs: int) -> float:
+    """The median of some calls after one that is not counted."""
     seconds = []
-    for _ in range(RUNS + 1):
+    for _ in range(runs + 1):
         start = time.perf_counter()
         jax.block_until_ready(call())
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[1:])
 
 
-def hessian(x: np.ndarray) -> float:
+def hessian(x: np.ndarray, runs: int) -> float:
     """Seconds to add one batch to a Hessian, as calibration does."""
     needs, rows = frozenset({"hessian"}), jnp.asarray(x)
     zero = empty(jax.eval_shape(lambda x: totals(x, 0, None, needs), rows))
@@ -96,23 +103,23 @@ def hessian(x: np.ndarray) -> float:
         held[0] = step(held[0], rows)
         return held[0]
 
-    return median(once)
+    return median(once, runs)
 
 
-def solving(x: np.ndarray, w: np.ndarray) -> float:
+def solving(x: np.ndarray, w: np.ndarray, runs: int) -> float:
     """Seconds of GPTQ with the Hessian given."""
     stats, spec = qjax.Stats(hessian=jnp.asarray(x.T @ x)), qjax.Spec.parse(SPEC)
     rows, solver = jnp.asarray(w), qjax.gptq(act_order=None)
-    return median(lambda: solver.quantize(rows, spec, stats))
+    return median(lambda: solver.quantize(rows, spec, stats), runs)
 
 
-def peers(x: np.ndarray, w: np.ndarray) -> dict[str, Any]:
+def peers(x: np.ndarray, w: np.ndarray, runs: int) -> dict[str, Any]:
     """What `peers_cost.py` measures with the same arrays: {peer: {name: seconds}}."""
     with tempfile.TemporaryDirectory() as folder:
         given, result = pathlib.Path(folder) / "problem.npz", pathlib.Path(folder) / "result.json"
         np.savez(given, x=x, w=w)
         script = pathlib.Path(__file__).with_name("peers_cost.py")
-        command = [os.environ["PEERS"], script, given, result]
+        command = [os.environ["PEERS"], script, given, result, str(runs)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         return json.loads(result.read_text())
 
@@ -202,6 +209,7 @@ def show(found: dict[str, Any]) -> int:
 def arguments() -> Any:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--json", type=pathlib.Path)
     parser.add_argument("--model", type=pathlib.Path, help="a GGUF of SmolLM2-135M")
     parser.add_argument("--skip", choices=("model",), help="leave out the whole model")
