@@ -200,9 +200,8 @@ def show(found: dict[str, Any]) -> int:
         bars.append((text, m["memory"] <= room))
     for text, held in bars:
         print(f"{'met' if held else 'MISSED'}: {text}")
-    print(
-        f"load {found['load at start']:.1f} to {found['load at end']:.1f}, {found['cores']} cores"
-    )
+    load = ", ".join(f"{v:.1f}" for v in found["load"])
+    print(f"medians of {found['runs']}, load before each part {load}; {found['cores']} cores")
     return int(not all(held for _, held in bars))
 
 
