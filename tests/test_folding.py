@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import slow
 from tiny_models import CONFIGS, make, some_tokens, stacked
 
 import qjax
@@ -69,7 +70,7 @@ def scales(params):
     return sum(a is not None and a.input_scale is not None for a in acts)
 
 
-@pytest.mark.parametrize(("name", "scan"), [("qwen2", False), ("gemma3", True)])
+@pytest.mark.parametrize(("name", "scan"), [slow("qwen2", False), ("gemma3", True)])
 def test_all_scales_move_where_heads_that_share_values_share_scales(name, scan):
     layers = 2 if scan else 1
     model, params = family(name, layers, scan)

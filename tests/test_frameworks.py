@@ -89,7 +89,7 @@ MODELS = {"linen": (linen, 7), "nnx": (nnx_split, 7), "plain": (plain, 3)}
 
 
 @pytest.mark.parametrize("spec", [slow("int8"), slow("int4_g16"), "nf4_g16_dq", slow("fp8_e4m3")])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [slow(n) if n == "linen" else n for n in MODELS])
 def test_model_runs_on_codes(name, spec):
     make, weights = MODELS[name]
     apply, params = make()
@@ -103,7 +103,7 @@ def test_model_runs_on_codes(name, spec):
     assert relative_error(got, wanted) < 1e-5
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [slow(n) if n == "linen" else n for n in MODELS])
 def test_dynamic_activations(name):
     make, _ = MODELS[name]
     apply, params = make()

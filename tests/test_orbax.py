@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from helpers import slow
 from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
@@ -107,7 +108,7 @@ def placed(tree, dense_specs, on):
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-@pytest.mark.parametrize("spec", ["int8", "int4_g16", "nf4_g16_dq", "q5_k"])
+@pytest.mark.parametrize("spec", [slow("int8"), "int4_g16", slow("nf4_g16_dq"), "q5_k"])
 def test_another_mesh(spec, kind, tmp_path):
     tree = {"up": weight(256, 64), "down": weight(256, 12)}
     tree = {name: qjax.quantize(w, spec, axis=0) for name, w in tree.items()}
