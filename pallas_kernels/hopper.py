@@ -5,6 +5,8 @@ import jax
 from pallas_kernels.frame import Device
 from pallas_kernels.quantized_matmul.hopper_layout import is_hopper
 
+TILE = 128  # along both axes of what kernels read once and write twice
+
 
 def missing(device: Device) -> str | None:
     """Why no kernel for Hopper runs there, or None."""
@@ -13,3 +15,13 @@ def missing(device: Device) -> str | None:
     if tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11):
         return f"it needs jax 0.11 or newer, this is {jax.__version__}"
     return None
+
+
+def missing_tiles(device: Device, rows: int, columns: int, dtype: str) -> str | None:
+    """Why no kernel that goes over x by tiles runs there, or None."""
+    reason = missing(device)
+    if reason is not None:
+        return reason
+    if rows % TILE or columns % TILE:
+        return f"x [{rows}, {columns}] must be of multiples of {TILE}"
+    return None if dtype == "bfloat16" else f"x is {dtype}, it takes bfloat16"

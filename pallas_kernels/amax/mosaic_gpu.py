@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 
 from pallas_kernels import hopper
-from pallas_kernels.amax.problem import BLOCK, Problem
+from pallas_kernels.amax.problem import Problem
 from pallas_kernels.frame import Device
 
 
@@ -24,14 +24,7 @@ class Config(NamedTuple):
 
 def supports(problem: Problem, device: Device) -> str | None:
     """bfloat16 in multiples of 128, on an H100 or H200 with jax 0.11."""
-    reason = hopper.missing(device)
-    if reason is not None:
-        return reason
-    if problem.rows % BLOCK or problem.columns % BLOCK:
-        return f"x [{problem.rows}, {problem.columns}] must be of multiples of {BLOCK}"
-    if problem.x != "bfloat16":
-        return f"x is {problem.x}, it takes bfloat16"
-    return None
+    return hopper.missing_tiles(device, problem.rows, problem.columns, problem.x)
 
 
 def run(x: jax.Array, problem: Problem) -> tuple[jax.Array, jax.Array]:
