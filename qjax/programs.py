@@ -357,7 +357,8 @@ class Runner:
         wants = tuple(needs[u.path] for u in marker.units)
         sizes = tuple(shapes[u] for u in marker.units)
         eqn = marker.eqn
-        key = (_text(eqn), tags, marker.masked, wants, sizes)
+        plain = [t if t is None else (t.value, t.path, t.axes, t.starts, t.loops) for t in tags]
+        key = (_text(eqn), *plain, marker.masked, wants, sizes)
 
         def collect(values: Sequence[Any]) -> dict[int, Stats]:
             values = [self._opened(v) for v in values]
