@@ -43,7 +43,8 @@ def test_int8_costs_less_than_promised_and_the_codes_of_the_file_cost_nothing(sm
         smollm2.batches(loaded, 4, 512, 1),
     )
     assert 20 < base.value < 100
-    assert found["int8"].ratio < 1.007
+    int8 = found["int8"]  # half a percent, as over 64 windows; four are known to 3 standard errors
+    assert int8.ratio - 3 * int8.ratio_standard_error < 1.005
     assert 0 < found["int8"].kl < 0.01
     assert found["file"].ratio == pytest.approx(1, abs=1e-5)
     assert found["file"].kl < 1e-5
