@@ -85,7 +85,7 @@ def _x(rows=256, columns=384):
     rng = np.random.default_rng(1)
     x = rng.normal(size=(rows, columns)) * 2.0 ** rng.integers(-20, 20, (rows, columns))
     x[:128, 128:256] = 0
-    x[128:, :128] = 2.0**-115 * rng.uniform(1, 2, (128, 128))  # below the least amax
+    x[128:256, :128] = 2.0**-115 * rng.uniform(1, 2, (128, 128))  # below the least amax
     return jnp.asarray(x, jnp.bfloat16)
 
 
