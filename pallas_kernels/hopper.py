@@ -4,8 +4,7 @@ import jax
 
 from pallas_kernels.frame import Device
 from pallas_kernels.quantized_matmul.hopper_layout import is_hopper
-
-TILE = 128  # along both axes of what kernels read once and write twice
+from pallas_kernels.sharded import BLOCK
 
 
 def missing(device: Device) -> str | None:
@@ -22,6 +21,6 @@ def missing_tiles(device: Device, rows: int, columns: int, dtype: str) -> str | 
     reason = missing(device)
     if reason is not None:
         return reason
-    if rows % TILE or columns % TILE:
-        return f"x [{rows}, {columns}] must be of multiples of {TILE}"
+    if rows % BLOCK or columns % BLOCK:
+        return f"x [{rows}, {columns}] must be of multiples of {BLOCK}"
     return None if dtype == "bfloat16" else f"x is {dtype}, it takes bfloat16"
