@@ -64,6 +64,7 @@ class Table(NamedTuple):
         box beside it. It takes the equations and their inputs, the first in program order first,
         and returns the outputs of each that it took, None for the others.
       early: primitives that may run before their turn, to bring the box of a later such equation.
+      joins: whether a box is one that a joint rule may take; the others are not searched for mates.
     """
 
     is_box: Callable[[Any], bool]
@@ -75,6 +76,7 @@ class Table(NamedTuple):
     thread: Thread | None = None
     joint: Mapping[str, JointRule] = MappingProxyType({})
     early: Collection[str] = ()
+    joins: Callable[[Any], bool] = lambda box: False
 
 
 def interpret(table: Table, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
@@ -154,10 +156,10 @@ class _Mates:
         eqn, is_box = self._eqns[at], self._table.is_box
         if eqn.primitive.name not in self._table.joint:
             return [at]
-        shared = [
-            v for v in eqn.invars if not isinstance(v, _compat.Literal) and not is_box(values[v])
-        ]
-        if len(shared) != 1 or len(shared) == len(eqn.invars):
+        known = [v for v in eqn.invars if not isinstance(v, _compat.Literal)]
+        boxes = [values[v] for v in known if is_box(values[v])]
+        shared = [v for v in known if not is_box(values[v])]
+        if len(shared) != 1 or not boxes or not all(map(self._table.joins, boxes)):
             return [at]
         found = [at]
         for other in self._readers[shared[0]]:

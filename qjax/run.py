@@ -193,7 +193,8 @@ def run_table(record: Record | None) -> Table:
     joint = {"dot_general": functools.partial(_joint_dots, note)}
     is_box = lambda v: isinstance(v, Box)
     early = frozenset(STRUCTURAL)
-    return Table(is_box, rules, open_box, slice_leading, shard, joint=joint, early=early)
+    joins = lambda box: isinstance(box.tensor, Prepared)
+    return Table(is_box, rules, open_box, slice_leading, shard, None, None, joint, early, joins)
 
 
 def carry(
