@@ -26,7 +26,9 @@ from qjax.transform import Decision, apply_decisions, decide
 
 Log = Callable[[Solved], None]
 
-_SPARE = 2 << 30  # bytes by which the live values of all batches may grow from stop to stop
+# By how many bytes the live values of all batches may grow from stop to stop: at most so many, and
+# not by more than this part of the parameters.
+_SPARE, _SPARE_PART = 2 << 30, 1 / 8
 
 
 def quantize_sequential(
@@ -154,6 +156,8 @@ class _Walk:
         self._codes: dict[Unit, QTensor] = {}
         self._totals: dict[Unit, Stats] = {}
         self._runner = Runner(run_table(None))
+        size = sum(getattr(v, "nbytes", 0) for v in held.values())
+        self._spare = min(_SPARE, _SPARE_PART * size)
         self._programs: list[_Path] = []
         numbers: dict[Any, int] = {}
         self._batches: list[_Batch] = []
@@ -198,6 +202,7 @@ class _Walk:
             there = self._ahead(batch, visit.position)
             atoms = path.markers[visit.position][0].atoms
             values = [self._value(path, there, atom) for atom in atoms]
+            jax.block_until_ready(found)  # so that two batches at most hold what they compute with
             found = observers[batch.program](found, values)
             stay = self._stays(batch, there, visit) if stay is None else stay
             if not stay:
@@ -264,7 +269,7 @@ class _Walk:
             return False
         used = self._programs[0].plan[batch.stop] if batch.stop >= 0 else ()
         growth = (there.nbytes - batch.nbytes) * len(self._batches)
-        return growth > _SPARE and not set(used) & set(visit.ready)
+        return growth > self._spare and not set(used) & set(visit.ready)
 
     def _task(self, unit: Unit, visit: _Visit, shared: Stats | None) -> Task:
         decision = self._needed[unit.path]

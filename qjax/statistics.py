@@ -16,7 +16,7 @@ from jax import lax
 from qjax.algorithms.base import Stats
 
 SAMPLES = 512  # tokens kept for algorithms that look at some
-_BLOCK = 1024  # features; of a Hessian with more, blocks above the diagonal are not computed
+_WHOLE, _BLOCK = 512, 1024  # features; of larger Hessians blocks above the diagonal are left out
 _RUN = 512  # tokens of one expert that are multiplied at once
 
 _MEANS = ("mean_abs", "second_moment")
@@ -151,7 +151,7 @@ def _largest(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 def _gram(x: jax.Array, lead: int) -> jax.Array:
     """x^T x over tokens, float32 `[*lead, in, in]`: its blocks on and below the diagonal."""
     batch, tokens, size = tuple(range(lead)), tuple(range(lead, x.ndim - 1)), x.shape[-1]
-    step = _BLOCK if size >= 2 * _BLOCK else max(size, 1)
+    step = max(size, 1) if size < _WHOLE else min(_BLOCK, 64 * -(-size // 256))  # of a quarter
     rows = []
     for start in range(0, size, step):
         stop = min(start + step, size)

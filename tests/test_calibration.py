@@ -229,6 +229,7 @@ def test_experts_of_a_ragged_dot_see_their_own_tokens(masked):
 
 
 def test_large_hessians_skip_blocks_above_the_diagonal():
+    """Four blocks, the last of 372 features."""
     x = normal(0, 3, 2100)
     (stats,) = qjax.calibrate(
         lambda p, x: x @ p["w"], {"w": normal(1, 2100, 2)}, [x], recipe(needs={"hessian"})

@@ -77,6 +77,7 @@ def test_batches_that_would_hold_too_much_stay_and_run_again(monkeypatch):
     shapes = {"a": (8, 8), "b": (8, 32), "c": (32, 8), "d": (8, 8)}
     p = {n: normal(i, *shape) for i, (n, shape) in enumerate(shapes.items())}
     xs = [normal(9, 5, 8), normal(10, 3, 8)]
+    monkeypatch.setattr("qjax.sequential._SPARE_PART", 1e9)  # of parameters this small
     wanted = qjax.quantize_sequential(fn, p, xs, RECIPE)
     monkeypatch.setattr("qjax.sequential._SPARE", 0)
     got = qjax.quantize_sequential(fn, p, xs, RECIPE)
