@@ -22,7 +22,7 @@ from ptq_gpu import hessian, inputs, measure, verdict
 
 import qjax
 from qjax import models
-from qjax.algorithms.gptq import _factor, _normalized
+from qjax.algorithms.gptq import _diagonal, _factor, _order
 from qjax.statistics import totals
 
 TEXTS = ("moby_dick_calibration.txt", "moby_dick_evaluation.txt")
@@ -170,7 +170,7 @@ def parts(args: Any, layers: int, net: float) -> None:
     sites = [(hidden, heads + 2 * shared), (heads, hidden), (hidden, 2 * wide), (wide, hidden)]
     count, spec, solver = args.windows // BATCH, qjax.Spec.parse("int4_g128"), qjax.gptq()
     gram = jax.jit(lambda x: totals(x, 0, None, frozenset({"hessian"})))
-    factor = jax.jit(lambda h: _factor(_normalized(h)[0], 0.01))
+    factor = jax.jit(lambda h: _factor(h, _order(_diagonal(h)[0], 1), 0.01))
     seconds: dict[str, float] = {"Hessians": 0.0, "factorization": 0.0, "columns": 0.0}
     for k, n in sites:
         x = inputs(BATCH * args.length, k)

@@ -115,19 +115,17 @@ def _quantize(
     block_size: int,
     within: jax.Array | None,
 ) -> tuple[QTensor, Notes]:
-    h, seen = _normalized(hessian.astype(np.promote_types(np.float32, hessian.dtype)))
+    h = hessian.astype(np.promote_types(np.float32, hessian.dtype))
     size = quantizing.block_of(spec, w.shape, (AXIS,))[0]
     kept = size if scales == "updated" and act_order == "static" else 1
-    order = _order(jnp.diag(h), kept)
+    order = None if act_order is None else _order(_diagonal(h)[0], kept)
     if act_order == "dynamic":
         w, within = w[order], None if within is None else within[order]
-    if act_order is not None:
-        h, seen = h[order][:, order], seen[order]
-    factor, variance, used = _factor(h, damping)
+    factor, variance, seen, used = _factor(h, order, damping)
     there, back = (order, jnp.argsort(order)) if act_order == "static" else (None, None)
     moved = lambda v, to: v if to is None else v[to]
     fmt, group = FORMATS[spec.format], np.arange(w.shape[0]) // size
-    exact = moved(w.astype(h.dtype), there)
+    exact = moved(w.astype(factor.dtype), there)
 
     if scales == "updated":
         rounding = functools.partial(_group, spec=spec, block_size=block_size)
@@ -157,26 +155,37 @@ def _order(diagonal: jax.Array, size: int) -> jax.Array:
     return jnp.lexsort(keys).astype(jnp.int32)
 
 
-def _normalized(h: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """H with a mean of 1 on its diagonal; features never seen stand apart, with 1. Who was seen."""
+def _diagonal(h: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """diag(H) with a mean of 1 over features that were seen, and 1 of others; seen; the mean."""
     diagonal = jnp.diag(h)
     seen = diagonal != 0
     mean = jnp.sum(diagonal) / jnp.maximum(jnp.sum(seen), 1).astype(h.dtype)
-    h = jnp.where(seen[:, None] & seen[None, :], h / jnp.where(mean > 0, mean, 1), 0)
-    return h + jnp.diag((~seen).astype(h.dtype)), seen
+    mean = jnp.where(mean > 0, mean, 1)
+    return jnp.where(seen, diagonal / mean, 1), seen, mean
 
 
-def _factor(h: jax.Array, damping: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """R and diag(D) of (h + damping * I) = R D R^T, and the damping it took; ones if none did.
+def _factor(
+    hessian: jax.Array, order: jax.Array | None, damping: float
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """R and diag(D) of h + damping * I = R D R^T, which features were seen, and the damping it took.
 
-    Written so that few arrays of the size of h are alive at once: what failed is read off the
-    diagonal, which `cholesky` fills with NaN too; rows are turned around once, at the end; and each
-    use of an identity makes its own, which a loop would carry.
+    h is the Hessian in this order with a mean of 1 on its diagonal; features never seen stand apart,
+    with 1. R and D are ones if every damping failed.
+
+    Written so that two arrays of the size of h are alive at once: each attempt makes its own from
+    the Hessian, in the order that `cholesky` wants; what failed is read off the diagonal, which it
+    fills with NaN too; and rows are turned around once, at the end.
     """
-    eye = lambda: jnp.eye(h.shape[0], dtype=h.dtype)
+    flip = lambda v: v[::-1] if order is None else v[order][::-1]
+    _, seen, mean = _diagonal(hessian)
+    known = flip(seen)
+    eye = lambda: jnp.eye(hessian.shape[0], dtype=hessian.dtype)
 
     def attempt(damping: jax.Array) -> jax.Array:
-        return jnp.linalg.cholesky(h[::-1, ::-1] + damping * eye(), symmetrize_input=False)
+        h = flip(flip(hessian).T).T / mean
+        h = jnp.where(known[:, None] & known[None, :], h, 0)
+        on_diagonal = damping + (~known).astype(h.dtype)
+        return jnp.linalg.cholesky(h + on_diagonal[None, :] * eye(), symmetrize_input=False)
 
     def failed(lower: jax.Array) -> jax.Array:
         return ~jnp.all(jnp.isfinite(jnp.diag(lower)))
@@ -185,13 +194,14 @@ def _factor(h: jax.Array, damping: float) -> tuple[jax.Array, jax.Array, jax.Arr
         count, damping, _ = state
         return count + 1, damping * 10, attempt(damping * 10)
 
-    first = jnp.asarray(damping, h.dtype)
+    first = jnp.asarray(damping, hessian.dtype)
     _, used, lower = lax.while_loop(
         lambda s: (s[0] < _ATTEMPTS) & failed(s[2]), again, (1, first, attempt(first))
     )
     good, diagonal = ~failed(lower), jnp.diag(lower)
     upper = jnp.where(good, lower / diagonal[None, :], eye())[::-1, ::-1]
-    return upper, jnp.where(good, diagonal[::-1] ** 2, 1), jnp.where(good, used, jnp.inf)
+    variance = jnp.where(good, diagonal[::-1] ** 2, 1)
+    return upper, variance, known[::-1], jnp.where(good, used, jnp.inf)
 
 
 @jax.tree_util.register_dataclass
