@@ -167,10 +167,10 @@ def _diagonal(h: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 def _factor(
     hessian: jax.Array, order: jax.Array | None, damping: float
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """R and diag(D) of h + damping * I = R D R^T, which features were seen, and the damping it took.
+    """R and diag(D) of h + damping * I = R D R^T, who was seen, and the damping it took.
 
-    h is the Hessian in this order with a mean of 1 on its diagonal; features never seen stand apart,
-    with 1. R and D are ones if every damping failed.
+    h is the Hessian in this order with a mean of 1 on its diagonal; features never seen stand
+    apart, with 1. R is the identity and D ones if every damping failed.
 
     Written so that two arrays of the size of h are alive at once: each attempt makes its own from
     the Hessian, in the order that `cholesky` wants; what failed is read off the diagonal, which it
