@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from qjax import activation, blocks
-from qjax.formats import FORMATS
+from qjax.formats import FORMATS, transpose_codes
 from qjax.qtensor import QTensor, dequantize
 
 Value: TypeAlias = Any  # jax.Array or QTensor: each function returns the kind that it is given
@@ -84,7 +84,8 @@ def transpose(x: Value, permutation: Sequence[int]) -> Value:
     places = np.argsort(permutation).tolist()
     on_activation = lambda act: activation.moved(act, places, x.shape, x.ndim)
     moves_last = permutation[-1] != x.ndim - 1
-    return _rebuild(x, moved, turn, turn, moves_last, on_activation)
+    turn_codes = lambda plane: transpose_codes(plane, permutation)
+    return _rebuild(x, moved, turn_codes, turn, moves_last, on_activation)
 
 
 def reshape(x: Value, shape: Sequence[int]) -> Value:

@@ -201,3 +201,14 @@ def test_on_a_gpu_narrow_codes_stay_as_they_lie(spec):
     text = {p: traced.lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "cuda")}
     assert text["cuda"].count("@LayoutConstraint") == 1
     assert "@LayoutConstraint" not in text["cpu"]
+
+
+@pytest.mark.parametrize("spec", ["int4_g8", "int2_g8"])
+def test_on_a_gpu_narrow_codes_turn_as_bytes(spec):
+    """XLA for a GPU does not compile the transposition of 2-bit integers, and copies that of 4."""
+    q = qjax.quantize(jnp.ones((16, 8)), spec, 1)
+    traced = jax.jit(qjax.quantized(lambda x, w: x @ w.T)).trace(jnp.ones((2, 8)), q)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    turned = [line for line in text.splitlines() if "stablehlo.transpose" in line]
+    assert any("xi8>" in line for line in turned)
+    assert not any(f"xi{n}>" in line for line in turned for n in (2, 4))

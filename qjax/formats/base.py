@@ -4,12 +4,13 @@ A format says how codes are held (`storage`), what they mean (`decode`) and how 
 becomes a code (`encode`). It knows nothing of scales or blocks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
+
+from qjax.formats.row_major import row_major
 
 Codes: TypeAlias = jax.Array | tuple[jax.Array, ...]
 
@@ -46,38 +47,45 @@ class Format(NamedTuple):
 def join_planes(fmt: Format, qvalue: Codes) -> jax.Array:
     """Codes of `fmt` as one array: planes are joined into uint8, a single array passes through."""
     if not isinstance(qvalue, tuple):
-        return _as_they_lie(qvalue)
+        return _as_they_lie(qvalue, qvalue.dtype.name)
     shape = qvalue[0].shape
     codes, shift = jnp.zeros(shape, jnp.uint8), 0
     for name, plane in zip(fmt.storage, qvalue, strict=True):
         packed = name == "uint1"
-        bits = unpack_bits(plane, shape[-1]) if packed else _as_they_lie(plane)
+        bits = unpack_bits(plane, shape[-1]) if packed else _as_they_lie(plane, name)
         codes = codes | (bits.astype(jnp.uint8) << jnp.uint8(shift))
         shift += PLANE_BITS[name]
     return codes
 
 
-def _as_they_lie(codes: jax.Array) -> jax.Array:
-    """The same codes, which XLA for a GPU may not transpose before they are decoded.
+def transpose_codes(plane: jax.Array, permutation: Sequence[int]) -> jax.Array:
+    """`lax.transpose` of codes, or of a plane of them; on a GPU narrow ones turn as whole bytes."""
+    name = plane.dtype.name
+    if name not in _NARROW:
+        return jax.lax.transpose(plane, permutation)
+    wide = _as_they_lie(plane, name).astype("uint8" if name.startswith("u") else "int8")
+    return _as_they_lie(jax.lax.transpose(wide, permutation), name).astype(name)
+
+
+def _as_they_lie(codes: jax.Array, dtype: str) -> jax.Array:
+    """The same codes, which XLA for a GPU may not transpose while they are held as `dtype`.
 
     It would copy a whole stack of 4-bit weights before the loop that reads them (jax 0.11), and
     fails to compile the transposition of 2-bit integers.
     """
-    if codes.dtype.name not in _NARROW:
-        return codes
-    stay = lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim))))
-    return jax.lax.platform_dependent(codes, cuda=stay, rocm=stay, default=lambda x: x)
+    return row_major(codes) if dtype in _NARROW else codes
 
 
 def split_planes(fmt: Format, codes: jax.Array) -> Codes:
     """Cuts joined codes into the planes that `fmt` stores; the inverse of `join_planes`."""
     if isinstance(fmt.storage, str):
-        return codes.astype(fmt.storage)
+        return _as_they_lie(codes, fmt.storage).astype(fmt.storage)
     planes, shift = [], 0
     for name in fmt.storage:
         width = PLANE_BITS[name]
         bits = (codes >> jnp.uint8(shift)) & jnp.uint8((1 << width) - 1)
-        planes.append(pack_bits(bits) if name == "uint1" else bits.astype(name))
+        held = pack_bits(bits) if name == "uint1" else _as_they_lie(bits, name).astype(name)
+        planes.append(held)
         shift += width
     return tuple(planes)
 
