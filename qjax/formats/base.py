@@ -4,7 +4,7 @@ A format says how codes are held (`storage`), what they mean (`decode`) and how 
 becomes a code (`encode`). It knows nothing of scales or blocks.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -58,13 +58,19 @@ def join_planes(fmt: Format, qvalue: Codes) -> jax.Array:
     return codes
 
 
-def transpose_codes(plane: jax.Array, permutation: Sequence[int]) -> jax.Array:
-    """`lax.transpose` of codes, or of a plane of them; on a GPU narrow ones turn as whole bytes."""
-    name = plane.dtype.name
+def move_codes(fn: Callable[..., jax.Array], *planes: jax.Array) -> jax.Array:
+    """`fn(*planes)`, which moves codes or planes of them; narrow ones move as whole bytes.
+
+    XLA for a CPU aborts on some concatenations of 2-bit integers (jax 0.10 to 0.12), and XLA for a
+    GPU does not compile their transposition.
+    """
+    name = planes[0].dtype.name
     if name not in _NARROW:
-        return jax.lax.transpose(plane, permutation)
-    wide = _as_they_lie(plane, name).astype("uint8" if name.startswith("u") else "int8")
-    return _as_they_lie(jax.lax.transpose(wide, permutation), name).astype(name)
+        return fn(*planes)
+    wide = "uint8" if name.startswith("u") else "int8"
+    return _as_they_lie(fn(*(_as_they_lie(p, name).astype(wide) for p in planes)), name).astype(
+        name
+    )
 
 
 def _as_they_lie(codes: jax.Array, dtype: str) -> jax.Array:
