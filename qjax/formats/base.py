@@ -97,11 +97,18 @@ def split_planes(fmt: Format, codes: jax.Array) -> Codes:
 
 
 def pack_bits(bits: jax.Array) -> jax.Array:
-    """Packs uint8 zeros and ones eight to a byte along the last axis, lowest bit first."""
+    """Packs uint8 zeros and ones eight to a byte along the last axis, lowest bit first.
+
+    By halves, not by a sum: XLA for a GPU writes a plane of 2 bits beside a sum from threads that
+    overwrite each other's part of a byte (jax 0.11).
+    """
     *rows, length = bits.shape
     padded = jnp.pad(bits, [(0, 0)] * len(rows) + [(0, -length % 8)])
     eights = padded.reshape(*rows, -(-length // 8), 8)
-    return jnp.sum(eights << _bit_numbers(eights.ndim), axis=-1, dtype=jnp.uint8)
+    parts = eights << _bit_numbers(eights.ndim)
+    for half in (4, 2, 1):
+        parts = parts[..., :half] | parts[..., half:]
+    return parts[..., 0]
 
 
 def unpack_bits(packed: jax.Array, length: int) -> jax.Array:
