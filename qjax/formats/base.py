@@ -9,7 +9,8 @@ from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
+
+from qjax.formats.row_major import row_major
 
 Codes: TypeAlias = jax.Array | tuple[jax.Array, ...]
 
@@ -46,48 +47,68 @@ class Format(NamedTuple):
 def join_planes(fmt: Format, qvalue: Codes) -> jax.Array:
     """Codes of `fmt` as one array: planes are joined into uint8, a single array passes through."""
     if not isinstance(qvalue, tuple):
-        return _as_they_lie(qvalue)
+        return _as_they_lie(qvalue, qvalue.dtype.name)
     shape = qvalue[0].shape
     codes, shift = jnp.zeros(shape, jnp.uint8), 0
     for name, plane in zip(fmt.storage, qvalue, strict=True):
         packed = name == "uint1"
-        bits = unpack_bits(plane, shape[-1]) if packed else _as_they_lie(plane)
+        bits = unpack_bits(plane, shape[-1]) if packed else _as_they_lie(plane, name)
         codes = codes | (bits.astype(jnp.uint8) << jnp.uint8(shift))
         shift += PLANE_BITS[name]
     return codes
 
 
-def _as_they_lie(codes: jax.Array) -> jax.Array:
-    """The same codes, which XLA for a GPU may not transpose before they are decoded.
+def move_codes(fn: Callable[..., jax.Array], *planes: jax.Array) -> jax.Array:
+    """`fn(*planes)`, which moves codes or planes of them; narrow ones move as whole bytes.
+
+    XLA for a CPU aborts on some concatenations of 2-bit integers (jax 0.10 to 0.12), and XLA for a
+    GPU does not compile their transposition.
+    """
+    name = planes[0].dtype.name
+    if name not in _NARROW:
+        return fn(*planes)
+    wide = "uint8" if name.startswith("u") else "int8"
+    return _as_they_lie(fn(*(_as_they_lie(p, name).astype(wide) for p in planes)), name).astype(
+        name
+    )
+
+
+def _as_they_lie(codes: jax.Array, dtype: str) -> jax.Array:
+    """The same codes, which XLA for a GPU may not transpose while they are held as `dtype`.
 
     It would copy a whole stack of 4-bit weights before the loop that reads them (jax 0.11), and
     fails to compile the transposition of 2-bit integers.
     """
-    if codes.dtype.name not in _NARROW:
-        return codes
-    stay = lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim))))
-    return jax.lax.platform_dependent(codes, cuda=stay, rocm=stay, default=lambda x: x)
+    return row_major(codes) if dtype in _NARROW else codes
 
 
 def split_planes(fmt: Format, codes: jax.Array) -> Codes:
     """Cuts joined codes into the planes that `fmt` stores; the inverse of `join_planes`."""
     if isinstance(fmt.storage, str):
-        return codes.astype(fmt.storage)
+        return _as_they_lie(codes, fmt.storage).astype(fmt.storage)
     planes, shift = [], 0
     for name in fmt.storage:
         width = PLANE_BITS[name]
         bits = (codes >> jnp.uint8(shift)) & jnp.uint8((1 << width) - 1)
-        planes.append(pack_bits(bits) if name == "uint1" else bits.astype(name))
+        held = pack_bits(bits) if name == "uint1" else _as_they_lie(bits, name).astype(name)
+        planes.append(held)
         shift += width
     return tuple(planes)
 
 
 def pack_bits(bits: jax.Array) -> jax.Array:
-    """Packs uint8 zeros and ones eight to a byte along the last axis, lowest bit first."""
+    """Packs uint8 zeros and ones eight to a byte along the last axis, lowest bit first.
+
+    By halves, not by a sum: XLA for a GPU writes a plane of 2 bits beside a sum from threads that
+    overwrite each other's part of a byte (jax 0.11).
+    """
     *rows, length = bits.shape
     padded = jnp.pad(bits, [(0, 0)] * len(rows) + [(0, -length % 8)])
     eights = padded.reshape(*rows, -(-length // 8), 8)
-    return jnp.sum(eights << _bit_numbers(eights.ndim), axis=-1, dtype=jnp.uint8)
+    parts = eights << _bit_numbers(eights.ndim)
+    for half in (4, 2, 1):
+        parts = parts[..., :half] | parts[..., half:]
+    return parts[..., 0]
 
 
 def unpack_bits(packed: jax.Array, length: int) -> jax.Array:
