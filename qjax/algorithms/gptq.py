@@ -122,7 +122,8 @@ def _quantize(
     if act_order == "dynamic":
         w, within = w[order], None if within is None else within[order]
     factor, variance, seen, used = _factor(h, order, damping)
-    there, back = (order, jnp.argsort(order)) if act_order == "static" else (None, None)
+    there = order if act_order == "static" else None
+    back = None if there is None else jnp.argsort(there)
     moved = lambda v, to: v if to is None else v[to]
     fmt, group = FORMATS[spec.format], np.arange(w.shape[0]) // size
     exact = moved(w.astype(factor.dtype), there)
