@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import math
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -128,8 +129,8 @@ class _Visit(NamedTuple):
 
 
 class _Batch(NamedTuple):
-    """A batch on its way: which program it runs, the stop before which it stands (-1 at the start),
-    and the values that are alive there.
+    """A batch on its way: which program it runs, the stop where it rests (-1 at the start), and the
+    values that are alive there.
     """
 
     program: int
@@ -164,7 +165,7 @@ class _Walk:
         for call in calls:
             if call.key not in numbers:
                 numbers[call.key] = len(self._programs)
-                self._programs.append(_Path(_program(call, held, tree, self._needs)))
+                self._programs.append(_Path(_program(call, held, tree, self._needs), needed))
             program = numbers[call.key]
             start = self._programs[program].start(call.arrays)
             self._batches.append(_Batch(program, -1, start))
@@ -200,8 +201,7 @@ class _Walk:
         for i, batch in enumerate(self._batches):
             path = self._programs[batch.program]
             there = self._ahead(batch, visit.position)
-            atoms = path.markers[visit.position][0].atoms
-            values = [self._value(path, there, atom) for atom in atoms]
+            values = self._reached(path, there, visit.position)
             jax.block_until_ready(found)  # so that two batches at most hold what they compute with
             found = observers[batch.program](found, values)
             stay = self._stays(batch, there, visit) if stay is None else stay
@@ -261,6 +261,20 @@ class _Walk:
             batch = path.keep(batch, stop, wanted, values)
         return batch
 
+    def _reached(self, path: "_Path", batch: _Batch, position: int) -> list[Any]:
+        """What is observed of a batch that rests at a stop."""
+        atoms = path.markers[position][0].atoms
+        if position not in path.reaches:
+            eqns = path.last(position)
+            made = {v for eqn in eqns for v in eqn.outvars}
+            wanted = [v for v in atoms if not isinstance(v, _compat.Literal) and v in made]
+            path.reaches[position] = wanted, *self._runner.stretch(eqns, wanted)
+        wanted, inputs, run = path.reaches[position]
+        values = run([self._value(path, batch, v) for v in inputs]) if wanted else []
+        found = dict(zip(wanted, values, strict=True))
+        known = lambda v: not isinstance(v, _compat.Literal) and v in found
+        return [found[v] if known(v) else self._value(path, batch, v) for v in atoms]
+
     def _stays(self, batch: _Batch, there: _Batch, visit: _Visit) -> bool:
         """Whether batches stay at the stop before, since they would hold too much at this one; they
         run from there again for the next. Not where that would run codes that are made here.
@@ -313,10 +327,23 @@ class _Walk:
         return Box(w, None) if is_qtensor(w) else w
 
 
-class _Path:
-    """A program and its stops: uses of the same input are one."""
+_Stretch = tuple[list[Any], Sequence[Any], Callable[..., Any]]  # wanted, inputs, function
 
-    def __init__(self, program: Program) -> None:
+# Elementwise, structural and sums: what a norm is made of.
+_CHEAP = frozenset(
+    "add add_any sub mul div neg square integer_pow sqrt rsqrt max min convert_element_type copy "
+    "broadcast_in_dim reshape squeeze expand_dims transpose reduce_sum select_n".split()
+)
+
+
+class _Path:
+    """A program and its stops: uses of the same input are one.
+
+    Batches rest at a stop, or a few cheap equations before it where less is alive there: of an
+    input and its norm only the input is kept, and the norm is made twice.
+    """
+
+    def __init__(self, program: Program, needed: Collection[str]) -> None:
         self.program = program
         groups: dict[str, list[Any]] = {}
         for marker in program.markers:
@@ -324,22 +351,28 @@ class _Path:
         self.markers = [tuple(group) for group in groups.values()]
         self.plan = [tuple(u for m in group for u in m.units) for group in self.markers]
         self.shared: dict[Any, Any] = {}
-        self.stretches: dict[int, tuple[list[Any], Sequence[Any], Callable[..., Any]]] = {}
+        self.stretches: dict[int, _Stretch] = {}
+        self.reaches: dict[int, _Stretch] = {}
         self._of_batch = self._dependent()
         self._last_eqn, self._last_stop = self._last_reads()
+        self._rests = [self._resting(stop, needed) for stop in range(len(self.markers))]
 
     def start(self, arrays: Sequence[Any]) -> dict[Any, Any]:
         """The values of a batch before the first equation."""
         batch = {v: s.what for v, s in self.program.sources.items() if s.kind == "batch"}
         return {v: arrays[i] for v, i in batch.items()}
 
-    def index(self, stop: int) -> int:
-        """The equation before which a stop stands."""
-        return 0 if stop < 0 else self.markers[stop][0].index
+    def rest(self, stop: int) -> int:
+        """The equation before which batches rest."""
+        return 0 if stop < 0 else self._rests[stop]
 
     def between(self, stop: int) -> Sequence[Any]:
-        """The equations between the stop before and this one."""
-        return self.program.eqns[self.index(stop - 1) : self.index(stop)]
+        """The equations from the rest before to this one."""
+        return self.program.eqns[self.rest(stop - 1) : self.rest(stop)]
+
+    def last(self, stop: int) -> Sequence[Any]:
+        """The equations from the rest to the stop."""
+        return self.program.eqns[self.rest(stop) : self.markers[stop][0].index]
 
     def alive(self, stop: int) -> list[Any]:
         """The variables that `between(stop)` makes and something later reads, in order."""
@@ -362,11 +395,38 @@ class _Path:
         """Forgets what was kept once and nothing reads from a stop on."""
         self.shared = {v: x for v, x in self.shared.items() if self._is_read(v, stop)}
         self.stretches = {i: run for i, run in self.stretches.items() if i > stop}
+        self.reaches = {i: run for i, run in self.reaches.items() if i > stop}
 
-    def _is_read(self, v: Any, stop: int) -> bool:
-        """Whether anything reads a variable from a stop on."""
-        end = self.index(stop)
-        return self._last_eqn.get(v, -1) >= end or self._last_stop.get(v, -1) >= stop
+    def _is_read(self, v: Any, stop: int, at: int | None = None) -> bool:
+        """Whether anything reads a variable from a stop on, whose rest is `at`."""
+        at = self.rest(stop) if at is None else at
+        return self._last_eqn.get(v, -1) >= at or self._last_stop.get(v, -1) >= stop
+
+    def _resting(self, stop: int, needed: Collection[str]) -> int:
+        """Where the fewest bytes of a batch are alive, at the stop or before cheap equations."""
+        index = at = self.markers[stop][0].index
+        size = lambda v: math.prod(v.aval.shape) * v.aval.dtype.itemsize
+        made = [v for eqn in self.program.eqns[:index] for v in eqn.outvars]
+        start = [v for v, s in self.program.sources.items() if s.kind == "batch"]
+        alive = [v for v in (*start, *made) if v in self._of_batch and self._is_read(v, stop, at)]
+        total = sum(map(size, alive))
+        best, least = at, total
+        held = set(alive)
+        while at > 0 and _is_cheap(self.program.eqns[at - 1]) and not self._takes(at - 1, needed):
+            at -= 1
+            eqn = self.program.eqns[at]
+            held -= set(eqn.outvars)
+            held |= {v for v in reads([eqn]) if v in self._of_batch}
+            total = sum(map(size, held))
+            if total < least:
+                best, least = at, total
+        return best
+
+    def _takes(self, index: int, needed: Collection[str]) -> bool:
+        """Whether an equation reads a weight that will be codes."""
+        sources = [self.program.sources.get(v) for v in reads([self.program.eqns[index]])]
+        whats = [s.what for s in sources if s is not None and s.kind in ("param", "layer")]
+        return any((w.path if isinstance(w, Unit) else w) in needed for w in whats)
 
     def _last_reads(self) -> tuple[dict[Any, int], dict[Any, int]]:
         """The last equation and the last stop that read each variable."""
@@ -387,6 +447,11 @@ class _Path:
             if any(v in found for v in reads([eqn])):
                 found.update(eqn.outvars)
         return found
+
+
+def _is_cheap(eqn: _compat.JaxprEqn) -> bool:
+    """Whether an equation may as well run twice."""
+    return eqn.primitive.name in _CHEAP
 
 
 def _program(

@@ -84,6 +84,27 @@ def test_batches_that_would_hold_too_much_stay_and_run_again(monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, dense(got), dense(wanted))
 
 
+def test_of_an_input_and_its_norm_only_the_input_is_kept():
+    def fn(p, x):
+        for w in (p["a"], p["b"], p["c"]):
+            mean = jnp.mean(x * x, axis=-1, keepdims=True)
+            x = x + (x * lax.rsqrt(mean + 1e-6)) @ w
+        return x
+
+    p = {n: normal(i, 8, 8) for i, n in enumerate("abc")}
+    xs, counts = [normal(9 + i, 7, 8) for i in range(3)], []
+
+    def progress(visits):
+        for visit in visits:
+            counts.append(sum(v.shape == (7, 8) for v in jax.live_arrays()))
+            yield visit
+
+    qjax.quantize_sequential(fn, p, xs, RECIPE, progress=progress)
+    before = counts[0]  # the batches
+    # each batch rests before the norm of the site that was done last
+    assert counts == [before, before, before + len(xs)]
+
+
 @pytest.mark.parametrize("cast", [False, True])
 def test_layers_of_a_scan_are_unrolled(cast):
     def fn(p, x):
