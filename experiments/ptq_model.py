@@ -157,7 +157,7 @@ def main() -> None:
             flush=True,
         )
     del params
-    if args.shape != "qwen3-30b-a3b":
+    if args.shape != "qwen3-30b-a3b" and not args.brief:
         parts(args, layers, net)
         check(SHAPES[args.shape]["hidden_size"])
 
@@ -229,6 +229,7 @@ def arguments() -> Any:
     parser.add_argument("--layers", type=int, default=0, help="fewer than the shape has")
     parser.add_argument("--windows", type=int, default=WINDOWS)
     parser.add_argument("--length", type=int, default=LENGTH)
+    parser.add_argument("--brief", action="store_true", help="leave out the parts and the check")
     return parser.parse_args()
 
 
