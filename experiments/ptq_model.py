@@ -151,9 +151,10 @@ def main() -> None:
     memory = device.memory_stats() or {}
     if "peak_bytes_in_use" in memory:
         spare = (memory["peak_bytes_in_use"] - held) / 2**30
+        bar = f" (bar {SPARE:.0f}: {verdict(spare <= SPARE)})" if args.shape == "llama-8b" else ""
         print(
             f"peak {memory['peak_bytes_in_use'] / 2**30:.1f} GiB, weights {held / 2**30:.1f}, "
-            f"beside them {spare:.1f} GiB (bar {SPARE:.0f}: {verdict(spare <= SPARE)})",
+            f"beside them {spare:.1f} GiB{bar}",
             flush=True,
         )
     del params
