@@ -277,11 +277,12 @@ class _Walk:
 
     def _stays(self, batch: _Batch, there: _Batch, visit: _Visit) -> bool:
         """Whether batches stay at the stop before, since they would hold too much at this one; they
-        run from there again for the next. Not where that would run codes that are made here.
+        run from there again for the next. Not at the start, where they are tokens, nor where that
+        would run codes that are made here.
         """
-        if batch.stop != visit.position - 1:
+        if batch.stop < 0 or batch.stop != visit.position - 1:
             return False
-        used = self._programs[0].plan[batch.stop] if batch.stop >= 0 else ()
+        used = self._programs[0].plan[batch.stop]
         growth = (there.nbytes - batch.nbytes) * len(self._batches)
         return growth > self._spare and not set(used) & set(visit.ready)
 
