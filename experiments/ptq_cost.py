@@ -11,7 +11,7 @@ after the other in one run, medians, the first call left out (it compiles):
 - SmolLM2-135M whole, int4_g64, 64 windows of 512 tokens: `quantize_sequential`, llm-compressor's
   `oneshot` and GPTQModel's `quantize`, each in a process of its own. Seconds, with compiling, and
   the largest resident memory above that before the call, beside half of the float model and the
-  activations: what of all windows is alive between two sites.
+  hidden states of all windows.
 
 glibc keeps what is freed for later, by default in an arena for each thread, and XLA allocates every
 buffer with it. So qjax's process runs with MALLOC_ARENA_MAX and MALLOC_MMAP_THRESHOLD_ set as in
@@ -196,9 +196,15 @@ def child(args: Any) -> None:
             start = time.perf_counter()
             run(batches, "GPTQ of the whole model")
             seconds = time.perf_counter() - start
-    held = sum(v.nbytes for v in jax.tree.leaves(floats))
-    found = {"seconds": seconds, "memory": memory[0], "memory, second call": again[0]}
-    args.child.write_text(json.dumps(found | {"model": held, "activations": alive[0]}))
+    found = {
+        "seconds": seconds,
+        "memory": memory[0],
+        "memory, second call": again[0],
+        "model": sum(v.nbytes for v in jax.tree.leaves(floats)),
+        "activations": args.windows * LENGTH * loaded.config.hidden_size * 4,
+        "alive": alive[0],
+    }
+    args.child.write_text(json.dumps(found))
 
 
 @contextmanager
@@ -257,9 +263,9 @@ def show(found: dict[str, Any], args: Any) -> int:
         room = 0.5 * m["model"] + m["activations"]
         text = (
             f"{m['memory'] / 2**20:.0f} MiB above the level before, at most {room / 2**20:.0f}: "
-            f"half of the model {m['model'] / 2**21:.0f}, activations "
-            f"{m['activations'] / 2**20:.0f}; {m['memory, second call'] / 2**20:.0f} above that "
-            "which the first call left"
+            f"half of the model {m['model'] / 2**21:.0f}, hidden states "
+            f"{m['activations'] / 2**20:.0f} (between sites {m['alive'] / 2**20:.0f} were alive); "
+            f"{m['memory, second call'] / 2**20:.0f} above what the first call left"
         )
         bars.append((text, m["memory"] <= room))
     for text, held in bars:
