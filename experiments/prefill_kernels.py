@@ -1,4 +1,4 @@
-"""Finds the fastest config of Hopper's kernel for m > 16 per shape, and its distance from the ceiling.
+"""Finds the fastest config of Hopper's kernel for m > 16 per shape, and how far the ceiling is.
 
 Checked and timed as in tune_kernels.py. T* is the larger of the time to read the bytes (weight, x
 and result) and the time of the operations at the rate of XLA's bfloat16 dot of 8192 cubed, measured
@@ -33,7 +33,11 @@ from pallas_kernels.quantized_matmul.problem import Problem, Weight
 
 SHAPES = [(8192, 8192), (4096, 28672), (4096, 4096), (14336, 4096), (4096, 6144)]  # k, n
 ROWS = (32, 64, 128, 256, 1024, 4096, 16384)
-FORMATS = {"int4": (SHAPES, ROWS), "int8": (SHAPES[:2], (64, 1024)), "fp8": (SHAPES[:2], (64, 1024))}
+FORMATS = {
+    "int4": (SHAPES, ROWS),
+    "int8": (SHAPES[:2], (64, 1024)),
+    "fp8": (SHAPES[:2], (64, 1024)),
+}
 CANDIDATES = int(os.environ.get("CANDIDATES", "5"))
 SECONDS = float(os.environ.get("SECONDS", "330"))  # no new shape is begun after so many
 CONFIGS = [  # that checks go through, where they fit
@@ -191,7 +195,10 @@ def main() -> None:
     per_us = rate()
     print(f"bfloat16 dot of 8192 cubed: {per_us / 1e6:.0f} TFLOP/s", flush=True)
     rows: list[dict[str, Any]] = []
-    print("format m k n | us, read us, T* us, us / T* | bf16 dot us / us | XLA us | config", flush=True)
+    print(
+        "format m k n | us, read us, T* us, us / T* | bf16 dot us / us | XLA us | config",
+        flush=True,
+    )
     only = [int(v) for v in os.environ.get("ROWS", "").split(",") if v]
     for name in names or ["int4"]:
         shapes, ms = FORMATS[name]

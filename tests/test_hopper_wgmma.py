@@ -6,25 +6,29 @@ device runs it so is checked on the device (experiments/prefill_kernels.py check
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from test_hopper import (
     H100,
     WEIGHTS,
-    _dense,
-    _from_floats,
     _halves,
     _operands,
     _order,
     _pack,
     _pairs,
-    _permuted,
 )
 
-from pallas_kernels.quantized_matmul import hopper_layout, mosaic_wgmma
+from pallas_kernels.dispatch import choose
+from pallas_kernels.quantized_matmul import hopper_layout, mosaic_gpu, mosaic_wgmma, problems
+from pallas_kernels.quantized_matmul.layouts import LAYOUTS
+from pallas_kernels.quantized_matmul.mosaic_wgmma import Config
 from pallas_kernels.quantized_matmul.problem import Problem, Weight
 
+MOSAIC = tuple(map(int, jax.__version__.split(".")[:2])) >= (0, 11)
+needs_mosaic = pytest.mark.skipif(not MOSAIC, reason="the kernels need jax 0.11 or newer")
 LANES = np.arange(32)
 R, C = LANES // 4, LANES % 4
 
@@ -107,3 +111,95 @@ def test_lanes_exchange_what_wgmma_wants_of_them(name: str) -> None:
                     known = wanted[k + e, 16 * row + R + 8 * (j % 2)]
                     inside = ~np.isnan(known)
                     np.testing.assert_array_equal((got - start)[inside], known[inside])
+
+
+def _twin(strips: int, half: int):
+    """What `fragments` returns for int4 in groups of 128 with bfloat16 scales, in plain jax."""
+
+    def decode(refs):
+        codes, scale = refs[0][...], refs[1][...]
+        words = codes.reshape(4, strips, 8, 4, 2, 2)[:, half]  # tile, r, c, block, step of decoding
+        shifts = 4 * lax.broadcasted_iota(jnp.int32, (1,) * 5 + (8,), 5)
+        nibbles = (words[..., None] >> shifts) & 15  # j + 4 e
+        cut = nibbles.reshape(4, 8, 4, 2, 2, 2, 2, 2)  # tile, r, c, block, i, e, j // 2, j % 2
+        cut = cut.transpose(0, 7, 1, 3, 2, 4, 6, 5).reshape(64, 64)
+        wide = jnp.stack([scale << 16, scale & jnp.int32(-65536)], 1)  # tile, half, r
+        wide = lax.bitcast_convert_type(wide, jnp.float32).reshape(64, 1)
+        return ((cut - 8).astype(jnp.float32) * wide).astype(jnp.bfloat16)
+
+    return decode
+
+
+@needs_mosaic
+@pytest.mark.parametrize("config", [Config(32, 2, 2), Config(64, 1, 3, width=1)])
+def test_the_interpreted_kernel_multiplies(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from pallas_kernels.quantized_matmul import hopper_wgmma
+
+    monkeypatch.setattr(hopper_wgmma, "MULTIPROCESSORS", 2)  # blocks take tiles in turns
+    weight = Weight(384, 320, 128, "int4", "bfloat16")
+    rng = np.random.default_rng(0)
+    codes = rng.integers(-8, 8, (weight.k, weight.n))
+    scale = rng.uniform(0.5, 2, (3, weight.n)).astype(jnp.bfloat16)
+    arrays = _pack({"codes": codes.astype("int4"), "scale": scale}, weight)
+    x = jnp.asarray(rng.normal(size=(83, weight.k)), jnp.bfloat16)
+    problem = Problem(83, weight, "hopper4", "bfloat16", "bfloat16")
+    twin = [_twin(config.strips, half) for half in range(config.strips)]
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        got = jax.jit(hopper_wgmma.kernel(problem, config, twin))(x, arrays)
+    w = (codes * np.repeat(scale.astype(np.float32), 128, 0)).astype(jnp.bfloat16)
+    truth = np.asarray(x, np.float64) @ w.astype(np.float64)
+    # float32 sums of 384 products of bfloat16, then half a unit of bfloat16: 2^-9
+    bound = (2**-9 + 384 * 2**-24) * np.abs(truth).max()
+    assert np.abs(np.asarray(got, np.float64) - truth).max() <= bound
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+    ("name", "config", "ends"),
+    [
+        ("zeros", Config(64, 2, 4, 2), ()),
+        ("offsets", Config(64, 1, 4, 1, 2), ()),
+        ("int8", Config(128, 1, 3), (True, "silu")),
+        ("nf4", Config(32, 2, 4), ()),
+    ],
+)
+def test_it_lowers_for_a_gpu(name: str, config: Config, ends: tuple) -> None:
+    weight, arrays = WEIGHTS[name], _pack(_operands(name), WEIGHTS[name])
+    layout = next(n for n in mosaic_gpu.LAYOUTS if LAYOUTS[n] is _order(weight))
+    problem = Problem(70, weight, layout, "bfloat16", "bfloat16", *ends)
+    if problem.bias:
+        arrays["bias"] = jnp.zeros(weight.n)
+    x = jnp.zeros((70, weight.k), jnp.bfloat16)
+    call = jax.jit(lambda x, a: mosaic_wgmma.launch(problem, config, x, a))
+    lowered = call.trace(x, arrays).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+
+
+@pytest.mark.parametrize("m", [17, 32, 128, 1000, 16384])
+def test_configs_fit_the_chip(m: int) -> None:
+    for weight in problems.LARGE.values():
+        layout = next(n for n in mosaic_gpu.LAYOUTS if LAYOUTS[n].supports(weight) is None)
+        problem = Problem(m, weight, layout, "bfloat16", "bfloat16")
+        found = list(mosaic_wgmma.configs(problem))
+        assert found
+        for us, config in found:
+            assert us > 0
+            assert mosaic_wgmma.fits(problem, config) is None
+            assert mosaic_wgmma.shared_bytes(problem, config) <= mosaic_gpu.SHARED_MEMORY
+            assert config.rows % (8 * config.split) == 0
+
+
+def test_dispatch_takes_it_from_seventeen_rows_on() -> None:
+    weight = Weight(4096, 4096, 128, "int4", "bfloat16")
+    problem = Problem(17, weight, "hopper4", "bfloat16", "bfloat16")
+    ask = lambda p: mosaic_wgmma.supports(p, H100) or ""
+    if not MOSAIC:
+        assert "jax 0.11 or newer" in ask(problem)
+        return
+    assert choose("quantized_matmul", problem, H100) == "mosaic_wgmma"
+    assert choose("quantized_matmul", problem._replace(m=16), H100) == "mosaic_gpu"
+    assert "x has 16 rows" in ask(problem._replace(m=16))
+    assert "not both multiples of 8" in ask(problem._replace(weight=weight._replace(n=4100)))
+    assert "x is float32" in ask(problem._replace(x="float32"))

@@ -39,9 +39,7 @@ def _array(values: list[list[ir.Value]], columns: int) -> fa.FragmentedArray:
 
 def _pairs(array: fa.FragmentedArray) -> list[list[ir.Value]]:
     """Its registers: two neighbors along m of channel r, then of r + 8, per 8 along m."""
-    return [
-        [llvm.extractelement(v, ptx.number(i)) for i in range(2)] for v in array.registers.flat
-    ]
+    return [[llvm.extractelement(v, ptx.number(i)) for i in range(2)] for v in array.registers.flat]
 
 
 def finish(problem: Problem, rows: int) -> Any:

@@ -49,9 +49,7 @@ def fragments(weight: Weight, deep: int, half: int) -> Any:
 
     @plgpu.inline_mgpu(
         arg_types=([plgpu.RefType()] * (1 + len(names)),),
-        return_type=plgpu.ShapeDtypeStruct(
-            (HALF, HALF), jnp.bfloat16, layout=plgpu.Layout.WGMMA
-        ),
+        return_type=plgpu.ShapeDtypeStruct((HALF, HALF), jnp.bfloat16, layout=plgpu.Layout.WGMMA),
     )
     def decode(ctx, refs):
         i32 = ir.IntegerType.get_signless(32)
@@ -59,9 +57,7 @@ def fragments(weight: Weight, deep: int, half: int) -> Any:
         warp, lane = ptx.lane()
         warp = arith.andi(warp, ptx.number(3))
         r, c = arith.shrui(lane, ptx.number(2)), arith.andi(lane, ptx.number(3))
-        start = arith.addi(
-            arith.muli(warp, ptx.number(words)), arith.muli(lane, ptx.number(4))
-        )
+        start = arith.addi(arith.muli(warp, ptx.number(words)), arith.muli(lane, ptx.number(4)))
         held = []
         for i in range(loads):
             place = ptx.add(start, (half * loads + i) * 128)

@@ -42,8 +42,14 @@ WARPGROUPS = 2  # that multiply; the next one loads
 TILES = CHANNELS // layout.ROWS
 
 
-def kernel(problem: Problem, config: Config) -> Callable[..., jax.Array]:
+def kernel(problem: Problem, config: Config, twin: Any = None) -> Callable[..., jax.Array]:
     """`f(x [m, k], arrays) -> [m, n]` for one problem.
+
+    Args:
+      problem: what is multiplied.
+      config: how the work is cut.
+      twin: to interpret the kernel, which knows neither inline code nor `wgmma` on registers: a
+        list of functions in place of `fragments`; what they return goes through shared memory.
 
     Raises:
       ValueError: if the config cannot run it.
@@ -56,7 +62,7 @@ def kernel(problem: Problem, config: Config) -> Callable[..., jax.Array]:
     names, wide = part_names(weight), c.strips * STRIP
     code_words = layout.code_words(weight) // 2 * c.strips
     words = [code_words, *(part_words(weight, n, c.strips) for n in names)]
-    decode = [fragments(weight, c.strips, half) for half in range(c.strips)]
+    decode = twin or [fragments(weight, c.strips, half) for half in range(c.strips)]
     clustered = c.split * c.shared > 1
     depth, per_tile = -(-weight.k // layout.DEPTH), 2 // c.strips  # tiles along k, their stages
     n_tiles = -(-weight.n // (CHANNELS * c.shared))
@@ -69,7 +75,9 @@ def kernel(problem: Problem, config: Config) -> Callable[..., jax.Array]:
     exchange = Exchange(CHANNELS * c.rows * 4)
     ends = ["scale"] * layout.per_channel(weight) + ["bias"] * problem.bias
 
-    def quantized_matmul(x_g, *refs, x_s, w_s, o_s, full, empty, slots=None, arrived=None):
+    def quantized_matmul(
+        x_g, *refs, x_s, w_s, o_s, full, empty, slots=None, arrived=None, a_s=None
+    ):
         weights, refs = refs[: len(words)], refs[len(words) :]
         channel_refs, o_g = list(refs[:-1]), refs[-1]
         group = lax.axis_index("wg")
@@ -110,9 +118,8 @@ def kernel(problem: Problem, config: Config) -> Callable[..., jax.Array]:
                         else:
                             fetch(held.at[row, deep, pl.ds(half * size, size)], stage.at[s])
 
-            if c.shared > 1:
-                for s in range(c.steps):  # a neighbor still arrives at barriers of this block
-                    plgpu.barrier_wait(empty.at[s])
+            for s in range(c.steps):  # a neighbor still arrives at barriers of this block
+                plgpu.barrier_wait(empty.at[s])
 
         @pl.when(group < WARPGROUPS)
         def _():
@@ -138,6 +145,10 @@ def kernel(problem: Problem, config: Config) -> Callable[..., jax.Array]:
 
                 def multiply(tile, half, acc, held):
                     at = pl.ds(half * STRIP if c.strips == 2 else 0, STRIP)
+                    if twin is not None:
+                        a_s[group] = held
+                        plgpu.commit_smem()
+                        held = a_s.at[group]
                     plgpu.wgmma(acc, held, x_s.at[stage(tile, half), :, at].transpose((1, 0)))
 
                 def finished(tile, half):
@@ -198,6 +209,8 @@ def kernel(problem: Problem, config: Config) -> Callable[..., jax.Array]:
     if c.split > 1:
         scratch["slots"] = plgpu.SMEM((WARPGROUPS * c.rows // 8 * 128 * 4,), F32)
         scratch["arrived"] = plgpu.SMEM((1, 2), i32)
+    if twin is not None:
+        scratch["a_s"] = plgpu.SMEM((WARPGROUPS, 64, STRIP), jnp.bfloat16, transforms=tiled(2))
     options: dict[str, Any] = {}
     if clustered:
         options = {"cluster": (c.split * c.shared,), "cluster_names": ("cluster",)}
