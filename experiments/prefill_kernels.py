@@ -52,7 +52,7 @@ CONFIGS = [  # that checks go through, where they fit
 
 def build(problem: Problem, config: Config) -> Any:
     """A program that is compiled when it is called."""
-    return jax.jit(lambda x, a: mosaic_wgmma.launch(problem, config, x, a))
+    return jax.jit(lambda x, a: mosaic_wgmma.launch(problem, config, (problem.weight.n,), x, [a]))
 
 
 def problem_of(m: int, weight: Weight, *ends: Any) -> Problem:
@@ -99,7 +99,30 @@ def check_all(names: list[str]) -> bool:
         check(n, m, CONFIGS if n == "int4 square" else CONFIGS[i % 2 :: 2])
         for i, (n, m) in enumerate(itertools.product(names, (17, 65, 264)))
     ]
-    return all(good)
+    return all([*good, *(check_joined(m) for m in (40, 300))])
+
+
+def check_joined(m: int) -> bool:
+    """Three weights of one x as one launch, and stacked weights in a scan."""
+    weights = [Weight(1024, n, 128, "int4", "bfloat16") for n in (512, 128, 256)]
+    made = [decode.operands(m, w, i) for i, w in enumerate(weights)]
+    x, arrays = made[0][0], [v[1] for v in made]
+    each = [problem_of(m, w) for w in weights]
+    assert mosaic_wgmma.joins(each) is None
+    ys = jax.jit(lambda x, a: mosaic_wgmma.run_joined(x, a, each))(x, arrays)
+    truths = [np.asarray(x, np.float64) @ v[2] for v in made]
+    xla = [decode.plain(x, a, p) for a, p in zip(arrays, each, strict=True)]
+    worst = lambda ys: max(decode.worst(y, t) for y, t in zip(ys, truths, strict=True))
+    stack = jax.tree.map(
+        lambda *v: jnp.stack(v), *[decode.operands(m, weights[0], i)[1] for i in (0, 5)]
+    )
+    one = lambda _, a: (None, mosaic_wgmma.run(x, a, each[0]))
+    scanned = jax.jit(lambda s: jax.lax.scan(one, None, s)[1])(stack)
+    other = np.asarray(x, np.float64) @ decode.operands(m, weights[0], 5)[2]
+    errors = worst(ys), decode.worst(scanned[0], truths[0]), decode.worst(scanned[1], other)
+    good = max(errors) <= 2 * worst(xla)
+    print(f"{'ok   ' if good else 'WRONG'} joined and scanned, m {m}: errors {errors}", flush=True)
+    return good
 
 
 def rate() -> float:
@@ -120,7 +143,7 @@ def tune(problem: Problem, buffers: list[Any]) -> list[tuple[float, Config]]:
     configs = candidates(problem)
 
     def one(config: Config) -> Any:
-        launch = lambda x, a: mosaic_wgmma.launch(problem, config, x, a)
+        launch = lambda x, a: mosaic_wgmma.launch(problem, config, (problem.weight.n,), x, [a])
         return ceilings.compiled(lambda x, w: [launch(x, a) for a in w], x, buffers)
 
     with concurrent.futures.ThreadPoolExecutor(len(configs)) as pool:
@@ -150,7 +173,7 @@ def measure(problem: Problem, buffers: list[Any], config: Config, per_us: float)
         jax.random.normal(key, shape, jnp.bfloat16)
         for key in jax.random.split(jax.random.key(seed), count)
     ]
-    launch = lambda x, a: mosaic_wgmma.launch(problem, config, x, a)
+    launch = lambda x, a: mosaic_wgmma.launch(problem, config, (problem.weight.n,), x, [a])
     turns = lambda parts: [(launch(x, a), jnp.dot(x, w), read(d)) for x, a, w, d in parts]
     # an x for each dot, since XLA joins dots of one
     parts = list(zip(make(1, m, k), buffers, make(2, k, n), data, strict=False))

@@ -18,7 +18,13 @@ IMPLEMENTATIONS: Mapping[str, Mapping[str, Implementation]] = {
         "mosaic_gpu": Implementation(
             mosaic_gpu.run, mosaic_gpu.supports, True, mosaic_gpu.run_joined, mosaic_gpu.joins
         ),
-        "mosaic_wgmma": Implementation(mosaic_wgmma.run, mosaic_wgmma.supports, True),
+        "mosaic_wgmma": Implementation(
+            mosaic_wgmma.run,
+            mosaic_wgmma.supports,
+            True,
+            mosaic_wgmma.run_joined,
+            mosaic_wgmma.joins,
+        ),
         "xla_cpu": Implementation(xla_cpu.run, xla_cpu.supports),
         "reference": Implementation(reference.run, reference.supports),
     },

@@ -132,22 +132,29 @@ def _twin(strips: int, half: int):
 
 @needs_mosaic
 @pytest.mark.parametrize("config", [Config(32, 2, 2), Config(64, 1, 3, width=1)])
-def test_the_interpreted_kernel_multiplies(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_interpreted_kernel_multiplies(
+    config: Config, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     from pallas_kernels.quantized_matmul import hopper_wgmma
 
     monkeypatch.setattr(hopper_wgmma, "MULTIPROCESSORS", 2)  # blocks take tiles in turns
-    weight = Weight(384, 320, 128, "int4", "bfloat16")
+    weight = Weight(384, 384, 128, "int4", "bfloat16")
     rng = np.random.default_rng(0)
     codes = rng.integers(-8, 8, (weight.k, weight.n))
     scale = rng.uniform(0.5, 2, (3, weight.n)).astype(jnp.bfloat16)
-    arrays = _pack({"codes": codes.astype("int4"), "scale": scale}, weight)
+    parts = [slice(0, 128), slice(128, 384)]  # two weights of one x
+    arrays = [
+        _pack({"codes": codes[:, p].astype("int4"), "scale": scale[:, p]}, weight._replace(n=n))
+        for p, n in zip(parts, (128, 256), strict=True)
+    ]
     x = jnp.asarray(rng.normal(size=(83, weight.k)), jnp.bfloat16)
     problem = Problem(83, weight, "hopper4", "bfloat16", "bfloat16")
     twin = [_twin(config.strips, half) for half in range(config.strips)]
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        got = jax.jit(hopper_wgmma.kernel(problem, config, twin))(x, arrays)
+        got = jax.jit(hopper_wgmma.kernel(problem, config, (128, 256), twin))(x, arrays)
+    assert "RACE" not in capfd.readouterr().out
     w = (codes * np.repeat(scale.astype(np.float32), 128, 0)).astype(jnp.bfloat16)
     truth = np.asarray(x, np.float64) @ w.astype(np.float64)
     # float32 sums of 384 products of bfloat16, then half a unit of bfloat16: 2^-9
@@ -172,7 +179,7 @@ def test_it_lowers_for_a_gpu(name: str, config: Config, ends: tuple) -> None:
     if problem.bias:
         arrays["bias"] = jnp.zeros(weight.n)
     x = jnp.zeros((70, weight.k), jnp.bfloat16)
-    call = jax.jit(lambda x, a: mosaic_wgmma.launch(problem, config, x, a))
+    call = jax.jit(lambda x, a: mosaic_wgmma.launch(problem, config, (weight.n,), x, [a]))
     lowered = call.trace(x, arrays).lower(lowering_platforms=("cuda",))
     assert "mosaic_gpu" in lowered.as_text()
 

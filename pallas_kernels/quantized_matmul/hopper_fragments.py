@@ -10,6 +10,7 @@ multiplies with; scales per channel are left to the sums.
 
 # The decorator of inline code keeps the type of what it wraps, which takes one argument more.
 # pyright: reportCallIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false
+# pyright: reportOptionalSubscript=false
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -10,10 +10,12 @@ adds up and writes its share of the rows; else they can share the tiles of x by 
 
 # The decorator of inline code keeps the type of what it wraps, which takes one argument more, and
 # jax 0.10, which is too old for the kernel, hides `ACC`.
-# pyright: reportCallIssue=false, reportPrivateImportUsage=false
+# pyright: reportCallIssue=false, reportPrivateImportUsage=false, reportOptionalSubscript=false
+# pyright: reportOptionalMemberAccess=false
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -42,12 +44,15 @@ WARPGROUPS = 2  # that multiply; the next one loads
 TILES = CHANNELS // layout.ROWS
 
 
-def kernel(problem: Problem, config: Config, twin: Any = None) -> Callable[..., jax.Array]:
-    """`f(x [m, k], arrays) -> [m, n]` for one problem.
+def kernel(
+    problem: Problem, config: Config, channels: Sequence[int] | None = None, twin: Any = None
+) -> Callable[..., jax.Array]:
+    """`f(x [m, k], [arrays of each weight]) -> [m, n]` for one problem.
 
     Args:
-      problem: what is multiplied.
+      problem: that of all weights side by side.
       config: how the work is cut.
+      channels: of each weight, multiples of 128; None for one weight.
       twin: to interpret the kernel, which knows neither inline code nor `wgmma` on registers: a
         list of functions in place of `fragments`; what they return goes through shared memory.
 
@@ -73,13 +78,24 @@ def kernel(problem: Problem, config: Config, twin: Any = None) -> Callable[..., 
     last = finish(problem, own_rows)
     parts = Parts(c.rows, c.split)
     exchange = Exchange(CHANNELS * c.rows * 4)
+    sizes = channels or [weight.n]
+    begins = [0, *itertools.accumulate(-(-n // CHANNELS) for n in sizes)]
     ends = ["scale"] * layout.per_channel(weight) + ["bias"] * problem.bias
 
     def quantized_matmul(
-        x_g, *refs, x_s, w_s, o_s, full, empty, slots=None, arrived=None, a_s=None
+        x_g,
+        *refs,
+        x_s,
+        w_s,
+        o_s,
+        full,
+        empty,
+        slots: Any = None,
+        arrived: Any = None,
+        a_s: Any = None,
     ):
-        weights, refs = refs[: len(words)], refs[len(words) :]
-        channel_refs, o_g = list(refs[:-1]), refs[-1]
+        weights = [refs[i * len(words) : (i + 1) * len(words)] for i in range(len(sizes))]
+        *channel_refs, o_g = refs[len(sizes) * len(words) :]
         group = lax.axis_index("wg")
         rank = lax.axis_index("cluster") if clustered else i32(0)
         if c.split > 1:
@@ -111,12 +127,21 @@ def kernel(problem: Problem, config: Config, twin: Any = None) -> Callable[..., 
                     block = x_g.at[pl.ds(mi * c.rows, c.rows), pl.ds(at * wide, wide)]
                     fetch(block, x_s.at[s], collective_axes="cluster" if c.shared > 1 else None)
                     deep, half = (at, 0) if c.strips == 2 else (at // 2, lax.rem(at, i32(2)))
-                    for held, stage, size in zip(weights, w_s, words, strict=True):
-                        row = pl.ds(ni * TILES, TILES)
-                        if held.shape[-1] == size:
-                            fetch(held.at[row, deep], stage.at[s])
-                        else:
-                            fetch(held.at[row, deep, pl.ds(half * size, size)], stage.at[s])
+
+                    def take(held, begin):
+                        row = pl.ds((ni - begin) * TILES, TILES)
+                        for array, stage, size in zip(held, w_s, words, strict=True):
+                            along = [] if array.shape[-1] == size else [pl.ds(half * size, size)]
+                            fetch(array.at[(row, deep, *along)], stage.at[s])
+
+                    if len(sizes) == 1:
+                        take(weights[0], 0)
+                        return
+                    for j, held in enumerate(weights):  # what is beyond the last reads as zeros
+                        here = ni >= begins[j]
+                        if j + 1 < len(weights):
+                            here = here & (ni < begins[j + 1])
+                        pl.when(here)(functools.partial(take, held, begins[j]))
 
             for s in range(c.steps):  # a neighbor still arrives at barriers of this block
                 plgpu.barrier_wait(empty.at[s])
@@ -227,9 +252,9 @@ def kernel(problem: Problem, config: Config, twin: Any = None) -> Callable[..., 
     )
 
     def call(x, arrays):
-        held = [arrays[n] for n in ("codes", *names)]
+        held = [one[n] for one in arrays for n in ("codes", *names)]
         whole = jnp.pad(x, ((0, _up(m, 8) - m), (0, _up(weight.k, STRIP) - weight.k)))
-        y = run(whole, *held, *(_of_channels(arrays[n], weight.n) for n in ends))
+        y = run(whole, *held, *(_of_channels([one[n] for one in arrays], sizes) for n in ends))
         return y[:m, : weight.n]
 
     return call
@@ -240,8 +265,13 @@ def _up(size: int, unit: int) -> int:
     return -(-size // unit) * unit
 
 
-def _of_channels(values: jax.Array, n: int) -> jax.Array:
-    """A number for each channel, float32, of whole tiles."""
-    if values.dtype == jnp.int32:  # scales, as they lie
-        values = lax.bitcast_convert_type(values, F32).reshape(-1)
-    return jnp.pad(values[:n], (0, _up(n, 2 * CHANNELS) - n))
+def _of_channels(held: Sequence[jax.Array], sizes: Sequence[int]) -> jax.Array:
+    """A number for each channel of all weights, float32, of whole tiles."""
+
+    def of_one(values, n):
+        if values.dtype == jnp.int32:  # scales, as they lie
+            values = lax.bitcast_convert_type(values, F32).reshape(-1)
+        return values[:n]
+
+    values = jnp.concatenate([of_one(*pair) for pair in zip(held, sizes, strict=True)])
+    return jnp.pad(values, (0, _up(sum(sizes), 2 * CHANNELS) - sum(sizes)))

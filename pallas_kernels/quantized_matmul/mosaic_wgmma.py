@@ -6,7 +6,7 @@ import functools
 import itertools
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -151,18 +151,45 @@ def supports(problem: Problem, device: Device) -> str | None:
     return None
 
 
+def joins(problems: Sequence[Problem]) -> str | None:
+    """None, or why weights of one x are not one launch."""
+    first, *rest = problems
+    if any(p._replace(weight=first.weight) != first for p in rest):
+        return "they differ in more than their weights"
+    if any(p.weight._replace(n=0) != first.weight._replace(n=0) for p in rest):
+        return "their weights differ in more than their channels"
+    odd = next((p.weight.n for p in problems if p.weight.n % CHANNELS), None)
+    return None if odd is None else f"{odd} channels do not fill tiles of {CHANNELS}"
+
+
 def run(x: jax.Array, arrays: dict[str, jax.Array], problem: Problem) -> jax.Array:
     """`x @ w` of one device, with its bias and activation."""
-    config = choose_config(problem, Device.default().kind)
+    (y,) = run_joined(x, [arrays], [problem])
+    return y
+
+
+def run_joined(
+    x: jax.Array, arrays: Sequence[dict[str, jax.Array]], problems: Sequence[Problem]
+) -> list[jax.Array]:
+    """`[x @ w for w in weights]`, one launch."""
+    whole = mosaic_gpu.whole_problem(problems)
+    config = choose_config(whole, Device.default().kind)
     assert config is not None, "supports() found one"
-    return launch(problem, config, x, arrays)
+    channels = tuple(p.weight.n for p in problems)
+    y = launch(whole, config, channels, x, list(arrays))
+    ends = list(itertools.accumulate(channels))
+    return [y[:, end - n : end] for end, n in zip(ends, channels, strict=True)]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))  # traced once for the layers of a model
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # traced once for the layers of a model
 def launch(
-    problem: Problem, config: Config, x: jax.Array, arrays: dict[str, jax.Array]
+    whole: Problem,
+    config: Config,
+    channels: tuple[int, ...],
+    x: jax.Array,
+    arrays: list[dict[str, jax.Array]],
 ) -> jax.Array:
-    """`[m, n]`."""
+    """`[m, n]` of all weights side by side."""
     from pallas_kernels.quantized_matmul import hopper_wgmma  # needs a jax with Mosaic GPU
 
-    return hopper_wgmma.kernel(problem, config)(x, arrays)
+    return hopper_wgmma.kernel(whole, config, channels)(x, arrays)
