@@ -1,9 +1,9 @@
 """What does the Hopper kernel cost in instructions? Compiled to SASS without a GPU, and counted.
 
 Exits with 1 where a kernel spills or takes more integer instructions per code than LIMITS says; for
-m > 16, where the compiler makes `wgmma` wait for what follows it, or a warp's product of 16 along k
-costs more instructions than WIDE_LIMITS: its scheduler has 128 cycles for each while the tensor cores
-multiply a tile of 256 rows, fewer in proportion for smaller ones. As to the limits for m <= 16: at
+m > 16, where the compiler makes `wgmma` wait for what follows it, or a product of 16 along k costs
+a warp more instructions than WIDE_LIMITS: its scheduler has 128 cycles for each while the tensor
+cores multiply a tile of 256 rows, fewer in proportion for smaller ones. As to m <= 16: at
 3.3 TB/s a scheduler of an H100 has time for about 4.2 of them (two cycles each) per byte of weight
 of a lane: 2.1 per 4-bit code, 4.2 per 8-bit code.
 
@@ -125,7 +125,7 @@ def wide(name: str, weight: Weight) -> list[str]:
     waits = "serialized" in report
     print(
         f"{name:6} {WIDE[0]}, {WIDE[1]}: {products} products in the loop, {each:.1f} instructions "
-        f"each, spilled {spilled[1] if spilled else '?'}, {'one by one' if waits else 'overlapping'}",
+        f"each, spilled {spilled[1] if spilled else '?'}, {'serial' if waits else 'overlapping'}",
         flush=True,
     )
     bad = waits or (spilled and int(spilled[1])) or each > WIDE_LIMITS[name]
