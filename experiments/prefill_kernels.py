@@ -141,7 +141,8 @@ def candidates(problem: Problem) -> list[Config]:
     """The best guesses."""
     guesses = [c for _, c in sorted(mosaic_wgmma.configs(problem))]
     known = mosaic_wgmma.choose_config(problem, jax.devices()[0].device_kind)
-    return list(dict.fromkeys([known] * (known is not None) + guesses))[:CANDIDATES]
+    first = [] if known is None else [known]
+    return list(dict.fromkeys([*first, *guesses]))[:CANDIDATES]
 
 
 def tune(problem: Problem, buffers: list[Any]) -> list[tuple[float, Config]]:
