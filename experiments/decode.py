@@ -207,7 +207,7 @@ def profile(config: Config, params: Any, batch: int, context: int) -> dict[str, 
         began = time.perf_counter()
         jax.block_until_ready(run(params, cache, tokens))
         walls.append(1e6 * (time.perf_counter() - began) / steps)
-    (call,) = ceilings.timed(run, params, cache, tokens, runs=1)
+    call, _ = ceilings.timed(run, params, cache, tokens, runs=2)
     scopes = {
         name.replace(".", "_"): scope
         for name, scope in re.findall(r'%?(\S+) = [^\n]*op_name="([^"]*)"', run.as_text())

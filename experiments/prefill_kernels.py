@@ -7,6 +7,7 @@ in the same run. The kernel, that dot of the same shape and the reader take turn
     python experiments/prefill_kernels.py check
     python experiments/prefill_kernels.py tune            # writes tables_wgmma/<card>.json
     python experiments/prefill_kernels.py tune int8       # this format only; other rows are kept
+    ROWS=32,64 SHAPES=8192x8192 python experiments/prefill_kernels.py tune    # k x n
 
 """
 
@@ -40,7 +41,7 @@ FORMATS = {
 }
 CANDIDATES = int(os.environ.get("CANDIDATES", "5"))
 SECONDS = float(os.environ.get("SECONDS", "330"))  # no new shape is begun after so many
-CHECKED = (17, 65, 264)  # m
+CHECKED = (17, 65, 264)  # m; of these, those that $ROWS lists
 CONFIGS = [  # that checks go through, where they fit
     Config(32, 2, 8),
     Config(64, 2, 5, 2),
@@ -49,6 +50,12 @@ CONFIGS = [  # that checks go through, where they fit
     Config(128, 1, 4),
     Config(128, 1, 4, 1, 2),
     Config(256, 1, 3),
+    Config(32, 2, 6, teams=2),
+    Config(32, 2, 5, 2, teams=2),
+    Config(64, 2, 4, teams=2),
+    Config(64, 2, 4, 4, teams=2),
+    Config(128, 2, 3, teams=2),
+    Config(128, 2, 3, 1, 2, teams=2),
 ]
 
 
@@ -72,9 +79,11 @@ def check(name: str, pool: concurrent.futures.Executor) -> bool:
         arrays["bias"] = bias
         sums = decode.ACTIVATIONS[activation](sums + np.asarray(bias, np.float64))
     jobs: list[Any] = []
-    for i, m in enumerate(CHECKED):
+    for i, m in enumerate(chosen("ROWS", CHECKED, int)):
         problem = problem_of(m, weight, activation is not None, activation)
-        configs = CONFIGS if name == "int4 square" else CONFIGS[i % 2 :: 2]
+        teams = chosen("TEAMS", (1, 2), int)
+        configs = [c for c in CONFIGS if c.teams in teams]
+        configs = configs if name == "int4 square" or len(teams) == 1 else configs[i % 2 :: 2]
         fits = [c for c in configs if mosaic_wgmma.fits(problem, c) is None]
         jobs += [
             (m, problem, c, pool.submit(build(problem, c).lower(whole[:m], arrays).compile))
@@ -139,7 +148,7 @@ def rate() -> float:
 
 def candidates(problem: Problem) -> list[Config]:
     """The best guesses."""
-    guesses = [c for _, c in sorted(mosaic_wgmma.configs(problem))]
+    guesses = [c for _, c in sorted(mosaic_wgmma.configs(problem, (1, 2)))]
     known = mosaic_wgmma.choose_config(problem, jax.devices()[0].device_kind)
     first = [] if known is None else [known]
     return list(dict.fromkeys([*first, *guesses]))[:CANDIDATES]
@@ -223,37 +232,42 @@ def main() -> None:
         if not check_all(names or list(decode.CHECKS)):
             raise SystemExit("the kernel is wrong")
         return
-    per_us = rate()
-    print(f"bfloat16 dot of 8192 cubed: {per_us / 1e6:.0f} TFLOP/s", flush=True)
-    rows: list[dict[str, Any]] = []
-    print(
-        "format m k n | us, read us, T* us, us / T* | bf16 dot us / us | XLA us | config",
-        flush=True,
-    )
-    only = [int(v) for v in os.environ.get("ROWS", "").split(",") if v]
+    found: list[tuple[str, Problem, Any, Config]] = []
     for name in names or ["int4"]:
         shapes, ms = FORMATS[name]
-        for k, n in shapes:
+        for k, n in chosen("SHAPES", shapes, lambda v: tuple(map(int, v.split("x")))):
             weight = decode.FORMATS[name][0](k, n)
             size = -(-n // 16) * -(-k // 128) * 4 * mosaic_gpu.tile_words(weight)
             buffers = decode.random_arrays(weight, ceilings.rotation(size))
-            for m in only or ms:
-                if time.time() - began > SECONDS:
-                    print("out of time")
-                    return
+            for m in chosen("ROWS", ms, int):
                 problem = problem_of(m, weight)
-                found = tune(problem, buffers)
-                if not found:
-                    continue
-                print("   ", [(round(us, 1), tuple(c)) for us, c in found], flush=True)
-                row = measure(problem, buffers, found[0][1], per_us)
-                print(
-                    f"{name} {m} {k} {n} | {row['us']} {row['read_us']} {row['best_us']} "
-                    f"{row['ratio']} | {row['of_bf16']} | {row['xla_us']} | {tuple(row['config'])}",
-                    flush=True,
-                )
-                rows.append({"format": name, **row})
-                write(card, per_us, rows)
+                timed = tune(problem, buffers)
+                print(f"{time.time() - began:.0f} s, {name} {m} {k} {n}:", end=" ")
+                print([(round(us, 1), tuple(c)) for us, c in timed], flush=True)
+                if timed:
+                    found.append((name, problem, buffers, timed[0][1]))
+    per_us = rate()
+    print(f"bfloat16 dot of 8192 cubed: {per_us / 1e6:.0f} TFLOP/s", flush=True)
+    print("format m k n | us, read us, T* us, us / T* | bf16 dot us / us | XLA us | config")
+    rows: list[dict[str, Any]] = []
+    for name, problem, buffers, config in found:
+        if time.time() - began > SECONDS:
+            print("out of time")
+            return
+        row = measure(problem, buffers, config, per_us)
+        print(
+            f"{name} {row['m']} {row['k']} {row['n']} | {row['us']} {row['read_us']} "
+            f"{row['best_us']} {row['ratio']} | {row['of_bf16']} | {row['xla_us']} | "
+            f"{tuple(row['config'])}",
+            flush=True,
+        )
+        rows.append({"format": name, **row})
+        write(card, per_us, rows)
+
+
+def chosen(variable: str, default: Any, read: Any) -> list[Any]:
+    """What an environment variable lists, with commas between, or all."""
+    return [read(v) for v in os.environ.get(variable, "").split(",") if v] or list(default)
 
 
 def write(card: str, per_us: float, rows: list[dict[str, Any]]) -> None:

@@ -20,6 +20,7 @@ CHANNELS = 128  # of a tile: two warpgroups of 64
 STRIP = 64  # of k, what the tensor cores take at once
 MULTIPROCESSORS = mosaic_gpu.MULTIPROCESSORS
 CLUSTERS = ((1, 1), (2, 1), (4, 1), (8, 1), (1, 2))  # blocks that split k, that share x
+TEAMS = (1,)  # that were checked on a device
 LEAST_ROWS = mosaic_gpu.MAX_ROWS + 1
 TABLES = pathlib.Path(__file__).parent / "tables_wgmma"
 # device kind -> what was measured on it; read once, since every matmul of a model asks
@@ -36,6 +37,7 @@ class Config(NamedTuple):
       split: blocks of a cluster that share k.
       shared: blocks of a cluster that share x by multicast; 1 where k is split.
       width: tiles along m, after which the next channels come.
+      teams: of two warpgroups in a block; two teams take a strip of every stage each.
     """
 
     rows: int = 256
@@ -44,6 +46,7 @@ class Config(NamedTuple):
     split: int = 1
     shared: int = 1
     width: int = 8
+    teams: int = 1
 
 
 def part_names(weight: Weight) -> list[str]:
@@ -70,7 +73,7 @@ def shared_bytes(problem: Problem, config: Config) -> int:
     """Shared memory of a block."""
     c, size = config, 2 if problem.out == "bfloat16" else 4
     total = c.steps * stage_bytes(problem.weight, c) + CHANNELS * c.rows // c.split * size
-    return total + (CHANNELS * c.rows * 4 if c.split > 1 else 0)
+    return total + CHANNELS * c.rows * 4 * (c.teams if c.split > 1 else c.teams - 1)
 
 
 def fits(problem: Problem, config: Config) -> str | None:
@@ -80,39 +83,42 @@ def fits(problem: Problem, config: Config) -> str | None:
         return "a copy takes at most 256 words of a tile"
     if c.split > 1 and (c.rows % (8 * c.split) or c.shared > 1 or tiles_k < c.split):
         return f"{c.split} blocks cannot split {tiles_k} tiles of k and {c.rows} rows"
+    if c.teams > 1 and (c.strips != c.teams or c.rows > 128):
+        return f"{c.teams} teams take as many strips, {c.strips}, and at most 128 rows, {c.rows}"
     if shared_bytes(problem, c) > mosaic_gpu.SHARED_MEMORY:
         return f"needs {shared_bytes(problem, c)} bytes of shared memory"
     return None
 
 
-def configs(problem: Problem) -> Iterator[tuple[float, Config]]:
+def configs(problem: Problem, of_teams: Sequence[int] = TEAMS) -> Iterator[tuple[float, Config]]:
     """Configs that can run, each with a guess at its microseconds."""
     weight, m = problem.weight, problem.m
     channels = -(-weight.n // CHANNELS)
-    for rows, (split, shared) in itertools.product((32, 64, 128, 192, 256), CLUSTERS):
+    for rows, (split, shared), teams in itertools.product(
+        (32, 64, 128, 192, 256), CLUSTERS, of_teams
+    ):
         if (rows > 32 and rows >= 2 * m) or (shared > 1 and (rows < 128 or channels < 2)):
             continue
-        strips = 1 if rows > 64 or hopper_layout.code_words(weight) > 256 else 2
+        narrow = teams == 1 and (rows > 64 or hopper_layout.code_words(weight) > 256)
         for steps in (12, 10, 8, 7, 6, 5, 4, 3):
-            config = Config(rows, strips, steps, split, shared)
+            config = Config(rows, 1 if narrow else 2, steps, split, shared, teams=teams)
             if fits(problem, config) is None:
                 yield _guess(problem, config, channels), config
                 break
 
 
 def _guess(problem: Problem, c: Config, channels: int) -> float:
-    """Microseconds: rounds of tiles, each as long as its products or its bytes take."""
+    """Microseconds: rounds of tiles of so many strips along k, as they were measured on an H200."""
     tiles = channels * -(-problem.m // c.rows) * c.split
-    # clusters of 4 and 8 do not fill the chip; where k is split there is no next tile to run into
-    usable = MULTIPROCESSORS - {1: 0, 2: 0, 4: 8, 8: 12}[c.split]
-    rounds = -(-tiles // usable) if c.split == 1 else max(1.0, tiles / usable)
-    depth = problem.weight.k / c.split / STRIP  # strips of a block
-    products = depth * max(4 * c.rows, 200) / 1600  # cycles at 1.6 GHz
-    weights = CHANNELS * STRIP * mosaic_gpu.tile_words(problem.weight) * 4 / 2048
-    size = weights + c.rows * STRIP * 2 / (2 * c.shared)  # x comes out of the L2 cache
-    read = depth * size * min(tiles, usable) / 3.0e6
-    after = c.rows / 128 + (1.5 if c.split > 1 else 0.5)
-    return rounds * (max(products, read) + after) + 3
+    # clusters of 4 and 8 do not fill every processing cluster of the chip
+    rounds = -(-tiles // (MULTIPROCESSORS - {1: 0, 2: 0, 4: 16, 8: 12}[c.split]))
+    strip = max(0.215 + 0.0011 * c.rows, 0.0027 * c.rows)
+    if c.teams > 1:
+        strip = max(0.14, 0.00275 * c.rows)
+    strip *= {192: 1.05, 256: 0.98 if c.shared > 1 else 1.0}.get(c.rows, 1.0)
+    after = 1 + c.rows / 128 + (1.5 if c.split > 1 else 0) + (0.5 if c.teams > 1 else 0)
+    depth = -(-problem.weight.k // hopper_layout.DEPTH) * 2 / c.split
+    return rounds * (depth * strip + after) + 2
 
 
 def choose_config(problem: Problem, kind: str) -> Config | None:
