@@ -50,12 +50,6 @@ CONFIGS = [  # that checks go through, where they fit
     Config(128, 1, 4),
     Config(128, 1, 4, 1, 2),
     Config(256, 1, 3),
-    Config(32, 2, 6, teams=2),
-    Config(32, 2, 5, 2, teams=2),
-    Config(64, 2, 4, teams=2),
-    Config(64, 2, 4, 4, teams=2),
-    Config(128, 2, 3, teams=2),
-    Config(128, 2, 3, 1, 2, teams=2),
 ]
 
 
@@ -81,9 +75,7 @@ def check(name: str, pool: concurrent.futures.Executor) -> bool:
     jobs: list[Any] = []
     for i, m in enumerate(chosen("ROWS", CHECKED, int)):
         problem = problem_of(m, weight, activation is not None, activation)
-        teams = chosen("TEAMS", (1, 2), int)
-        configs = [c for c in CONFIGS if c.teams in teams]
-        configs = configs if name == "int4 square" or len(teams) == 1 else configs[i % 2 :: 2]
+        configs = CONFIGS if name == "int4 square" else CONFIGS[i % 2 :: 2]
         fits = [c for c in configs if mosaic_wgmma.fits(problem, c) is None]
         jobs += [
             (m, problem, c, pool.submit(build(problem, c).lower(whole[:m], arrays).compile))
@@ -148,7 +140,7 @@ def rate() -> float:
 
 def candidates(problem: Problem) -> list[Config]:
     """The best guesses."""
-    guesses = [c for _, c in sorted(mosaic_wgmma.configs(problem, (1, 2)))]
+    guesses = [c for _, c in sorted(mosaic_wgmma.configs(problem))]
     known = mosaic_wgmma.choose_config(problem, jax.devices()[0].device_kind)
     first = [] if known is None else [known]
     return list(dict.fromkeys([*first, *guesses]))[:CANDIDATES]

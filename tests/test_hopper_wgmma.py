@@ -5,6 +5,7 @@ device runs it so is checked on the device (experiments/prefill_kernels.py check
 """
 
 import itertools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -210,3 +211,33 @@ def test_dispatch_takes_it_from_seventeen_rows_on() -> None:
     assert "x has 16 rows" in ask(problem._replace(m=16))
     assert "not both multiples of 8" in ask(problem._replace(weight=weight._replace(n=4100)))
     assert "x is float32" in ask(problem._replace(x="float32"))
+    assert "n = 64: none of 64 or less" in ask(problem._replace(weight=weight._replace(n=64)))
+
+
+@needs_mosaic
+def test_results_of_one_strip_are_padded_to_two() -> None:
+    """An index along an axis of one is dropped, and the second warpgroup would overwrite the first:
+    seen on a device.
+    """
+    weight = Weight(128, 40, 128, "int4", "bfloat16")
+    arrays = {n: jnp.zeros(v.shape, v.dtype) for n, v in LAYOUTS["hopper4"].shapes(weight).items()}
+    problem = Problem(24, weight, "hopper4", "bfloat16", "bfloat16")
+    call = lambda x, a: mosaic_wgmma.launch(problem, Config(32, 2, 3), (40,), x, [a])
+    x = jnp.zeros((24, 128), jnp.bfloat16)
+    text = jax.jit(call).trace(x, arrays).lower(lowering_platforms=("cuda",)).as_text()
+    (kernel,) = [line for line in text.splitlines() if "mosaic_gpu" in line]
+    assert kernel.rstrip().endswith("tensor<24x128xbf16>")
+
+
+def test_the_table_holds_what_can_run() -> None:
+    tables = sorted(mosaic_wgmma.TABLES.glob("*.json"))
+    assert tables
+    for path in tables:
+        table = json.loads(path.read_text())
+        assert table["command"]
+        for row in table["rows"]:
+            weight = Weight(row["k"], row["n"], 128, row["format"], "bfloat16")
+            problem = Problem(row["m"], weight, "hopper4", "bfloat16", "bfloat16")
+            config = Config(*row["config"])
+            assert mosaic_wgmma.fits(problem, config) is None
+            assert mosaic_wgmma.choose_config(problem, table["device"]) == config

@@ -26,7 +26,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.quantized_matmul import hopper_layout as layout
 from pallas_kernels.quantized_matmul.hopper_finish import Parts, finish
-from pallas_kernels.quantized_matmul.hopper_finish import slots as slot_count
 from pallas_kernels.quantized_matmul.hopper_fragments import fragments
 from pallas_kernels.quantized_matmul.hopper_sums import Exchange
 from pallas_kernels.quantized_matmul.mosaic_wgmma import (
@@ -41,7 +40,7 @@ from pallas_kernels.quantized_matmul.mosaic_wgmma import fits as misfit
 from pallas_kernels.quantized_matmul.problem import Problem
 
 F32 = jnp.float32
-MEMBERS = 2  # warpgroups of a team, 64 channels each
+WARPGROUPS = 2  # that multiply; the next one loads
 TILES = CHANNELS // layout.ROWS
 
 
@@ -77,9 +76,8 @@ def kernel(
     own_rows = c.rows // c.split
     blocks = count if c.split > 1 else min(count, MULTIPROCESSORS // c.shared)
     last = finish(problem, own_rows)
-    parts, held_back = Parts(c.rows, c.split, c.teams), slot_count(c.rows, c.split, c.teams)
-    exchange = Exchange(4 * held_back)
-    warpgroups = MEMBERS * c.teams  # that multiply; the next one loads
+    parts = Parts(c.rows, c.split)
+    exchange = Exchange(CHANNELS * c.rows * 4)
     sizes = channels or [weight.n]
     begins = [0, *itertools.accumulate(-(-n // CHANNELS) for n in sizes)]
     ends = ["scale"] * layout.per_channel(weight) + ["bias"] * problem.bias
@@ -113,7 +111,7 @@ def kernel(
                 ni = ni * c.shared + rank
             return mi, ni, info.local_index * (depth * per_tile)
 
-        @pl.when(group == warpgroups)
+        @pl.when(group == WARPGROUPS)
         def _():
             plgpu.set_max_registers(40, action="decrease")
 
@@ -148,9 +146,9 @@ def kernel(
             for s in range(c.steps):  # a neighbor still arrives at barriers of this block
                 plgpu.barrier_wait(empty.at[s])
 
-        def consume(team):
-            plgpu.set_max_registers(232 if c.teams == 1 else 112, action="increase")
-            member = group - MEMBERS * team
+        @pl.when(group < WARPGROUPS)
+        def _():
+            plgpu.set_max_registers(232, action="increase")
             for s in range(c.steps):
                 plgpu.barrier_arrive(empty.at[s])
 
@@ -165,9 +163,9 @@ def kernel(
 
                 def operand(tile, half):
                     s = stage(tile, half)
-                    if c.strips == 1 or half == 0 or c.teams > 1:
+                    if c.strips == 1 or half == 0:
                         plgpu.barrier_wait(full.at[s])
-                    mine = pl.ds(member * (TILES // MEMBERS), TILES // MEMBERS)
+                    mine = pl.ds(group * (TILES // 2), TILES // 2)
                     return decode[half % c.strips]([held.at[s, mine] for held in w_s])
 
                 def multiply(tile, half, acc, held):
@@ -180,7 +178,7 @@ def kernel(
 
                 def finished(tile, half):
                     plgpu.wgmma_wait(0)
-                    if c.strips == 1 or half == 1 or c.teams > 1:
+                    if c.strips == 1 or half == 1:
                         plgpu.barrier_arrive(empty.at[stage(tile, half)])
 
                 # Two strips a turn, so that the operands of two products have their own registers:
@@ -200,69 +198,44 @@ def kernel(
                     turn(end - begin - 1, held, last=True)
                     return acc[...]
 
-                # A team of several takes a strip of each stage: while one decodes others multiply.
-                def own_strips(acc):
-                    @pl.loop(0, end - begin)
-                    def _(tile):
-                        multiply(tile, team, acc, operand(tile, team))
-                        finished(tile, team)
-
-                    return acc[...]
-
-                of_team = product if c.teams == 1 else own_strips
-                total = pl.run_scoped(of_team, plgpu.ACC((64, c.rows), F32))
+                total = pl.run_scoped(product, plgpu.ACC((64, c.rows), F32))
                 if c.split > 1:
                     parts.send(total, slots, arrived)
-                elif team > 0:
-                    parts.leave(total, slots)
-                if c.split == 1 and c.teams > 1:
-                    parts.meet()
-                    if team == 0:
-                        total = parts.join(total, slots)
-                    parts.meet()
-                if team > 0:
-                    return
-                if c.split > 1:
                     exchange.wait(arrived.at[0])
                     total = parts.add(slots)
-                channel = jnp.broadcast_to(ni * CHANNELS + member * 64, (128,))
+                channel = jnp.broadcast_to(ni * CHANNELS + group * 64, (128,))
                 y = last(total, channel_refs, channel)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 if out.itemsize == 4:  # what is narrower is transposed as it is stored
                     y = plgpu.layout_cast(y, plgpu.Layout.WGMMA_TRANSPOSED)
-                o_s.at[member].transpose((1, 0))[...] = y
+                o_s.at[group].transpose((1, 0))[...] = y
                 plgpu.commit_smem()
                 where = (
                     pl.ds(mi * c.rows + (rank * own_rows if c.split > 1 else 0), own_rows),
-                    pl.ds(ni * CHANNELS + member * 64, 64),
+                    pl.ds(ni * CHANNELS + group * 64, 64),
                 )
-                plgpu.copy_smem_to_gmem(o_s.at[member], o_g.at[where])
+                plgpu.copy_smem_to_gmem(o_s.at[group], o_g.at[where])
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-        for team in range(c.teams):
-            here = (group >= MEMBERS * team) & (group < MEMBERS * (team + 1))
-            pl.when(here)(functools.partial(consume, team))
-
     tiled = lambda size: (plgpu.TilingTransform((8, 128 // size)), plgpu.SwizzleTransform(128))
-    emptied = plgpu.Barrier(num_arrivals=warpgroups, num_barriers=c.steps)
+    emptied = plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=c.steps)
     if c.shared > 1:
         emptied = plgpu.ClusterBarrier(
-            collective_axes=("cluster",), num_arrivals=warpgroups, num_barriers=c.steps
+            collective_axes=("cluster",), num_arrivals=WARPGROUPS, num_barriers=c.steps
         )
     scratch: dict[str, Any] = {
         "x_s": plgpu.SMEM((c.steps, c.rows, wide), jnp.bfloat16, transforms=tiled(2)),
         "w_s": [plgpu.SMEM((c.steps, TILES, size), jnp.int32) for size in words],
-        "o_s": plgpu.SMEM((MEMBERS, own_rows, 64), out, transforms=tiled(out.itemsize)),
+        "o_s": plgpu.SMEM((WARPGROUPS, own_rows, 64), out, transforms=tiled(out.itemsize)),
         "full": plgpu.Barrier(num_arrivals=1 + len(words), num_barriers=c.steps),
         "empty": emptied,
     }
-    if held_back:
-        scratch["slots"] = plgpu.SMEM((held_back,), F32)
     if c.split > 1:
+        scratch["slots"] = plgpu.SMEM((WARPGROUPS * c.rows // 8 * 128 * 4,), F32)
         scratch["arrived"] = plgpu.SMEM((1, 2), i32)
     if twin is not None:
-        scratch["a_s"] = plgpu.SMEM((warpgroups, 64, STRIP), jnp.bfloat16, transforms=tiled(2))
+        scratch["a_s"] = plgpu.SMEM((WARPGROUPS, 64, STRIP), jnp.bfloat16, transforms=tiled(2))
     options: dict[str, Any] = {}
     if clustered:
         options = {"cluster": (c.split * c.shared,), "cluster_names": ("cluster",)}
@@ -271,7 +244,7 @@ def kernel(
         out_type=jax.ShapeDtypeStruct((_up(m, 8), _wide(weight.n)), out),
         grid=(blocks,),
         grid_names=("sm",),
-        num_threads=warpgroups + 1,
+        num_threads=WARPGROUPS + 1,
         thread_name="wg",
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
@@ -293,8 +266,8 @@ def _up(size: int, unit: int) -> int:
 
 
 def _wide(size: int) -> int:
-    """As `_up` to 64, and at least two of them: along an axis of one TMA takes the second for the
-    first.
+    """As `_up` to 64, and at least two of them: a tile of 64 along an axis of 64 loses its index on
+    the way to TMA, so that the second would lie on the first.
     """
     return max(_up(size, STRIP), 2 * STRIP)
 

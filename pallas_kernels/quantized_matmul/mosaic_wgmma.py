@@ -20,7 +20,6 @@ CHANNELS = 128  # of a tile: two warpgroups of 64
 STRIP = 64  # of k, what the tensor cores take at once
 MULTIPROCESSORS = mosaic_gpu.MULTIPROCESSORS
 CLUSTERS = ((1, 1), (2, 1), (4, 1), (8, 1), (1, 2))  # blocks that split k, that share x
-TEAMS = (1,)  # that were checked on a device
 LEAST_ROWS = mosaic_gpu.MAX_ROWS + 1
 TABLES = pathlib.Path(__file__).parent / "tables_wgmma"
 # device kind -> what was measured on it; read once, since every matmul of a model asks
@@ -37,7 +36,6 @@ class Config(NamedTuple):
       split: blocks of a cluster that share k.
       shared: blocks of a cluster that share x by multicast; 1 where k is split.
       width: tiles along m, after which the next channels come.
-      teams: of two warpgroups in a block; two teams take a strip of every stage each.
     """
 
     rows: int = 256
@@ -46,7 +44,6 @@ class Config(NamedTuple):
     split: int = 1
     shared: int = 1
     width: int = 8
-    teams: int = 1
 
 
 def part_names(weight: Weight) -> list[str]:
@@ -73,7 +70,7 @@ def shared_bytes(problem: Problem, config: Config) -> int:
     """Shared memory of a block."""
     c, size = config, 2 if problem.out == "bfloat16" else 4
     total = c.steps * stage_bytes(problem.weight, c) + CHANNELS * c.rows // c.split * size
-    return total + CHANNELS * c.rows * 4 * (c.teams if c.split > 1 else c.teams - 1)
+    return total + (CHANNELS * c.rows * 4 if c.split > 1 else 0)
 
 
 def fits(problem: Problem, config: Config) -> str | None:
@@ -83,25 +80,21 @@ def fits(problem: Problem, config: Config) -> str | None:
         return "a copy takes at most 256 words of a tile"
     if c.split > 1 and (c.rows % (8 * c.split) or c.shared > 1 or tiles_k < c.split):
         return f"{c.split} blocks cannot split {tiles_k} tiles of k and {c.rows} rows"
-    if c.teams > 1 and (c.strips != c.teams or c.rows > 128):
-        return f"{c.teams} teams take as many strips, {c.strips}, and at most 128 rows, {c.rows}"
     if shared_bytes(problem, c) > mosaic_gpu.SHARED_MEMORY:
         return f"needs {shared_bytes(problem, c)} bytes of shared memory"
     return None
 
 
-def configs(problem: Problem, of_teams: Sequence[int] = TEAMS) -> Iterator[tuple[float, Config]]:
+def configs(problem: Problem) -> Iterator[tuple[float, Config]]:
     """Configs that can run, each with a guess at its microseconds."""
     weight, m = problem.weight, problem.m
     channels = -(-weight.n // CHANNELS)
-    for rows, (split, shared), teams in itertools.product(
-        (32, 64, 128, 192, 256), CLUSTERS, of_teams
-    ):
+    for rows, (split, shared) in itertools.product((32, 64, 128, 192, 256), CLUSTERS):
         if (rows > 32 and rows >= 2 * m) or (shared > 1 and (rows < 128 or channels < 2)):
             continue
-        narrow = teams == 1 and (rows > 64 or hopper_layout.code_words(weight) > 256)
+        strips = 1 if rows > 64 or hopper_layout.code_words(weight) > 256 else 2
         for steps in (12, 10, 8, 7, 6, 5, 4, 3):
-            config = Config(rows, 1 if narrow else 2, steps, split, shared, teams=teams)
+            config = Config(rows, strips, steps, split, shared)
             if fits(problem, config) is None:
                 yield _guess(problem, config, channels), config
                 break
@@ -113,10 +106,8 @@ def _guess(problem: Problem, c: Config, channels: int) -> float:
     # clusters of 4 and 8 do not fill every processing cluster of the chip
     rounds = -(-tiles // (MULTIPROCESSORS - {1: 0, 2: 0, 4: 16, 8: 12}[c.split]))
     strip = max(0.215 + 0.0011 * c.rows, 0.0027 * c.rows)
-    if c.teams > 1:
-        strip = max(0.14, 0.00275 * c.rows)
     strip *= {192: 1.05, 256: 0.98 if c.shared > 1 else 1.0}.get(c.rows, 1.0)
-    after = 1 + c.rows / 128 + (1.5 if c.split > 1 else 0) + (0.5 if c.teams > 1 else 0)
+    after = 1 + c.rows / 128 + (1.5 if c.split > 1 else 0)
     depth = -(-problem.weight.k // hopper_layout.DEPTH) * 2 / c.split
     return rounds * (depth * strip + after) + 2
 
@@ -151,6 +142,11 @@ def supports(problem: Problem, device: Device) -> str | None:
         return (
             f"k = {problem.weight.k} and n = {problem.weight.n} are not both multiples of 8, so "
             "rows are not aligned"
+        )
+    if min(problem.weight.k, problem.weight.n) <= STRIP:
+        return (
+            f"k = {problem.weight.k}, n = {problem.weight.n}: none of {STRIP} or less was checked "
+            "on a device"
         )
     if next(configs(problem), None) is None:
         return "no way to cut it fits the chip"
