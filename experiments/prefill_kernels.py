@@ -50,6 +50,7 @@ CONFIGS = [  # that checks go through, where they fit
     Config(128, 1, 4),
     Config(128, 1, 4, 1, 2),
     Config(256, 1, 3),
+    Config(256, 1, 3, 1, 2),
 ]
 
 

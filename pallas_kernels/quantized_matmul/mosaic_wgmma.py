@@ -19,7 +19,7 @@ from pallas_kernels.quantized_matmul.problem import Problem, Weight
 CHANNELS = 128  # of a tile: two warpgroups of 64
 STRIP = 64  # of k, what the tensor cores take at once
 MULTIPROCESSORS = mosaic_gpu.MULTIPROCESSORS
-CLUSTERS = ((1, 1), (2, 1), (4, 1), (8, 1), (1, 2))  # blocks that split k, that share x
+CLUSTERS = ((1, 1), (2, 1), (4, 1), (1, 2))  # blocks that split k, that share x: checked ones
 LEAST_ROWS = mosaic_gpu.MAX_ROWS + 1
 TABLES = pathlib.Path(__file__).parent / "tables_wgmma"
 # device kind -> what was measured on it; read once, since every matmul of a model asks
@@ -89,7 +89,7 @@ def configs(problem: Problem) -> Iterator[tuple[float, Config]]:
     """Configs that can run, each with a guess at its microseconds."""
     weight, m = problem.weight, problem.m
     channels = -(-weight.n // CHANNELS)
-    for rows, (split, shared) in itertools.product((32, 64, 128, 192, 256), CLUSTERS):
+    for rows, (split, shared) in itertools.product((32, 64, 128, 256), CLUSTERS):
         if (rows > 32 and rows >= 2 * m) or (shared > 1 and (rows < 128 or channels < 2)):
             continue
         strips = 1 if rows > 64 or hopper_layout.code_words(weight) > 256 else 2
@@ -103,10 +103,10 @@ def configs(problem: Problem) -> Iterator[tuple[float, Config]]:
 def _guess(problem: Problem, c: Config, channels: int) -> float:
     """Microseconds: rounds of tiles of so many strips along k, as they were measured on an H200."""
     tiles = channels * -(-problem.m // c.rows) * c.split
-    # clusters of 4 and 8 do not fill every processing cluster of the chip
-    rounds = -(-tiles // (MULTIPROCESSORS - {1: 0, 2: 0, 4: 16, 8: 12}[c.split]))
+    # clusters of 4 do not fill every processing cluster of the chip
+    rounds = -(-tiles // (MULTIPROCESSORS - {1: 0, 2: 0, 4: 16}[c.split]))
     strip = max(0.215 + 0.0011 * c.rows, 0.0027 * c.rows)
-    strip *= {192: 1.05, 256: 0.98 if c.shared > 1 else 1.0}.get(c.rows, 1.0)
+    strip *= 0.98 if c.shared > 1 and c.rows > 128 else 1.0
     after = 1 + c.rows / 128 + (1.5 if c.split > 1 else 0)
     depth = -(-problem.weight.k // hopper_layout.DEPTH) * 2 / c.split
     return rounds * (depth * strip + after) + 2
