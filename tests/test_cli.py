@@ -1,6 +1,8 @@
 """The command line as a user meets it: a process with standard output, errors and an exit code."""
 
+import contextlib
 import importlib.util
+import io
 import json
 import os
 import pathlib
@@ -35,9 +37,13 @@ def cli(*args, code=0, **options) -> subprocess.CompletedProcess:
 
 
 def cli_json(*args) -> dict:
-    done = cli(*args, "--json")
-    assert not done.stderr
-    return json.loads(done.stdout, parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+    """What a command prints with --json; in this process, which saves the start of another one."""
+    output, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        code = main([*map(str, args), "--json"])
+    assert (code, errors.getvalue()) == (0, "")
+    no_number = lambda name: pytest.fail(f"{name} in JSON")
+    return json.loads(output.getvalue(), parse_constant=no_number)
 
 
 @pytest.fixture
