@@ -27,6 +27,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def _leaks(request: pytest.FixtureRequest) -> None:
     """Runs the test under the leak check where the command line asks for it."""
     if request.config.getoption("leaks"):
+        if request.node.get_closest_marker("leaks_in_jax"):
+            pytest.skip("JAX's own tracers outlive their trace here")
         request.getfixturevalue("no_tracer_leaks")
 
 

@@ -32,7 +32,9 @@ from qjax.spec import WHOLE_SPECS
 LAYERS, SHAPE, ROWS = 3, (512, 512), 24
 EXACT = {"highest": 1e-5, "default": 2e-3}  # TF32 keeps 10 bits
 BOUNDS = {"/int8_token": 0.02, "/fp8_e4m3_token": 0.06}  # of the largest product
-SAME_ERROR = 1e-4
+SAME_ERROR = (
+    1e-3  # the searches of k-quants move by 2e-4 if weights do by one unit in the last place
+)
 
 
 def different(got: Any, wanted: Any) -> float:

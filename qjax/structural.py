@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from qjax import activation, blocks
-from qjax.formats import FORMATS
+from qjax.formats import FORMATS, move_codes
 from qjax.qtensor import QTensor, dequantize
 
 Value: TypeAlias = Any  # jax.Array or QTensor: each function returns the kind that it is given
@@ -84,7 +84,8 @@ def transpose(x: Value, permutation: Sequence[int]) -> Value:
     places = np.argsort(permutation).tolist()
     on_activation = lambda act: activation.moved(act, places, x.shape, x.ndim)
     moves_last = permutation[-1] != x.ndim - 1
-    return _rebuild(x, moved, turn, turn, moves_last, on_activation)
+    turn_codes = lambda plane: move_codes(lambda p: lax.transpose(p, permutation), plane)
+    return _rebuild(x, moved, turn_codes, turn, moves_last, on_activation)
 
 
 def reshape(x: Value, shape: Sequence[int]) -> Value:
@@ -304,16 +305,7 @@ def concatenate(xs: Sequence[Any], dimension: int) -> Any:
 
 
 def _concatenate_arrays(xs: Sequence[jax.Array], dimension: int) -> jax.Array:
-    dtype = xs[0].dtype
-    if dtype.name in (
-        "int2",
-        "uint2",
-        "int4",
-        "uint4",
-    ):  # XLA:CPU aborts on some concatenations of 2-bit integers
-        wide = jnp.int8 if dtype.name.startswith("int") else jnp.uint8
-        return lax.concatenate([x.astype(wide) for x in xs], dimension).astype(dtype)
-    return lax.concatenate(xs, dimension)
+    return move_codes(lambda *parts: lax.concatenate(parts, dimension), *xs)
 
 
 def take(

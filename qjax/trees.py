@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from qjax import structural
+from qjax.formats import move_codes
 from qjax.qtensor import QTensor, check_leaf, is_qtensor
 from qjax.tracing import param_path
 
@@ -97,7 +98,7 @@ def stack(trees: Sequence[Any]) -> Any:
             raise ValueError(
                 f"{param_path(path)}: what is held differently cannot be stacked: {held}"
             )
-        return jax.tree.map(lambda *parts: jnp.stack(parts), *leaves)
+        return jax.tree.map(lambda *parts: move_codes(lambda *v: jnp.stack(v), *parts), *leaves)
 
     return jax.tree_util.tree_map_with_path(join, *trees, is_leaf=is_qtensor)
 

@@ -201,3 +201,34 @@ def test_on_a_gpu_narrow_codes_stay_as_they_lie(spec):
     text = {p: traced.lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "cuda")}
     assert text["cuda"].count("@LayoutConstraint") == 1
     assert "@LayoutConstraint" not in text["cpu"]
+
+
+@pytest.mark.parametrize("spec", ["int4_g8", "int2_g8"])
+def test_on_a_gpu_narrow_codes_turn_as_bytes(spec):
+    """XLA for a GPU does not compile the transposition of 2-bit integers, and copies that of 4."""
+    q = qjax.quantize(jnp.ones((16, 8)), spec, 1)
+    traced = jax.jit(qjax.quantized(lambda x, w: x @ w.T)).trace(jnp.ones((2, 8)), q)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    turned = [line for line in text.splitlines() if "stablehlo.transpose" in line]
+    assert any("xi8>" in line for line in turned)
+    assert not any(f"xi{n}>" in line for line in turned for n in (2, 4))
+
+
+@pytest.mark.parametrize(("spec", "casts"), [("int2_g8", 1), ("int3_g8", 1), ("int4_g8", 0)])
+def test_on_a_gpu_a_cast_to_2_bits_stands_alone(spec, casts):
+    """XLA for a GPU writes 2-bit integers beside a sum from threads that overwrite each other."""
+    traced = jax.jit(lambda w: qjax.quantize(w, spec, 1).qvalue).trace(jnp.ones((16, 24)))
+    text = {p: traced.lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "cuda")}
+    assert text["cuda"].count("stablehlo.optimization_barrier") == 2 * casts
+    assert "stablehlo.optimization_barrier" not in text["cpu"]
+    sums = [line for line in text["cuda"].splitlines() if "stablehlo.reduce" in line]
+    assert sums  # of the scales
+    assert not any("ui8>" in line for line in sums)  # none packs bits
+
+
+def test_many_layers_of_2_bits_are_stacked():
+    """XLA:CPU aborts the process where it concatenates so many of them."""
+    layers = [{"w": qjax.quantize(jnp.full((576, 192), float(i)), "int2", 0)} for i in range(30)]
+    stacked = qjax.stack(layers)["w"]
+    for i in (0, 17, 29):
+        np.testing.assert_array_equal(stacked.qvalue[i], layers[i]["w"].qvalue)

@@ -130,6 +130,16 @@ def test_uses_of_one_weight_are_reduced_by_maximum(fn):
         assert got == pytest.approx(max(float(u[name]) for u in uses), rel=1e-6)
 
 
+def test_leak_check_refuses_jit_of_grad_of_shard_map_in_plain_jax():
+    """Why `leaks_in_jax` marks the next test: without qjax it fails in the same way."""
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    total = lambda w, x: jax.lax.psum(jnp.sum(x @ w), "d")
+    mapped = jax.shard_map(total, mesh=mesh, in_specs=(P(), P("d")), out_specs=P())
+    with jax.checking_leaks(), pytest.raises(Exception, match="Leaked trace"):
+        jax.jit(jax.grad(mapped))(W[0], X)
+
+
+@pytest.mark.leaks_in_jax
 @pytest.mark.parametrize(
     ("kind", "check_vma"),
     [

@@ -9,7 +9,8 @@ from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
+
+from qjax.formats.row_major import row_major
 
 Codes: TypeAlias = jax.Array | tuple[jax.Array, ...]
 
@@ -57,37 +58,66 @@ def join_planes(fmt: Format, qvalue: Codes) -> jax.Array:
     return codes
 
 
+def move_codes(fn: Callable[..., jax.Array], *planes: jax.Array) -> jax.Array:
+    """`fn(*planes)`, which moves codes or planes of them; narrow ones move as whole bytes.
+
+    XLA for a CPU aborts on some concatenations of 2-bit integers (jax 0.10 to 0.12), and XLA for a
+    GPU does not compile their transposition.
+    """
+    name = planes[0].dtype.name
+    if name not in _NARROW:
+        return fn(*planes)
+    byte = "uint8" if name.startswith("u") else "int8"
+    return _narrowed(fn(*(_as_they_lie(p).astype(byte) for p in planes)), name)
+
+
 def _as_they_lie(codes: jax.Array) -> jax.Array:
-    """The same codes, which XLA for a GPU may not transpose before they are decoded.
+    """The same codes, which XLA for a GPU may not transpose while they are narrow.
 
     It would copy a whole stack of 4-bit weights before the loop that reads them (jax 0.11), and
     fails to compile the transposition of 2-bit integers.
     """
-    if codes.dtype.name not in _NARROW:
-        return codes
-    stay = lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim))))
-    return jax.lax.platform_dependent(codes, cuda=stay, rocm=stay, default=lambda x: x)
+    return row_major(codes) if codes.dtype.name in _NARROW else codes
+
+
+def _narrowed(codes: jax.Array, dtype: str) -> jax.Array:
+    """Codes in bytes cast to the dtype that holds them.
+
+    XLA for a GPU writes 2-bit integers from threads that overwrite each other's part of a byte,
+    where it also sums what they come from or stand for (jax 0.11): their cast stands alone.
+    """
+    if dtype not in _NARROW:
+        return codes.astype(dtype)
+    alone = dtype in ("int2", "uint2")
+    held = row_major(codes, alone=alone).astype(dtype)
+    return row_major(held, alone=True) if alone else held
 
 
 def split_planes(fmt: Format, codes: jax.Array) -> Codes:
     """Cuts joined codes into the planes that `fmt` stores; the inverse of `join_planes`."""
     if isinstance(fmt.storage, str):
-        return codes.astype(fmt.storage)
+        return _narrowed(codes, fmt.storage)
     planes, shift = [], 0
     for name in fmt.storage:
         width = PLANE_BITS[name]
         bits = (codes >> jnp.uint8(shift)) & jnp.uint8((1 << width) - 1)
-        planes.append(pack_bits(bits) if name == "uint1" else bits.astype(name))
+        planes.append(pack_bits(bits) if name == "uint1" else _narrowed(bits, name))
         shift += width
     return tuple(planes)
 
 
 def pack_bits(bits: jax.Array) -> jax.Array:
-    """Packs uint8 zeros and ones eight to a byte along the last axis, lowest bit first."""
+    """Packs uint8 zeros and ones eight to a byte along the last axis, lowest bit first.
+
+    By halves, not by a sum, beside which XLA for a GPU may not write the plane of 2 bits.
+    """
     *rows, length = bits.shape
     padded = jnp.pad(bits, [(0, 0)] * len(rows) + [(0, -length % 8)])
     eights = padded.reshape(*rows, -(-length // 8), 8)
-    return jnp.sum(eights << _bit_numbers(eights.ndim), axis=-1, dtype=jnp.uint8)
+    parts = eights << _bit_numbers(eights.ndim)
+    for half in (4, 2, 1):
+        parts = parts[..., :half] | parts[..., half:]
+    return parts[..., 0]
 
 
 def unpack_bits(packed: jax.Array, length: int) -> jax.Array:
