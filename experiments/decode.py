@@ -7,6 +7,7 @@ as soon as it is measured; one that fails says why, and the others go on.
     python experiments/decode.py
     python experiments/decode.py --preset tiny --formats bf16 int4_g128 --batches 1
     python experiments/decode.py --workers 4    # compiles that many rows at a time
+    python experiments/decode.py --formats int8 --batches 1 --profile   # where a step goes, instead
 
 `share` is steps/s times the bytes that a step must read (weights of matmuls, keys and values) over
 the rate at which the card reads 1 GiB. `error` is the largest difference of the logits from those
@@ -22,6 +23,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -191,6 +193,58 @@ def measure(config: Config, params: Any, run: Any, batch: int, context: int) -> 
     }
 
 
+def profile(config: Config, params: Any, batch: int, context: int) -> dict[str, Any]:
+    """Microseconds of a step by part: kernels' own durations (CUPTI), and the gaps between them."""
+    import ceilings
+
+    steps = 4
+    cache = init_cache(config, batch, context)
+    cache = cache._replace(length=jnp.asarray(context - steps, jnp.int32))
+    tokens = jnp.full((steps, batch), -1, jnp.int32)
+    run = jax.jit(program(config)).lower(params, cache, tokens).compile()
+    walls = []
+    for _ in range(1 + RUNS):
+        began = time.perf_counter()
+        jax.block_until_ready(run(params, cache, tokens))
+        walls.append(1e6 * (time.perf_counter() - began) / steps)
+    call, _ = ceilings.timed(run, params, cache, tokens, runs=2)
+    scopes = {
+        name.replace(".", "_"): scope
+        for name, scope in re.findall(r'%?(\S+) = [^\n]*op_name="([^"]*)"', run.as_text())
+    }
+    spent: dict[str, list[float]] = collections.defaultdict(list)
+    matmuls = 0
+    for name, us in call:
+        if "quantized_matmul" in name:
+            of_step, matmuls = matmuls % (4 * config.num_layers + 1), matmuls + 1
+            last = of_step == 4 * config.num_layers
+            spent["head" if last else ("q, k, v", "o", "gate, up", "down")[of_step % 4]].append(us)
+        else:
+            spent[part_of(scopes.get(name, name))].append(us)
+    parts = {part: (sum(v) / steps, len(v) / steps) for part, v in spent.items()}
+    parts = dict(sorted(parts.items(), key=lambda pair: -pair[1][0]))
+    names: dict[str, float] = collections.Counter()
+    for name, us in call:
+        names[name] += us / steps
+    step, busy = statistics.median(walls[1:]), sum(us for us, _ in parts.values())
+    out: dict[str, Any] = {"wall_us": step, "kernels_us": busy, "launches": len(call) / steps}
+    out["parts_us_and_launches"] = {k: [round(v, 1) for v in pair] for k, pair in parts.items()}
+    longest = sorted(names.items(), key=lambda pair: -pair[1])[:24]
+    return out | {"longest_us": {name: round(us, 1) for name, us in longest}}
+
+
+def part_of(scope: str) -> str:
+    """The part of the model to which an operation belongs."""
+    if "norm" in scope:
+        return "norms"
+    if "attention" in scope:
+        cached = "concatenate" in scope or "dynamic_update" in scope
+        return "rotation and cache" if cached else "attention"
+    if "/mlp/" in scope or "layers_" in scope:
+        return "activation and residual"
+    return "other: " + scope.rsplit("/", 1)[-1][:40]
+
+
 def matmul_weights(params: Any) -> list[Any]:
     """What every step reads: all but the table of embeddings."""
     return [v for k, v in params["params"].items() if k != "embed"]
@@ -228,6 +282,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--layers", type=int, help="of the preset; all by default")
+    parser.add_argument("--profile", action="store_true", help="where a step's time goes, instead")
     parser.add_argument("--out", type=pathlib.Path, help="a JSON file in place of results/")
     args = parser.parse_args(argv)
     config, context = PRESETS[args.preset]
@@ -241,6 +296,17 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     console.print(
         f"{card}, jax {jax.__version__}, {args.preset}, reads {rate and rate / 1e12} TB/s"
     )
+    if args.profile:
+        for fmt in args.formats:
+            params = weights(config, FORMATS[fmt])
+            for batch in args.batches:
+                found = {"card": card, "format": fmt, "batch": batch}
+                found |= profile(config, params, batch, context)
+                console.print(json.dumps(found, indent=1), soft_wrap=True)
+                out.parent.mkdir(exist_ok=True)
+                to = out.with_name(f"profile_{fmt}_{batch}_{card.replace(' ', '_')}.json")
+                to.write_text(json.dumps(found, indent=1) + "\n")
+        return []
     head = {"card": card, "jax": jax.__version__, "preset": args.preset, "context": context}
     head |= {"command": "python experiments/decode.py", "read_bytes_per_s": rate, "new": NEW}
     rows: list[dict[str, Any]] = []

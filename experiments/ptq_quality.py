@@ -242,8 +242,8 @@ def show(spec: str, found: dict[str, dict[str, Any]], setting: dict[str, Any]) -
     console.print(table)
     # of one Spec: asymmetric rows have another, and the file's own codes are the reference
     own = {n: r["kl"][0] for n, r in found.items() if "asymmetric" not in n and n != "own codes"}
-    best = min(own, key=lambda n: own[n])
     if spec in BARS and "rtn" in own:
+        best = min(own, key=lambda n: own[n])
         share = own[best] / nearest
         met = verdict(share <= BARS[spec])
         console.print(f"{met}: best KL ({best}) {share:.3f}x of rtn's, at most {BARS[spec]}x")

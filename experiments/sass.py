@@ -1,6 +1,9 @@
 """What does the Hopper kernel cost in instructions? Compiled to SASS without a GPU, and counted.
 
-Exits with 1 where a kernel spills or takes more integer instructions per code than LIMITS says. At
+Exits with 1 where a kernel spills or takes more integer instructions per code than LIMITS says; for
+m > 16, where the compiler makes `wgmma` wait for what follows it, or a product of 16 along k costs
+a warp more instructions than WIDE_LIMITS: its scheduler has 128 cycles for each while the tensor
+cores multiply a tile of 256 rows, fewer in proportion for smaller ones. As to m <= 16: at
 3.3 TB/s a scheduler of an H100 has time for about 4.2 of them (two cycles each) per byte of weight
 of a lane: 2.1 per 4-bit code, 4.2 per 8-bit code.
 
@@ -26,7 +29,12 @@ import nvidia
 from jax.experimental import topologies
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from pallas_kernels.quantized_matmul import hopper_layout, mosaic_gpu, problems
+from pallas_kernels.quantized_matmul import (
+    hopper_layout,
+    mosaic_gpu,
+    mosaic_wgmma,
+    problems,
+)
 from pallas_kernels.quantized_matmul.layouts import LAYOUTS
 from pallas_kernels.quantized_matmul.problem import Problem, Weight
 
@@ -54,6 +62,8 @@ WEIGHTS = {
 }
 CONFIGS = {1: (4, 4, 1, 2, 1, 0), 16: (2, 2, 2, 2, 4, 64)}  # m -> config
 LIMITS = {"int4": 1.0, "nf4": 2.7, "int8": 1.9, "fp8": 1.4}  # integer instructions per code, m = 1
+WIDE = (1024, (256, 1, 3))  # m, config
+WIDE_LIMITS = {"int4": 35, "nf4": 116, "int8": 47, "fp8": 43}  # instructions of a warp, 16 along k
 INTEGER = ("LOP3", "SHF", "PRMT")
 OTHERS = ("HMMA", "HADD2", "HMUL2", "HFMA2", "FFMA", "FADD", "FMUL", "LDS", "IMAD", "SYNCS")
 
@@ -72,9 +82,12 @@ def sass(m: int, weight: Weight, folder: str) -> tuple[str, str]:
     }
     x = jax.ShapeDtypeStruct((m, weight.k), jnp.bfloat16, sharding=on)
     problem = Problem(m, weight, layout, "bfloat16", "bfloat16")
-    config = mosaic_gpu.Config(*CONFIGS[m])
+    if m > mosaic_gpu.MAX_ROWS:
+        config, launch = mosaic_wgmma.Config(*WIDE[1]), mosaic_wgmma.launch
+    else:
+        config, launch = mosaic_gpu.Config(*CONFIGS[m]), mosaic_gpu.launch
     os.environ["MOSAIC_GPU_DUMP_TO"] = folder
-    call = jax.jit(lambda x, a: mosaic_gpu.launch(problem, config, (weight.n,), x, [a]))
+    call = jax.jit(lambda x, a: launch(problem, config, (weight.n,), x, [a]))
     with jax.sharding.use_abstract_mesh(Mesh([device], ("x",)).abstract_mesh):
         call.lower(x, shapes).compile()
     newest = lambda end: max(pathlib.Path(folder).glob(end), key=os.path.getmtime).read_text()
@@ -85,6 +98,38 @@ def counts(text: str) -> collections.Counter:
     """Instructions by name, without what follows the first dot."""
     code = r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)"
     return collections.Counter(re.findall(code, text))
+
+
+def loop(text: str) -> list[str]:
+    """The lines of the innermost loop that has matrix products of warpgroups."""
+    code = [v for v in text.splitlines() if re.search(r"/\*[0-9a-f]{4,}\*/\s|^\s*\.L_", v)]
+    labels = {m[1]: i for i, v in enumerate(code) if (m := re.match(r"\s*(\.L_\w+):", v))}
+    found: list[list[str]] = []
+    for i, line in enumerate(code):
+        back = re.search(r"BRA[^`]*`\((\.L_\w+)\)", line)
+        if back and labels.get(back[1], i) < i:
+            lines = code[labels[back[1]] : i]
+            if any("GMMA" in v for v in lines):
+                found.append(lines)
+    return min(found, key=len)
+
+
+def wide(name: str, weight: Weight) -> list[str]:
+    """Prints the row of the kernel for m > 16; what is wrong with it."""
+    with tempfile.TemporaryDirectory() as folder:
+        text, report = sass(WIDE[0], weight, folder)
+    lines = loop(text)
+    products = sum("GMMA" in v for v in lines)
+    each = sum(counts("\n".join(lines)).values()) / products
+    spilled = re.search(r"(\d+) bytes spill stores", report)
+    waits = "serialized" in report
+    print(
+        f"{name:6} {WIDE[0]}, {WIDE[1]}: {products} products in the loop, {each:.1f} instructions "
+        f"each, spilled {spilled[1] if spilled else '?'}, {'serial' if waits else 'overlapping'}",
+        flush=True,
+    )
+    bad = waits or (spilled and int(spilled[1])) or each > WIDE_LIMITS[name]
+    return [f"{name}, m = {WIDE[0]}"] if bad else []
 
 
 def main() -> None:
@@ -114,6 +159,8 @@ def main() -> None:
             )
             if bytes_spilled or (m == 1 and per_code > LIMITS[name]):
                 bad.append(f"{name}, m = {m}")
+    for name, weight in WEIGHTS.items():
+        bad += wide(name, weight)
     if bad:
         sys.exit("over the limit: " + "; ".join(bad))
 

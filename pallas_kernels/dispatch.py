@@ -10,13 +10,20 @@ from pallas_kernels.block_scaled_matmul import reference as block_reference
 from pallas_kernels.cast_fp8 import mosaic_gpu as cast_mosaic_gpu
 from pallas_kernels.cast_fp8 import reference as cast_reference
 from pallas_kernels.frame import Device, Implementation
-from pallas_kernels.quantized_matmul import mosaic_gpu, reference, xla_cpu
+from pallas_kernels.quantized_matmul import mosaic_gpu, mosaic_wgmma, reference, xla_cpu
 
 # op -> name -> implementation, best first; the reference is last and takes everything.
 IMPLEMENTATIONS: Mapping[str, Mapping[str, Implementation]] = {
     "quantized_matmul": {
         "mosaic_gpu": Implementation(
             mosaic_gpu.run, mosaic_gpu.supports, True, mosaic_gpu.run_joined, mosaic_gpu.joins
+        ),
+        "mosaic_wgmma": Implementation(
+            mosaic_wgmma.run,
+            mosaic_wgmma.supports,
+            True,
+            mosaic_wgmma.run_joined,
+            mosaic_wgmma.joins,
         ),
         "xla_cpu": Implementation(xla_cpu.run, xla_cpu.supports),
         "reference": Implementation(reference.run, reference.supports),

@@ -8,7 +8,6 @@ unchanged.
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,39 +18,23 @@ from jax.sharding import PartitionSpec
 
 from qjax import _compat, token_masks
 from qjax.algorithms.base import Stats
-from qjax.ops import is_rows_by_experts
+from qjax.operands import Masks, Operand, operands
 from qjax.sites import MOVES, ValueNumbers
-from qjax.statistics import add, empty, ragged_totals, reduced, totals
+from qjax.statistics import add, empty, reduced
 from qjax.structural import CannotCarry
+from qjax.tagged import (
+    Axes,
+    Tagged,
+    Values,
+    array_of,
+    arrays_of,
+    carried_on,
+    in_loop,
+    in_shards,
+    slice_of,
+    starts_of,
+)
 from qjax.token_masks import Mask
-
-Axes = tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Tagged:
-    """A parameter on its way through a jaxpr.
-
-    Attributes:
-      value: the array.
-      path: of the parameter.
-      axes: the parameter's axes that each axis of `value` holds.
-      starts: (axis of the parameter, where a slice of it starts; None where that is not known).
-      loops: for each loop around, outermost first, the parameter's axes that it iterates over, or
-        None where every iteration has all of it.
-    """
-
-    value: Any
-    path: str
-    axes: tuple[Axes, ...]
-    starts: tuple[tuple[int, int | None], ...] = ()
-    loops: tuple[Axes | None, ...] = ()
-
-    @property
-    def whole(self) -> bool:
-        """Whether this is the parameter as it is, nothing moved, cut or looped over."""
-        axes = tuple((a,) for a in range(self.value.ndim))
-        return (self.axes, self.starts, self.loops) == (axes, (), ())
 
 
 class Use(NamedTuple):
@@ -62,9 +45,6 @@ class Use(NamedTuple):
     loops: tuple[Axes | None, ...]
     lead: tuple[Axes, ...]
 
-
-Values = list[Any]
-Masks = list[Mask]
 
 _INLINE = {
     "jit": "jaxpr",
@@ -153,7 +133,7 @@ class Observer:
             if moved is not None:
                 return moved, [None] * len(moved)
         if name == "optimization_barrier":
-            outputs = _compat.bind(eqn, _opened(inputs))
+            outputs = _compat.bind(eqn, arrays_of(inputs))
             again = [
                 dataclasses.replace(v, value=o) if isinstance(v, Tagged) else o
                 for v, o in zip(inputs, outputs, strict=True)
@@ -166,7 +146,7 @@ class Observer:
         if eqn.primitive.name in _ENTER:
             return _ENTER[eqn.primitive.name](self, eqn, inputs, masks)
         self.observe(eqn, inputs, masks)
-        return self.bound(eqn, _opened(inputs), masks)
+        return self.bound(eqn, arrays_of(inputs), masks)
 
     def observe(self, eqn: _compat.JaxprEqn, inputs: Values, masks: Masks) -> None:
         """Collects what one equation tells; of a matmul the weight's shape is enough."""
@@ -188,7 +168,7 @@ class Observer:
         except CannotCarry:
             return None
         outputs = self.move(eqn, inputs)
-        starts = _starts(eqn, box, outputs)
+        starts = starts_of(eqn, box, outputs)
         return [
             dataclasses.replace(box, value=v, axes=tuple(axes), starts=s)
             for v, s in zip(outputs, starts, strict=True)
@@ -196,7 +176,7 @@ class Observer:
 
     def move(self, eqn: _compat.JaxprEqn, inputs: Values) -> Values:
         """The outputs of a structural operation on a parameter."""
-        return _compat.bind(eqn, _opened(inputs))
+        return _compat.bind(eqn, arrays_of(inputs))
 
     # --- statistics
 
@@ -247,10 +227,12 @@ class Observer:
         num_consts, num_carry = _compat.scan_counts(params)
         body, _ = _compat.open_jaxpr(params["jaxpr"])
         first_x = num_consts + num_carry
-        fixed = _fixed(inputs[num_consts:first_x], body.outvars, body.invars[num_consts:first_x])
-        outer = [_inside(v, None) for v in inputs[:num_consts]]
+        fixed = carried_on(
+            inputs[num_consts:first_x], body.outvars, body.invars[num_consts:first_x]
+        )
+        outer = [in_loop(v, None) for v in inputs[:num_consts]]
         carried = [
-            _inside(v, None) if f else _open(v)
+            in_loop(v, None) if f else array_of(v)
             for v, f in zip(inputs[num_consts:first_x], fixed, strict=True)
         ]
         carry_masks = masks[num_consts:first_x]
@@ -260,7 +242,7 @@ class Observer:
             sliced, sliced_masks = x
             rest = iter(state)
             carry = [v if f else next(rest) for v, f in zip(carried, fixed, strict=True)]
-            boxes = [_sliced(v, s) for v, s in zip(xs, sliced, strict=True)]
+            boxes = [slice_of(v, s) for v, s in zip(xs, sliced, strict=True)]
             cut = [
                 s if s is not None else (None if m is None else m[0])
                 for m, s in zip(x_masks, sliced_masks, strict=True)
@@ -271,13 +253,13 @@ class Observer:
                     [*outer, *carry, *boxes],
                     [*masks[:num_consts], *carry_masks, *cut],
                 )
-            outs = _opened(outs)
+            outs = arrays_of(outs)
             moving = [v for v, f in zip(outs[:num_carry], fixed, strict=True) if not f]
             return moving, outs[num_carry:], out_masks[num_carry:], emitted
 
         state = [v for v, f in zip(carried, fixed, strict=True) if not f]
         long = [None if m is None or m.shape[0] == 1 else m for m in x_masks]
-        arrays = (_opened(xs), long)
+        arrays = (arrays_of(xs), long)
         with self._loop() as depth:
             one = jax.tree.map(
                 lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype),
@@ -314,10 +296,11 @@ class Observer:
         num_cond, num_body = params["cond_nconsts"], params["body_nconsts"]
         first = num_cond + num_body
         body, _ = _compat.open_jaxpr(params["body_jaxpr"])
-        fixed = _fixed(inputs[first:], body.outvars, body.invars[num_body:])
-        outer = [_inside(v, None) for v in inputs[num_cond:first]]
+        fixed = carried_on(inputs[first:], body.outvars, body.invars[num_body:])
+        outer = [in_loop(v, None) for v in inputs[num_cond:first]]
         carried = [
-            _inside(v, None) if f else _open(v) for v, f in zip(inputs[first:], fixed, strict=True)
+            in_loop(v, None) if f else array_of(v)
+            for v, f in zip(inputs[first:], fixed, strict=True)
         ]
 
         def carry(state: Values) -> Values:
@@ -328,10 +311,10 @@ class Observer:
             with self._scope() as emitted:
                 args = [*outer, *carry(state)]
                 outs, _ = self.run(params["body_jaxpr"], args, masks[num_cond:])
-            return [_open(v) for v, f in zip(outs, fixed, strict=True) if not f], emitted
+            return [array_of(v) for v, f in zip(outs, fixed, strict=True) if not f], emitted
 
         def proceed(state: Any) -> Any:
-            args = [*_opened(inputs[:num_cond]), *_opened(carry(state[0]))]
+            args = [*arrays_of(inputs[:num_cond]), *arrays_of(carry(state[0]))]
             return self.run(params["cond_jaxpr"], args, [None] * len(args))[0][0]
 
         def whole(state: Any) -> Any:
@@ -352,7 +335,7 @@ class Observer:
 
     def _cond(self, eqn: _compat.JaxprEqn, inputs: Values, masks: Masks) -> tuple[Values, Masks]:
         index, *operands = inputs
-        plain = _opened(operands)
+        plain = arrays_of(operands)
 
         def enter(branch: Any) -> Callable[..., Any]:
             def call(*values: Any) -> Any:
@@ -362,7 +345,7 @@ class Observer:
                 ]
                 with self._scope() as emitted:
                     outs, _ = self.run(branch, boxes, masks[1:])
-                return _opened(outs), emitted
+                return arrays_of(outs), emitted
 
             return call
 
@@ -378,10 +361,10 @@ class Observer:
 
             return run
 
-        outs, emitted = lax.switch(_open(index), [complete(c) for c in calls], *plain)
+        outs, emitted = lax.switch(array_of(index), [complete(c) for c in calls], *plain)
         for name, total in emitted.items():
             self._emit(name, total)
-        return list(outs), token_masks.follow(eqn, [_open(index), *plain], masks, outs)
+        return list(outs), token_masks.follow(eqn, [array_of(index), *plain], masks, outs)
 
     def _shard_map(
         self, eqn: _compat.JaxprEqn, inputs: Values, masks: Masks
@@ -389,7 +372,7 @@ class Observer:
         """Every shard observes its own tokens of whole features, and they are summed."""
         params, names = eqn.params, tuple(sorted(eqn.params["newly_manual_axes"]))
         boxes = [
-            _sharded(v, spec) if isinstance(v, Tagged) else None
+            in_shards(v, spec) if isinstance(v, Tagged) else None
             for v, spec in zip(inputs, params["in_specs"], strict=True)
         ]
         held = [(i, m) for i, m in enumerate(masks) if m is not None]
@@ -406,7 +389,7 @@ class Observer:
             with self._scope() as emitted:
                 outs, _ = self.run(params["jaxpr"], args, inside)
             checked = params["check_vma"]
-            return _opened(outs), {n: _over_shards(t, names, checked) for n, t in emitted.items()}
+            return arrays_of(outs), {n: _over_shards(t, names, checked) for n, t in emitted.items()}
 
         outs, emitted = jax.shard_map(
             call,
@@ -415,10 +398,10 @@ class Observer:
             out_specs=(list(params["out_specs"]), PartitionSpec()),
             axis_names=params["newly_manual_axes"],
             check_vma=params["check_vma"],
-        )(_opened(inputs), [m for _, m in held])
+        )(arrays_of(inputs), [m for _, m in held])
         for name, total in emitted.items():
             self._emit(name, total)
-        return list(outs), token_masks.follow(eqn, _opened(inputs), masks, outs)
+        return list(outs), token_masks.follow(eqn, arrays_of(inputs), masks, outs)
 
 
 _ENTER: Mapping[str, Callable[..., tuple[Values, Masks]]] = {
@@ -427,230 +410,6 @@ _ENTER: Mapping[str, Callable[..., tuple[Values, Masks]]] = {
     "while": Observer._while,
     "cond": Observer._cond,
 }
-
-
-class Operand(NamedTuple):
-    """What a tagged parameter is multiplied with in one equation.
-
-    `contract` and `batch` are pairs (axis of the parameter's value, axis of x). `sizes`: tokens per
-    expert of a ragged dot, whose expert axis of the value is `group`.
-    """
-
-    box: Tagged
-    x: Any
-    mask: Mask
-    contract: tuple[tuple[int, int], ...]
-    batch: tuple[tuple[int, int], ...] = ()
-    sizes: Any = None
-    group: int | None = None
-
-    @property
-    def lead(self) -> tuple[Axes, ...]:
-        """The parameter's axes that the leading axes of the totals hold."""
-        if self.group is not None:
-            return (self.box.axes[self.group],)
-        return tuple(self.box.axes[w] for w, _ in self._sorted(self.batch))
-
-    def signature(self, shape: Axes) -> Any:
-        """How x is read: together with x it tells the totals."""
-        axes = tuple((self.box.axes[w], a) for w, a in self._sorted(self.contract))
-        sizes = tuple(tuple(shape[i] for i in group) for group, _ in axes)
-        batch = tuple(a for _, a in self._sorted(self.batch))
-        order = tuple(a for _, a in axes)
-        flat = [i for group, _ in axes for i in group]
-        ranks = tuple(sorted(flat).index(i) for i in flat)
-        starts = tuple(s for a, s in self.box.starts if a in flat)
-        return (order, sizes, ranks, batch, starts, self.group is not None)
-
-    def totals(self, shape: Axes, needs: frozenset[str]) -> Stats:
-        x, keep = self._arranged(shape)
-        if self.group is not None:
-            if keep is not None:
-                keep = jnp.broadcast_to(keep, x.shape[:1])
-            return ragged_totals(x, self.sizes, keep, needs)
-        lead = len(self.batch)
-        if lead:  # an expert's capacity that no token takes is filled with zeros
-            taken = jnp.any(x != 0, -1)
-            keep = taken if keep is None else keep & taken
-        return totals(x, lead, keep, needs)
-
-    def _sorted(self, pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-        return sorted(pairs, key=lambda pair: self.box.axes[pair[0]])
-
-    def _arranged(self, shape: Axes) -> tuple[jax.Array, Mask]:
-        """Gives x as `[*lead, *tokens, in]`, features in the parameter's order, and its mask."""
-        contract, batch = self._sorted(self.contract), [a for _, a in self._sorted(self.batch)]
-        inner = [a for _, a in contract]
-        tokens = [a for a in range(self.x.ndim) if a not in (*inner, *batch)]
-        x = lax.transpose(jnp.asarray(self.x), (*batch, *tokens, *inner))
-        outer, axes = len(batch) + len(tokens), []
-        for d, (w, _) in enumerate(contract):
-            group = self.box.axes[w]
-            axes += group
-            x = self._widened(x, outer + d, group, [shape[a] for a in group])
-        x = x.reshape(*x.shape[:outer], *(shape[a] for a in axes))
-        order = sorted(range(len(axes)), key=lambda i: axes[i])
-        x = lax.transpose(x, (*range(outer), *(outer + i for i in order)))
-        x = x.reshape(*x.shape[:outer], math.prod(shape[a] for a in axes))
-        if self.mask is None:
-            return x, None
-        keep = lax.transpose(
-            jnp.any(self.mask, tuple(inner), keepdims=True), (*batch, *tokens, *inner)
-        )
-        return x, keep.reshape(keep.shape[:outer])
-
-    def _widened(self, x: jax.Array, dim: int, group: Axes, sizes: Sequence[int]) -> jax.Array:
-        """Widens x with zeros where the parameter is a slice along a contracted axis."""
-        size = math.prod(sizes)
-        if x.shape[dim] == size and None not in (dict(self.box.starts).get(a, 0) for a in group):
-            return x
-        start = dict(self.box.starts).get(group[0], 0) if len(group) == 1 else None
-        if start is None:
-            raise ValueError(
-                f"{self.box.path}: a matmul contracts {x.shape[dim]} of the {size} features of "
-                f"axes {group}, from a place that is not known before it runs; quantize it without "
-                "an algorithm"
-            )
-        widths = [(0, 0)] * x.ndim
-        widths[dim] = (start, size - start - x.shape[dim])
-        return jnp.pad(x, widths)
-
-
-def operands(eqn: _compat.JaxprEqn, inputs: Values, masks: Masks) -> list[Operand]:
-    """The uses of tagged parameters in a matmul, ragged dot or convolution; lookups have none."""
-    rule = _OPERANDS.get(eqn.primitive.name)
-    return [] if rule is None else rule(eqn, inputs, masks)
-
-
-def _dot(eqn: _compat.JaxprEqn, inputs: Values, masks: Masks) -> list[Operand]:
-    contract, batch = eqn.params["dimension_numbers"]
-    found = []
-    for side, box in enumerate(inputs):
-        if isinstance(box, Tagged) and contract[side]:
-            pair = lambda dims, side=side: tuple(zip(dims[side], dims[1 - side], strict=True))
-            x, mask = _open(inputs[1 - side]), masks[1 - side]
-            found.append(Operand(box, x, mask, pair(contract), pair(batch)))
-    return found
-
-
-def _ragged(eqn: _compat.JaxprEqn, inputs: Values, masks: Masks) -> list[Operand]:
-    x, box, sizes = inputs[:3]
-    if not isinstance(box, Tagged):
-        return []
-    if not is_rows_by_experts(eqn.params):
-        raise ValueError(
-            f"{box.path}: statistics of a ragged dot need rows [tokens, in] by experts "
-            f"[experts, in, out], got {eqn.params['ragged_dot_dimension_numbers']}; quantize it "
-            "without an algorithm"
-        )
-    return [Operand(box, _open(x), masks[0], ((1, 1),), (), _open(sizes), 0)]
-
-
-def _conv(eqn: _compat.JaxprEqn, inputs: Values, masks: Masks) -> list[Operand]:
-    """Patches of x `[batch, *places, channels * window]`, times a kernel `[channels, *window]`."""
-    x, box = inputs
-    if not isinstance(box, Tagged):
-        return []
-    params, names = eqn.params, eqn.params["dimension_numbers"]
-    if params["feature_group_count"] != 1 or params["batch_group_count"] != 1:
-        raise ValueError(
-            f"{box.path}: of a grouped convolution every group has inputs of its own; quantize it "
-            "without an algorithm"
-        )
-    _, channels, *window = names.rhs_spec
-    shape = box.value.shape
-    patches = lax.conv_general_dilated_patches(
-        _open(x),
-        [shape[a] for a in window],
-        params["window_strides"],
-        params["padding"],
-        params["lhs_dilation"],
-        params["rhs_dilation"],
-        lax.ConvDimensionNumbers(names.lhs_spec, tuple(range(len(shape))), names.lhs_spec),
-        precision=lax.Precision.HIGHEST,
-    )
-    batch, features, *places = names.lhs_spec
-    patches = lax.transpose(patches, (batch, *places, features))
-    patches = patches.reshape(*patches.shape[:-1], *(shape[a] for a in (channels, *window)))
-    mask = masks[0]
-    if mask is not None:
-        mask = jnp.any(mask, tuple(a for a in range(mask.ndim) if a != batch))
-        mask = mask.reshape(-1, *(1,) * (patches.ndim - 1))
-    first = 1 + len(places)
-    pairs = tuple((w, first + i) for i, w in enumerate((channels, *window)))
-    return [Operand(box, patches, mask, pairs)]
-
-
-_OPERANDS: Mapping[str, Callable[..., list[Operand]]] = {
-    "dot_general": _dot,
-    "ragged_dot_general": _ragged,
-    "conv_general_dilated": _conv,
-}
-
-
-def _open(value: Any) -> Any:
-    return value.value if isinstance(value, Tagged) else value
-
-
-def _opened(values: Sequence[Any]) -> Values:
-    return [_open(v) for v in values]
-
-
-def _inside(value: Any, axes: Axes | None) -> Any:
-    if not isinstance(value, Tagged):
-        return value
-    return dataclasses.replace(value, loops=(*value.loops, axes))
-
-
-def _sliced(value: Any, part: Any) -> Any:
-    """A loop's slice `part` of what it iterates over."""
-    if not isinstance(value, Tagged):
-        return part
-    box = dataclasses.replace(value, value=part, axes=value.axes[1:])
-    return _inside(box, value.axes[0] or None)
-
-
-def _fixed(carry: Values, outvars: Sequence[Any], invars: Sequence[Any]) -> list[bool]:
-    """Which carries are parameters that the body hands on."""
-    pairs = zip(carry, outvars[: len(carry)], invars[: len(carry)], strict=True)
-    return [isinstance(v, Tagged) and out is var for v, out, var in pairs]
-
-
-def _starts(eqn: _compat.JaxprEqn, box: Tagged, outputs: Values) -> list[Any]:
-    """Where the slices of a parameter that a structural operation gives begin."""
-    name, params = eqn.primitive.name, eqn.params
-    if name not in ("slice", "split", "dynamic_slice"):
-        return [box.starts] * len(outputs)
-    begins = [[0] * box.value.ndim for _ in outputs]
-    if name == "slice":
-        begins = [list(params["start_indices"])]
-    elif name == "split":
-        at = 0
-        for begin, size in zip(begins, params["sizes"], strict=True):
-            begin[params["axis"]], at = at, at + size
-    found = []
-    for begin, output in zip(begins, outputs, strict=True):
-        starts: dict[int, int | None] = dict(box.starts)
-        for d, axes in enumerate(box.axes):
-            if output.shape[d] == box.value.shape[d]:
-                continue
-            strided = name == "slice" and params["strides"] and params["strides"][d] != 1
-            known = name != "dynamic_slice" and len(axes) == 1 and not strided
-            for a in axes:
-                before = starts.get(a, 0)
-                starts[a] = before + begin[d] if known and before is not None else None
-        found.append(tuple(sorted(starts.items())))
-    return found
-
-
-def _sharded(box: Tagged, spec: Any) -> Tagged:
-    """A parameter in a shard_map: where a cut axis begins is not known before it runs."""
-    cut = {
-        a for axes, entry in zip(box.axes, spec, strict=False) if entry is not None for a in axes
-    }
-    return dataclasses.replace(
-        box, starts=tuple(sorted((dict(box.starts) | dict.fromkeys(cut)).items()))
-    )
 
 
 def _mask_spec(mask: jax.Array, spec: Any) -> PartitionSpec:

@@ -18,8 +18,10 @@ from jax.extend.core import Primitive
 from qjax import _compat
 from qjax.algorithms.base import Stats
 from qjax.interpret import Table, interpret_equations
-from qjax.observing import Masks, Observer, Tagged, Values, operands
+from qjax.observing import Observer
+from qjax.operands import Masks, operands
 from qjax.statistics import add, empty
+from qjax.tagged import Tagged, Values
 from qjax.token_masks import Mask
 
 _marker = Primitive("qjax_marker")  # takes what an observation needs, returns nothing

@@ -38,7 +38,16 @@ FLOORS = (
     | {"structural", "tracing"},
     {"algorithms", "matrices", "ops", "prepared", "sites", "statistics", "token_masks"},
     {"exporting", "recipe", "recipes", "run", "solving"},
-    {"calibration", "observing", "programs", "reporting", "training", "transform"},
+    {
+        "calibration",
+        "observing",
+        "operands",
+        "programs",
+        "reporting",
+        "tagged",
+        "training",
+        "transform",
+    },
     {"evaluate", "io", "models", "sequential"},
     {"__main__", "cli"},
 )

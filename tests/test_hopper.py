@@ -275,12 +275,12 @@ def test_dispatch_takes_it_on_hopper_and_says_why_not() -> None:
     device = H100 if mosaic_gpu.supports(problem, H100) is None else None
     if device is not None:
         assert choose("quantized_matmul", problem, H100) == "mosaic_gpu"
+        assert "x has 17 rows" in (mosaic_gpu.supports(problem._replace(m=17), H100) or "")
     else:  # an older jax: it must say so
         with pytest.raises(ValueError, match=r"jax 0\.11 or newer"):
             choose("quantized_matmul", problem, H100, "mosaic_gpu")
     with pytest.raises(ValueError, match="compiled for H100 and H200, not for cpu"):
         choose("quantized_matmul", problem, Device("cpu", "cpu"), "mosaic_gpu")
-    assert choose("quantized_matmul", problem._replace(m=17), H100) == "reference"
 
 
 @pytest.mark.parametrize(

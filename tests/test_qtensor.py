@@ -214,14 +214,16 @@ def test_on_a_gpu_narrow_codes_turn_as_bytes(spec):
     assert not any(f"xi{n}>" in line for line in turned for n in (2, 4))
 
 
-@pytest.mark.parametrize("spec", ["int3_g8", "int7_g8"])
-def test_on_a_gpu_no_sum_stands_beside_narrow_codes(spec):
+@pytest.mark.parametrize(("spec", "casts"), [("int2_g8", 1), ("int3_g8", 1), ("int4_g8", 0)])
+def test_on_a_gpu_a_cast_to_2_bits_stands_alone(spec, casts):
     """XLA for a GPU writes 2-bit integers beside a sum from threads that overwrite each other."""
     traced = jax.jit(lambda w: qjax.quantize(w, spec, 1).qvalue).trace(jnp.ones((16, 24)))
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    sums = [line for line in text.splitlines() if "stablehlo.reduce" in line]
+    text = {p: traced.lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "cuda")}
+    assert text["cuda"].count("stablehlo.optimization_barrier") == 2 * casts
+    assert "stablehlo.optimization_barrier" not in text["cpu"]
+    sums = [line for line in text["cuda"].splitlines() if "stablehlo.reduce" in line]
     assert sums  # of the scales
-    assert not any("ui8>" in line for line in sums)
+    assert not any("ui8>" in line for line in sums)  # none packs bits
 
 
 def test_many_layers_of_2_bits_are_stacked():

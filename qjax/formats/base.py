@@ -47,12 +47,12 @@ class Format(NamedTuple):
 def join_planes(fmt: Format, qvalue: Codes) -> jax.Array:
     """Codes of `fmt` as one array: planes are joined into uint8, a single array passes through."""
     if not isinstance(qvalue, tuple):
-        return _as_they_lie(qvalue, qvalue.dtype.name)
+        return _as_they_lie(qvalue)
     shape = qvalue[0].shape
     codes, shift = jnp.zeros(shape, jnp.uint8), 0
     for name, plane in zip(fmt.storage, qvalue, strict=True):
         packed = name == "uint1"
-        bits = unpack_bits(plane, shape[-1]) if packed else _as_they_lie(plane, name)
+        bits = unpack_bits(plane, shape[-1]) if packed else _as_they_lie(plane)
         codes = codes | (bits.astype(jnp.uint8) << jnp.uint8(shift))
         shift += PLANE_BITS[name]
     return codes
@@ -67,31 +67,41 @@ def move_codes(fn: Callable[..., jax.Array], *planes: jax.Array) -> jax.Array:
     name = planes[0].dtype.name
     if name not in _NARROW:
         return fn(*planes)
-    wide = "uint8" if name.startswith("u") else "int8"
-    return _as_they_lie(fn(*(_as_they_lie(p, name).astype(wide) for p in planes)), name).astype(
-        name
-    )
+    byte = "uint8" if name.startswith("u") else "int8"
+    return _narrowed(fn(*(_as_they_lie(p).astype(byte) for p in planes)), name)
 
 
-def _as_they_lie(codes: jax.Array, dtype: str) -> jax.Array:
-    """The same codes, which XLA for a GPU may not transpose while they are held as `dtype`.
+def _as_they_lie(codes: jax.Array) -> jax.Array:
+    """The same codes, which XLA for a GPU may not transpose while they are narrow.
 
     It would copy a whole stack of 4-bit weights before the loop that reads them (jax 0.11), and
     fails to compile the transposition of 2-bit integers.
     """
-    return row_major(codes) if dtype in _NARROW else codes
+    return row_major(codes) if codes.dtype.name in _NARROW else codes
+
+
+def _narrowed(codes: jax.Array, dtype: str) -> jax.Array:
+    """Codes in bytes cast to the dtype that holds them.
+
+    XLA for a GPU writes 2-bit integers from threads that overwrite each other's part of a byte,
+    where it also sums what they come from or stand for (jax 0.11): their cast stands alone.
+    """
+    if dtype not in _NARROW:
+        return codes.astype(dtype)
+    alone = dtype in ("int2", "uint2")
+    held = row_major(codes, alone=alone).astype(dtype)
+    return row_major(held, alone=True) if alone else held
 
 
 def split_planes(fmt: Format, codes: jax.Array) -> Codes:
     """Cuts joined codes into the planes that `fmt` stores; the inverse of `join_planes`."""
     if isinstance(fmt.storage, str):
-        return _as_they_lie(codes, fmt.storage).astype(fmt.storage)
+        return _narrowed(codes, fmt.storage)
     planes, shift = [], 0
     for name in fmt.storage:
         width = PLANE_BITS[name]
         bits = (codes >> jnp.uint8(shift)) & jnp.uint8((1 << width) - 1)
-        held = pack_bits(bits) if name == "uint1" else _as_they_lie(bits, name).astype(name)
-        planes.append(held)
+        planes.append(pack_bits(bits) if name == "uint1" else _narrowed(bits, name))
         shift += width
     return tuple(planes)
 
@@ -99,8 +109,7 @@ def split_planes(fmt: Format, codes: jax.Array) -> Codes:
 def pack_bits(bits: jax.Array) -> jax.Array:
     """Packs uint8 zeros and ones eight to a byte along the last axis, lowest bit first.
 
-    By halves, not by a sum: XLA for a GPU writes a plane of 2 bits beside a sum from threads that
-    overwrite each other's part of a byte (jax 0.11).
+    By halves, not by a sum, beside which XLA for a GPU may not write the plane of 2 bits.
     """
     *rows, length = bits.shape
     padded = jnp.pad(bits, [(0, 0)] * len(rows) + [(0, -length % 8)])

@@ -1,0 +1,197 @@
+"""Hopper's warpgroup products through Pallas Mosaic GPU, m > 16: what they support, how the work is
+cut. No GPU is needed to ask; the kernel is in `hopper_wgmma` and imported when it runs.
+"""
+
+import functools
+import itertools
+import json
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+
+from pallas_kernels import hopper
+from pallas_kernels.frame import Device
+from pallas_kernels.quantized_matmul import hopper_layout, mosaic_gpu
+from pallas_kernels.quantized_matmul.problem import Problem, Weight
+
+CHANNELS = 128  # of a tile: two warpgroups of 64
+STRIP = 64  # of k, what the tensor cores take at once
+MULTIPROCESSORS = mosaic_gpu.MULTIPROCESSORS
+CLUSTERS = ((1, 1), (2, 1), (4, 1), (1, 2))  # blocks that split k, that share x: checked ones
+LEAST_ROWS = mosaic_gpu.MAX_ROWS + 1
+TABLES = pathlib.Path(__file__).parent / "tables_wgmma"
+# device kind -> what was measured on it; read once, since every matmul of a model asks
+TUNED = {path.stem: json.loads(path.read_text())["rows"] for path in TABLES.glob("*.json")}
+
+
+class Config(NamedTuple):
+    """How the work is cut.
+
+    Attributes:
+      rows: of x in a tile.
+      strips: of 64 along k in a stage, 1 or 2.
+      steps: stages in shared memory.
+      split: blocks of a cluster that share k.
+      shared: blocks of a cluster that share x by multicast; 1 where k is split.
+      width: tiles along m, after which the next channels come.
+    """
+
+    rows: int = 256
+    strips: int = 1
+    steps: int = 4
+    split: int = 1
+    shared: int = 1
+    width: int = 8
+
+
+def part_names(weight: Weight) -> list[str]:
+    """What a stage holds beside codes."""
+    if hopper_layout.per_channel(weight):
+        return []
+    return ["scale", *(n for n in ("zero", "offset") if getattr(weight, n) is not None)]
+
+
+def part_words(weight: Weight, name: str, deep: int) -> int:
+    """Words of a tile's scales, zero points or offsets in a stage of `deep` halves."""
+    whole = hopper_layout.group_words(weight, name)
+    return whole if weight.group == hopper_layout.DEPTH else whole // 2 * deep
+
+
+def stage_bytes(weight: Weight, config: Config) -> int:
+    """Of x and of the weight, in one stage."""
+    words = hopper_layout.code_words(weight) // 2 * config.strips
+    words += sum(part_words(weight, name, config.strips) for name in part_names(weight))
+    return config.strips * STRIP * config.rows * 2 + 4 * words * CHANNELS // hopper_layout.ROWS
+
+
+def shared_bytes(problem: Problem, config: Config) -> int:
+    """Shared memory of a block."""
+    c, size = config, 2 if problem.out == "bfloat16" else 4
+    total = c.steps * stage_bytes(problem.weight, c) + CHANNELS * c.rows // c.split * size
+    return total + (CHANNELS * c.rows * 4 if c.split > 1 else 0)
+
+
+def fits(problem: Problem, config: Config) -> str | None:
+    """None, or why the config cannot run the problem."""
+    c, tiles_k = config, -(-problem.weight.k // hopper_layout.DEPTH)
+    if c.strips * hopper_layout.code_words(problem.weight) > 512:
+        return "a copy takes at most 256 words of a tile"
+    if c.split > 1 and (c.rows % (8 * c.split) or c.shared > 1 or tiles_k < c.split):
+        return f"{c.split} blocks cannot split {tiles_k} tiles of k and {c.rows} rows"
+    if shared_bytes(problem, c) > mosaic_gpu.SHARED_MEMORY:
+        return f"needs {shared_bytes(problem, c)} bytes of shared memory"
+    return None
+
+
+def configs(problem: Problem) -> Iterator[tuple[float, Config]]:
+    """Configs that can run, each with a guess at its microseconds."""
+    weight, m = problem.weight, problem.m
+    channels = -(-weight.n // CHANNELS)
+    for rows, (split, shared) in itertools.product((32, 64, 128, 256), CLUSTERS):
+        if (rows > 32 and rows >= 2 * m) or (shared > 1 and (rows < 128 or channels < 2)):
+            continue
+        strips = 1 if rows > 64 or hopper_layout.code_words(weight) > 256 else 2
+        for steps in (12, 10, 8, 7, 6, 5, 4, 3):
+            config = Config(rows, strips, steps, split, shared)
+            if fits(problem, config) is None:
+                yield _guess(problem, config, channels), config
+                break
+
+
+def _guess(problem: Problem, c: Config, channels: int) -> float:
+    """Microseconds: rounds of tiles of so many strips along k, as they were measured on an H200."""
+    tiles = channels * -(-problem.m // c.rows) * c.split
+    # clusters of 4 do not fill every processing cluster of the chip
+    rounds = -(-tiles // (MULTIPROCESSORS - {1: 0, 2: 0, 4: 16}[c.split]))
+    strip = max(0.215 + 0.0011 * c.rows, 0.0027 * c.rows)
+    strip *= 0.98 if c.shared > 1 and c.rows > 128 else 1.0
+    after = 1 + c.rows / 128 + (1.5 if c.split > 1 else 0)
+    depth = -(-problem.weight.k // hopper_layout.DEPTH) * 2 / c.split
+    return rounds * (depth * strip + after) + 2
+
+
+def choose_config(problem: Problem, kind: str) -> Config | None:
+    """An exact row of the device's table, else the best guess; None if no config can run."""
+    weight = problem.weight
+    words = mosaic_gpu.tile_words(weight)
+    for row in TUNED.get(kind.replace(" ", "_"), []):
+        if (row["k"], row["n"], row["words"], row["m"]) == (weight.k, weight.n, words, problem.m):
+            config = Config(*row["config"])
+            if fits(problem, config) is None:
+                return config
+    return min(configs(problem), default=(0.0, None))[1]
+
+
+def supports(problem: Problem, device: Device) -> str | None:
+    """bfloat16, m > 16, weights in a layout for Hopper, on an H100 or H200 with jax 0.11."""
+    reason = hopper.missing(device)
+    if reason is not None:
+        return reason
+    if problem.layout not in mosaic_gpu.LAYOUTS:
+        names = " or ".join(mosaic_gpu.LAYOUTS)
+        return f"the weight lies in layout {problem.layout}, not {names}"
+    if problem.x != "bfloat16" or problem.out not in ("bfloat16", "float32"):
+        return (
+            f"x is {problem.x} and the result {problem.out}: it takes bfloat16, gives it or float32"
+        )
+    if problem.m < LEAST_ROWS:
+        return f"x has {problem.m} rows, it takes {LEAST_ROWS} or more"
+    if problem.weight.k % 8 or problem.weight.n % 8:
+        return (
+            f"k = {problem.weight.k} and n = {problem.weight.n} are not both multiples of 8, so "
+            "rows are not aligned"
+        )
+    if min(problem.weight.k, problem.weight.n) <= STRIP:
+        return (
+            f"k = {problem.weight.k}, n = {problem.weight.n}: none of {STRIP} or less was checked "
+            "on a device"
+        )
+    if next(configs(problem), None) is None:
+        return "no way to cut it fits the chip"
+    return None
+
+
+def joins(problems: Sequence[Problem]) -> str | None:
+    """None, or why weights of one x are not one launch."""
+    first, *rest = problems
+    if any(p._replace(weight=first.weight) != first for p in rest):
+        return "they differ in more than their weights"
+    if any(p.weight._replace(n=0) != first.weight._replace(n=0) for p in rest):
+        return "their weights differ in more than their channels"
+    odd = next((p.weight.n for p in problems if p.weight.n % CHANNELS), None)
+    return None if odd is None else f"{odd} channels do not fill tiles of {CHANNELS}"
+
+
+def run(x: jax.Array, arrays: dict[str, jax.Array], problem: Problem) -> jax.Array:
+    """`x @ w` of one device, with its bias and activation."""
+    (y,) = run_joined(x, [arrays], [problem])
+    return y
+
+
+def run_joined(
+    x: jax.Array, arrays: Sequence[dict[str, jax.Array]], problems: Sequence[Problem]
+) -> list[jax.Array]:
+    """`[x @ w for w in weights]`, one launch."""
+    whole = mosaic_gpu.whole_problem(problems)
+    config = choose_config(whole, Device.default().kind)
+    assert config is not None, "supports() found one"
+    channels = tuple(p.weight.n for p in problems)
+    y = launch(whole, config, channels, x, list(arrays))
+    ends = list(itertools.accumulate(channels))
+    return [y[:, end - n : end] for end, n in zip(ends, channels, strict=True)]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # traced once for the layers of a model
+def launch(
+    whole: Problem,
+    config: Config,
+    channels: tuple[int, ...],
+    x: jax.Array,
+    arrays: list[dict[str, jax.Array]],
+) -> jax.Array:
+    """`[m, n]` of all weights side by side."""
+    from pallas_kernels.quantized_matmul import hopper_wgmma  # needs a jax with Mosaic GPU
+
+    return hopper_wgmma.kernel(whole, config, channels)(x, arrays)
