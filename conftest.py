@@ -3,6 +3,7 @@
 This file stands at the root so that the doctests of qjax/ run under it too.
 """
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,6 +39,16 @@ def _docstring_names(doctest_namespace: dict[str, Any]) -> None:
     import qjax
 
     doctest_namespace.update(jax=jax, jnp=jnp, np=np, qjax=qjax)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen() -> None:
+    """Keeps what the files before have left alive from the garbage collector.
+
+    It would walk through all of it again and again, and the check for leaks after every trace.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -130,6 +130,7 @@ def test_uses_of_one_weight_are_reduced_by_maximum(fn):
         assert got == pytest.approx(max(float(u[name]) for u in uses), rel=1e-6)
 
 
+@pytest.mark.slow  # it walks through everything that is alive
 def test_leak_check_refuses_jit_of_grad_of_shard_map_in_plain_jax():
     """Why `leaks_in_jax` marks the next test: without qjax it fails in the same way."""
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
