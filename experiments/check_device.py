@@ -4,7 +4,7 @@
 
 For every row of `FORMATS`: a weight is quantized on the default device and on the CPU. Some codes
 may differ, since XLA divides within two units in the last place on a GPU, so that ties fall either
-way: the share of them is printed, and the squared error must be the same. The CPU's codes are sent
+way: the share of them is printed, and the squared error may not be larger. The CPU's codes are sent
 over and decoded there, to the bit; and products with float32 inputs, in a scan over stacked
 weights, and with inputs in int8 and FP8, are held against float64. On a machine without an
 accelerator it compares the CPU with itself. XLA_FLAGS are printed, since a wrong number may be
@@ -32,9 +32,7 @@ from qjax.spec import WHOLE_SPECS
 LAYERS, SHAPE, ROWS = 3, (512, 512), 24
 EXACT = {"highest": 1e-5, "default": 2e-3}  # TF32 keeps 10 bits
 BOUNDS = {"/int8_token": 0.02, "/fp8_e4m3_token": 0.06}  # of the largest product
-SAME_ERROR = (
-    1e-3  # the searches of k-quants move by 2e-4 if weights do by one unit in the last place
-)
+MORE_ERROR = 1e-3  # an ulp in the weights moves the error of k-quants' search by 2e-4
 
 
 def different(got: Any, wanted: Any) -> float:
@@ -62,8 +60,8 @@ def checks(spec: str, precision: str, cpu: Any, device: Any) -> Iterator[tuple[s
     here, there = (jax.device_put(w, d) for d in (cpu, device))
     wanted, got = (qjax.quantize(v, spec, 1) for v in (here, there))
     error = squared_error(wanted, w)
-    off = abs(squared_error(got, w) / error - 1)
-    yield f"{different(got, wanted):.1e}", off <= SAME_ERROR
+    more = squared_error(got, w) / error - 1
+    yield f"{different(got, wanted):.1e}", more <= MORE_ERROR
     sent = jax.device_put(wanted, device)
     apart = different(qjax.dequantize(sent), qjax.dequantize(wanted))
     yield f"{apart:.1e}", apart == 0
