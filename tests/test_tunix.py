@@ -1,6 +1,7 @@
 """google-tunix's Qwen3, Qwen3-MoE and Llama3, unmodified: `make test-thirdparty`."""
 
 import importlib.util
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,15 @@ from qjax.recipes import ROUTER
 if importlib.util.find_spec("tunix") is None:
     pytest.skip("google-tunix is not installed: make test-thirdparty", allow_module_level=True)
 
-from tunix.models.llama3 import model as llama3
-from tunix.models.qwen3 import model as qwen3
+with warnings.catch_warnings():  # its dependencies import names that JAX is about to drop
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from tunix.models.llama3 import model as llama3
+    from tunix.models.qwen3 import model as qwen3
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = [
+    pytest.mark.usefixtures("standard_promotion"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of flax, about what tunix calls
+]
 
 IDS = jnp.arange(12).reshape(2, 6)
 SIZES = {
