@@ -141,7 +141,7 @@ def peers(x: np.ndarray, w: np.ndarray, runs: int) -> dict[str, Any]:
 
 def whole(args: Any) -> dict[str, dict[str, float]]:
     """Seconds and memory of a whole model, by library."""
-    script, found = pathlib.Path(__file__), {}
+    script, found = pathlib.Path(__file__).resolve(), {}
     with tempfile.TemporaryDirectory() as path:
         folder = pathlib.Path(path)
         result = folder / "qjax.json"
@@ -153,7 +153,7 @@ def whole(args: Any) -> dict[str, dict[str, float]]:
         for peer in ("llm-compressor", "gptqmodel") if "PEERS" in os.environ else ():
             with smollm2.steps(f"{peer} of the whole model", 1) as advance:
                 command = [os.environ["PEERS"], script.with_name("peers_whole.py"), peer, folder]
-                subprocess.run(command, check=True, capture_output=True)
+                subprocess.run(command, check=True, capture_output=True, cwd=folder)  # its logs
                 advance()
             found[peer] = json.loads((folder / f"{peer}.json").read_text())
     return found

@@ -149,8 +149,8 @@ def choose_config(m: int, weight: Weight, kind: str, bias: bool = False) -> Conf
     return max(configs(m, weight, bias), default=(0.0, None))[1]
 
 
-def supports(problem: Problem, device: Device) -> str | None:
-    """bfloat16, m <= 16, weights in a layout for Hopper, on an H100 or H200 with jax 0.11."""
+def unfit(problem: Problem, device: Device) -> str | None:
+    """None, or why neither kernel for Hopper can run it: device, layout, dtypes."""
     reason = hopper.missing(device)
     if reason is not None:
         return reason
@@ -160,6 +160,14 @@ def supports(problem: Problem, device: Device) -> str | None:
         return (
             f"x is {problem.x} and the result {problem.out}: it takes bfloat16, gives it or float32"
         )
+    return None
+
+
+def supports(problem: Problem, device: Device) -> str | None:
+    """bfloat16, m <= 16, weights in a layout for Hopper, on an H100 or H200 with jax 0.11."""
+    reason = unfit(problem, device)
+    if reason is not None:
+        return reason
     if problem.m > MAX_ROWS:
         return f"x has {problem.m} rows, it takes at most {MAX_ROWS}"
     if problem.weight.k % 8:
@@ -170,21 +178,25 @@ def supports(problem: Problem, device: Device) -> str | None:
 
 
 def joins(problems: Sequence[Problem]) -> str | None:
-    """None, or why weights of one x are not one launch: they differ in more than their channels, or
-    have some that do not fill tiles.
-    """
-    first, *rest = problems
+    """None, or why weights of one x are not one launch."""
+    reason = unlike(problems, hopper_layout.ROWS)
+    if reason is not None:
+        return reason
     whole = whole_problem(problems)
+    if next(configs(whole.m, whole.weight), None) is None:
+        return f"no way to cut k = {whole.weight.k}, n = {whole.weight.n} fits the chip"
+    return None
+
+
+def unlike(problems: Sequence[Problem], unit: int) -> str | None:
+    """None, or how problems differ in more than their channels; these fill tiles of `unit`."""
+    first, *rest = problems
     if any(p._replace(weight=first.weight) != first for p in rest):
         return "they differ in more than their weights"
     if any(p.weight._replace(n=0) != first.weight._replace(n=0) for p in rest):
         return "their weights differ in more than their channels"
-    odd = next((p.weight.n for p in problems if p.weight.n % hopper_layout.ROWS), None)
-    if odd is not None:
-        return f"{odd} channels do not fill tiles of {hopper_layout.ROWS}"
-    if next(configs(whole.m, whole.weight), None) is None:
-        return f"no way to cut k = {whole.weight.k}, n = {whole.weight.n} fits the chip"
-    return None
+    odd = next((p.weight.n for p in problems if p.weight.n % unit), None)
+    return None if odd is None else f"{odd} channels do not fill tiles of {unit}"
 
 
 def whole_problem(problems: Sequence[Problem]) -> Problem:
@@ -207,8 +219,12 @@ def run_joined(
     config = choose_config(whole.m, whole.weight, Device.default().kind, whole.bias)
     assert config is not None, "supports() found one"
     channels = tuple(p.weight.n for p in problems)
-    y = launch(whole, config, channels, x, list(arrays))
-    ends = list(itertools.accumulate(channels))
+    return columns_of(launch(whole, config, channels, x, list(arrays)), channels)
+
+
+def columns_of(y: jax.Array, channels: Sequence[int]) -> list[jax.Array]:
+    """The result of each weight, of all results side by side."""
+    ends = itertools.accumulate(channels)
     return [y[:, end - n : end] for end, n in zip(ends, channels, strict=True)]
 
 

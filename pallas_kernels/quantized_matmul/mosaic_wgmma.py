@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import jax
 
-from pallas_kernels import hopper
 from pallas_kernels.frame import Device
 from pallas_kernels.quantized_matmul import hopper_layout, mosaic_gpu
 from pallas_kernels.quantized_matmul.problem import Problem, Weight
@@ -126,16 +125,9 @@ def choose_config(problem: Problem, kind: str) -> Config | None:
 
 def supports(problem: Problem, device: Device) -> str | None:
     """bfloat16, m > 16, weights in a layout for Hopper, on an H100 or H200 with jax 0.11."""
-    reason = hopper.missing(device)
+    reason = mosaic_gpu.unfit(problem, device)
     if reason is not None:
         return reason
-    if problem.layout not in mosaic_gpu.LAYOUTS:
-        names = " or ".join(mosaic_gpu.LAYOUTS)
-        return f"the weight lies in layout {problem.layout}, not {names}"
-    if problem.x != "bfloat16" or problem.out not in ("bfloat16", "float32"):
-        return (
-            f"x is {problem.x} and the result {problem.out}: it takes bfloat16, gives it or float32"
-        )
     if problem.m < LEAST_ROWS:
         return f"x has {problem.m} rows, it takes {LEAST_ROWS} or more"
     if problem.weight.k % 8 or problem.weight.n % 8:
@@ -155,13 +147,7 @@ def supports(problem: Problem, device: Device) -> str | None:
 
 def joins(problems: Sequence[Problem]) -> str | None:
     """None, or why weights of one x are not one launch."""
-    first, *rest = problems
-    if any(p._replace(weight=first.weight) != first for p in rest):
-        return "they differ in more than their weights"
-    if any(p.weight._replace(n=0) != first.weight._replace(n=0) for p in rest):
-        return "their weights differ in more than their channels"
-    odd = next((p.weight.n for p in problems if p.weight.n % CHANNELS), None)
-    return None if odd is None else f"{odd} channels do not fill tiles of {CHANNELS}"
+    return mosaic_gpu.unlike(problems, CHANNELS)
 
 
 def run(x: jax.Array, arrays: dict[str, jax.Array], problem: Problem) -> jax.Array:
@@ -178,9 +164,7 @@ def run_joined(
     config = choose_config(whole, Device.default().kind)
     assert config is not None, "supports() found one"
     channels = tuple(p.weight.n for p in problems)
-    y = launch(whole, config, channels, x, list(arrays))
-    ends = list(itertools.accumulate(channels))
-    return [y[:, end - n : end] for end, n in zip(ends, channels, strict=True)]
+    return mosaic_gpu.columns_of(launch(whole, config, channels, x, list(arrays)), channels)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))  # traced once for the layers of a model
