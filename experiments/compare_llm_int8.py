@@ -59,7 +59,8 @@ def bitsandbytes(config: models.Config, floats: Any, tokens: np.ndarray) -> dict
     """What `peers_llm_int8.py` finds."""
     with tempfile.TemporaryDirectory() as path:
         folder = pathlib.Path(path)
-        hf_folder.write(folder, config, floats, tokens)
+        hf_folder.write(folder, config, floats, np.float32)
+        np.save(folder / "tokens.npy", tokens)
         script = pathlib.Path(__file__).with_name("peers_llm_int8.py")
         command = [os.environ["PEERS"], script, folder]
         run = subprocess.run(command, check=False, capture_output=True, text=True)

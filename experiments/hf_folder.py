@@ -1,32 +1,33 @@
-"""A llama-shaped model as a folder that transformers reads: what the peers are given."""
+"""A decoder as a Hugging Face folder: what transformers, and so the peers, are given."""
 
 import json
 import pathlib
 from typing import Any
 
+import jax
 import numpy as np
+from numpy.typing import DTypeLike
 
-from qjax import models
 from qjax.io import safetensors
-
-NAMES = {  # of transformers, by ours
-    "attention/q": "self_attn.q_proj",
-    "attention/k": "self_attn.k_proj",
-    "attention/v": "self_attn.v_proj",
-    "attention/o": "self_attn.o_proj",
-    "mlp/gate": "mlp.gate_proj",
-    "mlp/up": "mlp.up_proj",
-    "mlp/down": "mlp.down_proj",
-}
+from qjax.models import Config, names
 
 
-def write(folder: pathlib.Path, config: models.Config, floats: Any, tokens: np.ndarray) -> None:
-    """config.json, model.safetensors in float32, and tokens.npy."""
-    rope = config.rope
-    assert rope is not None
-    described = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+def write(folder: pathlib.Path, config: Config, params: Any, dtype: DTypeLike) -> None:
+    """config.json and model.safetensors of a llama or mixtral, in this dtype."""
+    assert config.rope is not None
+    family = "mixtral" if config.num_experts else "llama"
+    tensors: dict[str, np.ndarray] = {}
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(params["params"]):
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        value = np.asarray(leaf, dtype)
+        value = np.swapaxes(value, -1, -2) if path.endswith("/kernel") else value
+        name = names.hf_name(path, family)
+        parts = {name.format(i): v for i, v in enumerate(value)} if "{}" in name else {name: value}
+        tensors |= parts
+    settings = {
+        "architectures": [f"{family.capitalize()}ForCausalLM"],
+        "model_type": family,
+        "hidden_act": "silu",
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -36,23 +37,16 @@ def write(folder: pathlib.Path, config: models.Config, floats: Any, tokens: np.n
         "head_dim": config.head_dim,
         "max_position_embeddings": config.max_length,
         "rms_norm_eps": config.norm_epsilon,
-        "rope_theta": rope.theta,
-        "tie_word_embeddings": True,
-        "torch_dtype": "float32",
+        "rope_theta": config.rope.theta,
+        "tie_word_embeddings": config.tied,
+        "torch_dtype": np.dtype(dtype).name,
     }
-    params = floats["params"]
-    tensors = {
-        "model.embed_tokens.weight": params["embed"]["embedding"],
-        "model.norm.weight": params["norm"]["scale"],
-    }
-    for i in range(config.num_layers):
-        layer, prefix = params[f"layers_{i}"], f"model.layers.{i}"
-        tensors[f"{prefix}.input_layernorm.weight"] = layer["attention_norm"]["scale"]
-        tensors[f"{prefix}.post_attention_layernorm.weight"] = layer["mlp_norm"]["scale"]
-        for name, other in NAMES.items():
-            part, leaf = name.split("/")
-            tensors[f"{prefix}.{other}.weight"] = layer[part][leaf]["kernel"].T
-    (folder / "config.json").write_text(json.dumps(described))
-    arrays = {n: np.ascontiguousarray(v, np.float32) for n, v in tensors.items()}
-    safetensors.write(folder / "model.safetensors", arrays, {"format": "pt"})
-    np.save(folder / "tokens.npy", tokens)
+    if config.num_experts:
+        settings |= {
+            "num_local_experts": config.num_experts,
+            "num_experts_per_tok": config.experts_per_token,
+            "sliding_window": None,
+        }
+    folder.mkdir(parents=True, exist_ok=True)
+    safetensors.write(folder / safetensors.SINGLE, tensors, {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")

@@ -2,8 +2,8 @@
 
 python experiments/peers_whole.py llm-compressor|gptqmodel FOLDER
 
-FOLDER is what `hf_folder.py` writes, tokens.npy `[windows, length]`. Writes PEER.json there: the
-seconds of quantizing (loading the model is not counted), and the largest resident memory above
+FOLDER is what `hf_folder.py` writes, and tokens.npy `[windows, length]`. Writes PEER.json there:
+the seconds of quantizing (loading the model is not counted), and the largest resident memory above
 that before the call, in bytes.
 """
 

@@ -167,7 +167,8 @@ def child(args: Any) -> None:
     )
     del codes
     cut = evaluate.text_windows(tokenizer, CALIBRATION.read_text(), LENGTH, args.windows)
-    hf_folder.write(args.child.parent, loaded.config, floats, cut)
+    hf_folder.write(args.child.parent, loaded.config, floats, np.float32)
+    np.save(args.child.parent / "tokens.npy", cut)
     batches = [jnp.asarray(b) for b in evaluate.batched(cut, WHOLE_BATCH)]
     tables = qjax.Rule(".*", None, where=qjax.is_gathered)
     recipe = qjax.Recipe(tables, qjax.Rule(".*", "int4_g64", qjax.gptq()))

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 # Tuning XLA's Triton matmuls for FP8 takes minutes per program.
 os.environ.setdefault("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=false")
 
+import hf_folder
 import jax
 import jax.numpy as jnp
 import lm_data
@@ -36,8 +37,7 @@ import optax
 import smollm2
 
 from qjax import evaluate, training
-from qjax.io import safetensors
-from qjax.models import Config, Decoder, names
+from qjax.models import Config, Decoder
 
 DECAY, BETAS, CLIP = 0.1, (0.9, 0.95), 1.0  # AdamW as for GPT-3 and Llama
 WARMUP, END = 0.1, 0.1  # of the steps; of the rate, which falls as a cosine
@@ -244,40 +244,7 @@ def restore(path: pathlib.Path, like: Carry) -> tuple[Carry, list[float]]:
 
 def export(folder: pathlib.Path, config: Config, params: Any, tokenizer: pathlib.Path) -> None:
     """Writes a Hugging Face folder in bfloat16 that `qjax.models.load` reads."""
-    family = "mixtral" if config.num_experts else "llama"
-    tensors: dict[str, np.ndarray] = {}
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(params["params"]):
-        path = jax.tree_util.keystr(keys, simple=True, separator="/")
-        value = np.asarray(leaf, ml_dtypes.bfloat16)
-        value = np.swapaxes(value, -1, -2) if path.endswith("/kernel") else value
-        name = names.hf_name(path, family)
-        parts = {name.format(i): v for i, v in enumerate(value)} if "{}" in name else {name: value}
-        tensors |= parts
-    settings = {
-        "model_type": family,
-        "hidden_act": "silu",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.max_length,
-        "rms_norm_eps": config.norm_epsilon,
-        "rope_theta": config.rope.theta,
-        "tie_word_embeddings": config.tied,
-        "torch_dtype": "bfloat16",
-    }
-    if config.num_experts:
-        settings |= {
-            "num_local_experts": config.num_experts,
-            "num_experts_per_tok": config.experts_per_token,
-            "sliding_window": None,
-        }
-    folder.mkdir(parents=True, exist_ok=True)
-    safetensors.write(folder / safetensors.SINGLE, tensors)
-    (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    hf_folder.write(folder, config, params, ml_dtypes.bfloat16)
     if tokenizer.exists():
         (folder / "tokenizer.json").write_text(tokenizer.read_text())
 
