@@ -45,7 +45,8 @@ def _docstring_names(doctest_namespace: dict[str, Any]) -> None:
 def _frozen() -> None:
     """Keeps what the files before have left alive from the garbage collector.
 
-    It would walk through all of it again and again, and the check for leaks after every trace.
+    It would walk through all of it again and again, and the check for leaks after every trace. That
+    check still fails on a leak, but may not name who holds the tracer.
     """
     gc.collect()
     gc.freeze()

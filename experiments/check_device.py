@@ -32,7 +32,8 @@ from qjax.spec import WHOLE_SPECS
 LAYERS, SHAPE, ROWS = 3, (512, 512), 24
 EXACT = {"highest": 1e-5, "default": 2e-3}  # TF32 keeps 10 bits
 BOUNDS = {"/int8_token": 0.02, "/fp8_e4m3_token": 0.06}  # of the largest product
-MORE_ERROR = 1e-3  # an ulp in the weights moves the error of k-quants' search by 2e-4
+MORE_ERROR = 1e-4
+MORE_OF_SEARCHES = 5e-4  # of k-quants: an ulp in the weights moves the error of theirs by 2e-4
 
 
 def different(got: Any, wanted: Any) -> float:
@@ -61,7 +62,9 @@ def checks(spec: str, precision: str, cpu: Any, device: Any) -> Iterator[tuple[s
     wanted, got = (qjax.quantize(v, spec, 1) for v in (here, there))
     error = squared_error(wanted, w)
     more = squared_error(got, w) / error - 1
-    yield f"{different(got, wanted):.1e}", more <= MORE_ERROR
+    searched = spec in WHOLE_SPECS and WHOLE_SPECS[spec].scale_method == "ggml"
+    bound = MORE_OF_SEARCHES if searched else MORE_ERROR
+    yield f"{different(got, wanted):.1e}", more <= bound
     sent = jax.device_put(wanted, device)
     apart = different(qjax.dequantize(sent), qjax.dequantize(wanted))
     yield f"{apart:.1e}", apart == 0

@@ -413,7 +413,8 @@ class _Path:
         total = sum(map(size, alive))
         best, least = at, total
         held = set(alive)
-        while at > 0 and _is_cheap(self.program.eqns[at - 1]) and not self._takes(at - 1, needed):
+        cheap = lambda i: self.program.eqns[i].primitive.name in _CHEAP  # it may as well run twice
+        while at > 0 and cheap(at - 1) and not self._takes(at - 1, needed):
             at -= 1
             eqn = self.program.eqns[at]
             held -= set(eqn.outvars)
@@ -448,11 +449,6 @@ class _Path:
             if any(v in found for v in reads([eqn])):
                 found.update(eqn.outvars)
         return found
-
-
-def _is_cheap(eqn: _compat.JaxprEqn) -> bool:
-    """Whether an equation may as well run twice."""
-    return eqn.primitive.name in _CHEAP
 
 
 def _program(
