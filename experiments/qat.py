@@ -1,11 +1,11 @@
 """How much of what rounding to int4 costs does quantization-aware training win back?
 
-The dense model of `train_lm.py` (tests/golden/trained_dense, weights that were never quantized)
-trains on for the same steps on the same batches, in float32 and with simulated quantization. The
-gap is that of rounding the float32 one to nearest, on chapters that no run saw:
+A model of `train_lm.py` (tests/golden/trained_dense or trained_experts, weights that were never
+quantized) trains on for the same steps on the same batches, in float32 and with simulated
+quantization. The gap is that of rounding the float32 one to nearest, on chapters that no run saw:
 recovered = (rtn - qat) / (rtn - float).
 
-    python experiments/qat.py [SPEC...]
+    python experiments/qat.py [SPEC...] [--model trained_experts]
 """
 
 import argparse
@@ -24,8 +24,8 @@ import smollm2
 import qjax
 from qjax import evaluate, models, training
 
-MODEL = pathlib.Path(__file__).parent.parent / "tests" / "golden" / "trained_dense"
-SPECS = ("int4_g128",)
+MODELS = pathlib.Path(__file__).parent.parent / "tests" / "golden"
+SPECS = ("int4_g128", "int4")
 STEPS, BATCH, LENGTH = 200, 8, 256
 RATE = 3e-4  # a tenth of what it was trained with
 BAR = 0.33
@@ -66,9 +66,10 @@ def main() -> None:
     """Prints a table per spec."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("specs", nargs="*", default=SPECS)
+    parser.add_argument("--model", default="trained_dense", help="a folder of tests/golden")
     parser.add_argument("--json", type=pathlib.Path)
     args = parser.parse_args()
-    model, start, tokenizer = models.load(MODEL)
+    model, start, tokenizer = models.load(MODELS / args.model)
     ids, held_out = tokens(tokenizer)
     starts = np.random.default_rng(1).integers(0, len(ids) - LENGTH, (STEPS, BATCH, 1))
     batches = ids[starts + np.arange(LENGTH)]
