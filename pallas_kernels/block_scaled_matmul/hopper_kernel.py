@@ -1,10 +1,9 @@
 """The Hopper kernel: E4M3 blocks of 128 along k, multiplied on tensor cores, summed in float32.
 
 Persistent and warp-specialized: a warpgroup issues TMA into a ring of stages and runs ahead over
-the borders of tiles; two warpgroups each own half of a tile's rows. Per 128 of k a part of the
-tile, 64 x `part`, is multiplied into a fresh accumulator, and then total += part * scales: the
-tensor cores keep 14 bits of a sum, so it must not grow longer. While one warpgroup adds, the other
-multiplies.
+the borders of tiles; the others share a tile's rows. Per 128 of k a part of the tile, 64 x `part`,
+is multiplied into a fresh accumulator, and then total += part * scales: the tensor cores keep 14
+bits of a sum, so it must not grow longer. While one warpgroup adds, others multiply.
 """
 
 # jax 0.10, which is too old for the kernel, wants an index for `load` and hides `ACC`.
@@ -25,7 +24,6 @@ from pallas_kernels.block_scaled_matmul.mosaic_gpu import Config
 from pallas_kernels.block_scaled_matmul.problem import BLOCK, Problem
 
 F8, F32 = jnp.float8_e4m3fn, jnp.float32
-WARPGROUPS = 2  # that multiply; the next one loads
 STRIP = 128  # bytes of a row that is written at once
 
 
@@ -36,25 +34,29 @@ def kernel(problem: Problem, config: Config) -> Callable[..., jax.Array]:
     strip = STRIP // out.itemsize  # columns written at once
     # columns of a total: those of one tile's scale
     per = c.part if problem.b_rows else math.gcd(c.part, c.bn, BLOCK)
-    half = c.bm // WARPGROUPS
-    clusters = (-(-m // (c.bm * c.cluster)), -(-n // c.bn))
+    share = c.bm // c.groups  # rows of a warpgroup
+    clusters = (-(-m // c.bm), -(-n // (c.bn * c.cluster)))
+    tiles, grid = clusters[0] * clusters[1], c.blocks // c.cluster
     depth = k // BLOCK
     i32 = jnp.int32
 
     def body(a_g, sa_g, b_g, sb_g, o_g, a_s, b_s, sa_s, o_s, full, empty, *sb_s):
         group = lax.axis_index("wg")
 
+        def release_stage(count):
+            plgpu.barrier_arrive(empty.at[lax.rem(count + i32(c.steps), i32(c.steps))])
+
         def tile(info):
             mi, ni = plgpu.planar_snake(info.index[0], clusters, c.minor, c.width)
             if c.cluster > 1:
-                mi = mi * c.cluster + lax.axis_index("cluster")
+                ni = ni * c.cluster + lax.axis_index("cluster")
             return mi, ni, info.local_index * depth
 
-        @pl.when(group == WARPGROUPS)
+        @pl.when(group == c.groups)
         def _():
             plgpu.set_max_registers(c.load_registers, action="decrease")
 
-            @plgpu.nd_loop((clusters[0] * clusters[1],), collective_axes="sm")
+            @plgpu.nd_loop((tiles,), collective_axes="sm")
             def _(info):
                 mi, ni, first = tile(info)
                 rows, columns = pl.ds(mi * c.bm, c.bm), pl.ds(ni * c.bn, c.bn)
@@ -66,8 +68,8 @@ def kernel(problem: Problem, config: Config) -> Callable[..., jax.Array]:
                     plgpu.barrier_wait(empty.at[s])
                     fetch = functools.partial(plgpu.copy_gmem_to_smem, barrier=full.at[s])
                     shared = "cluster" if c.cluster > 1 else None
-                    fetch(a_g.at[rows, along], a_s.at[s])
-                    fetch(b_g.at[columns, along], b_s.at[s], collective_axes=shared)
+                    fetch(a_g.at[rows, along], a_s.at[s], collective_axes=shared)
+                    fetch(b_g.at[columns, along], b_s.at[s])
                     fetch(sa_g.at[kk, rows], sa_s.at[s])
                     if problem.b_rows:
                         fetch(sb_g.at[kk, columns], sb_s[0].at[s])
@@ -75,17 +77,18 @@ def kernel(problem: Problem, config: Config) -> Callable[..., jax.Array]:
             for s in range(c.steps):  # the neighbor still arrives at barriers of this block
                 plgpu.barrier_wait(empty.at[s])
 
-        @pl.when(group < WARPGROUPS)
+        @pl.when(group < c.groups)
         def _():
             plgpu.set_max_registers(c.registers, action="increase")
-            for s in range(c.steps):
+            # where the rows of b have scales, a stage is released in the step after it
+            for s in range(c.steps - problem.b_rows):
                 plgpu.barrier_arrive(empty.at[s])
 
-            @plgpu.nd_loop((clusters[0] * clusters[1],), collective_axes="sm")
+            @plgpu.nd_loop((tiles,), collective_axes="sm")
             def _(info):
                 mi, ni, first = tile(info)
-                parts = [(i, j) for j in range(c.bn // c.part) for i in range(half // 64)]
-                rows = [pl.ds(group * half + 64 * i, 64) for i in range(half // 64)]
+                parts = [(i, j) for j in range(c.bn // c.part) for i in range(share // 64)]
+                rows = [pl.ds(group * share + 64 * i, 64) for i in range(share // 64)]
                 blocks = [
                     lax.min((ni * c.bn + q * per) // BLOCK, i32(n // BLOCK - 1))
                     for q in range(0 if problem.b_rows else c.bn // per)
@@ -95,8 +98,7 @@ def kernel(problem: Problem, config: Config) -> Callable[..., jax.Array]:
                     sb_g[b, lax.min(i32(kk), i32(depth - 1))] for b in blocks
                 )
 
-                def release(kk):
-                    plgpu.barrier_arrive(empty.at[lax.rem(first + kk, i32(c.steps))])
+                release = lambda kk: release_stage(first + kk)
 
                 def step(kk, carry):
                     totals, scales, after = carry
@@ -114,7 +116,7 @@ def kernel(problem: Problem, config: Config) -> Callable[..., jax.Array]:
                             # One thread releases a stage. Now all have read the scales of the one
                             # before: their products came before this one, which all began.
                             if (i, j) == parts[0]:
-                                pl.when(kk > 0)(lambda: release(kk - 1))
+                                release(kk - 1)
                             layout = plgpu.Layout.WGMMA.reduce(0)
                             of_columns = plgpu.load(sb_s[0].at[s, columns], layout=layout)
                             got = got * lax.broadcast_in_dim(of_columns, (64, c.part), (1,))
@@ -146,28 +148,29 @@ def kernel(problem: Problem, config: Config) -> Callable[..., jax.Array]:
                     for slot, (_, _, value) in batch:
                         o_s[group, slot % c.outs] = value.astype(out)
                     plgpu.commit_smem()
-                    if problem.b_rows and start == 0:
-                        release(depth - 1)
                     for slot, (i, column, _) in batch:
                         where = (
-                            pl.ds(mi * c.bm + group * half + 64 * i, 64),
+                            pl.ds(mi * c.bm + group * share + 64 * i, 64),
                             pl.ds(ni * c.bn + column, strip),
                         )
                         plgpu.copy_smem_to_gmem(o_s.at[group, slot % c.outs], o_g.at[where])
 
+            if problem.b_rows:  # the last stage of all
+                mine = (tiles - lax.axis_index("sm") + grid - 1) // grid
+                release_stage(mine * depth - 1)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     tiled = lambda size: (plgpu.TilingTransform((8, STRIP // size)), plgpu.SwizzleTransform(STRIP))
-    emptied = plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=c.steps)
+    emptied = plgpu.Barrier(num_arrivals=c.groups, num_barriers=c.steps)
     if c.cluster > 1:
         emptied = plgpu.ClusterBarrier(
-            collective_axes=("cluster",), num_arrivals=WARPGROUPS, num_barriers=c.steps
+            collective_axes=("cluster",), num_arrivals=c.groups, num_barriers=c.steps
         )
     scratch = [
         plgpu.SMEM((c.steps, c.bm, BLOCK), F8, transforms=tiled(1)),
         plgpu.SMEM((c.steps, c.bn, BLOCK), F8, transforms=tiled(1)),
         plgpu.SMEM((c.steps, c.bm), F32),
-        plgpu.SMEM((WARPGROUPS, c.outs, 64, strip), out, transforms=tiled(out.itemsize)),
+        plgpu.SMEM((c.groups, c.outs, 64, strip), out, transforms=tiled(out.itemsize)),
         plgpu.Barrier(num_arrivals=3 + problem.b_rows, num_barriers=c.steps),
         emptied,
     ]
@@ -179,9 +182,9 @@ def kernel(problem: Problem, config: Config) -> Callable[..., jax.Array]:
     return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((m, n), out),
-        grid=(c.blocks // c.cluster,),
+        grid=(grid,),
         grid_names=("sm",),
-        num_threads=WARPGROUPS + 1,
+        num_threads=c.groups + 1,
         thread_name="wg",
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),

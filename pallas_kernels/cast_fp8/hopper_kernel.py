@@ -1,4 +1,4 @@
-"""The Hopper kernel: a tile of 128 x 128 is read once, and written in both orientations.
+"""The Hopper kernel: a tile of 128 x 128 is read once, and written in one or both orientations.
 
 TMA brings the tile to shared memory and takes the codes from there. The transposed codes are made
 from a transposed load of the same tile (LDSM.T), so both are written along their rows.
@@ -29,6 +29,7 @@ def kernel(problem: Problem, config: Config) -> Callable[..., tuple[jax.Array, .
     """What `op.cast_fp8` returns, from x and, where scales are given, their reciprocals."""
     rows, columns = problem.rows, problem.columns
     dtype, given = jnp.dtype(problem.dtype), problem.scales == "given"
+    sides = 2 if problem.turned else 1
     largest = float(jnp.finfo(dtype).max)
     lines = rows // BLOCK
     tiles = next(t for t in range(min(config.tiles, lines), 0, -1) if lines % t == 0)
@@ -39,7 +40,7 @@ def kernel(problem: Problem, config: Config) -> Callable[..., tuple[jax.Array, .
 
     def body(x_g, *refs, x_s, code_s, scale_s, full):
         i, j = lax.axis_index("i"), lax.axis_index("j")
-        inverse_g, out_g = (refs[:2], refs[2:]) if given else ((), refs)
+        inverse_g, out_g = (refs[:sides], refs[sides:]) if given else ((), refs)
         across = pl.ds(j * BLOCK, BLOCK)
 
         def fetch(t):
@@ -67,12 +68,12 @@ def kernel(problem: Problem, config: Config) -> Callable[..., tuple[jax.Array, .
             inverse = None
             if problem.scales == "tile":
                 tops = [jnp.max(jnp.abs(load(view).astype(F32)), axis=1) for view in views[0]]
-                found, inverse = _scales(jnp.max(functools.reduce(jnp.maximum, tops)), largest)
+                found, inverse = scales_of(jnp.max(functools.reduce(jnp.maximum, tops)), largest)
                 scale_s[out, 0] = jnp.broadcast_to(found, (BLOCK,))
-            for of, at in itertools.product(range(2), range(len(halves))):
+            for of, at in itertools.product(range(sides), range(len(halves))):
                 x, code = load(views[of][at]).astype(F32), code_s.at[out, of, halves[at]]
                 if problem.scales == "block":
-                    found, inverse = _scales(jnp.max(jnp.abs(x), axis=1), largest)
+                    found, inverse = scales_of(jnp.max(jnp.abs(x), axis=1), largest)
                     scale_s[out, of, halves[at]] = found
                     write(code, x, rows_of(inverse))
                 elif given:
@@ -83,12 +84,12 @@ def kernel(problem: Problem, config: Config) -> Callable[..., tuple[jax.Array, .
             pl.when(t + steps < tiles)(lambda: fetch(t + steps))
             down = i * tiles + t
             along = pl.ds(down * BLOCK, BLOCK)
-            places = [out_g[0].at[along, across], out_g[1].at[across, along]]
+            places = [out_g[0].at[along, across], out_g[sides - 1].at[across, along]][:sides]
             if problem.scales == "block":
-                places += [out_g[2].at[j, along], out_g[3].at[down, across]]
+                places += [out_g[sides].at[j, along], out_g[-1].at[down, across]][:sides]
             elif problem.scales == "tile":
                 places += [out_g[2].at[down, across]]
-            made = [code_s.at[out, 0], code_s.at[out, 1], scale_s.at[out, 0], scale_s.at[out, 1]]
+            made = [ref.at[out, of] for ref in (code_s, scale_s) for of in range(sides)]
             for source, place in zip(made, places, strict=False):
                 plgpu.copy_smem_to_gmem(source, place)
             return _
@@ -100,9 +101,10 @@ def kernel(problem: Problem, config: Config) -> Callable[..., tuple[jax.Array, .
 
     tiled = lambda size: (plgpu.TilingTransform((8, STRIP // size)), plgpu.SwizzleTransform(STRIP))
     scale = lambda a, b: jax.ShapeDtypeStruct((a // BLOCK, b), F32)
-    out = [jax.ShapeDtypeStruct(shape, dtype) for shape in ((rows, columns), (columns, rows))]
+    shapes = ((rows, columns), (columns, rows))[:sides]
+    out = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
     if problem.scales == "block":
-        out += [scale(columns, rows), scale(rows, columns)]
+        out += [scale(*shape[::-1]) for shape in shapes]
     elif problem.scales == "tile":
         out += [scale(rows, columns)]
     run = plgpu.kernel(
@@ -112,9 +114,9 @@ def kernel(problem: Problem, config: Config) -> Callable[..., tuple[jax.Array, .
         grid_names=("i", "j"),
         scratch_types={
             "x_s": plgpu.SMEM((steps, BLOCK, BLOCK), problem.x, transforms=tiled(2)),
-            "code_s": plgpu.SMEM((outs, 2, BLOCK, BLOCK), dtype, transforms=tiled(1)),
-            "scale_s": plgpu.SMEM((max(steps, outs), 2, BLOCK), F32),
-            "full": plgpu.Barrier(num_arrivals=3 if given else 1, num_barriers=steps),
+            "code_s": plgpu.SMEM((outs, sides, BLOCK, BLOCK), dtype, transforms=tiled(1)),
+            "scale_s": plgpu.SMEM((max(steps, outs), sides, BLOCK), F32),
+            "full": plgpu.Barrier(num_arrivals=1 + given * sides, num_barriers=steps),
         },
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )
@@ -127,7 +129,7 @@ def kernel(problem: Problem, config: Config) -> Callable[..., tuple[jax.Array, .
     return cast_fp8
 
 
-def _scales(top: jax.Array, largest: float) -> tuple[jax.Array, jax.Array]:
+def scales_of(top: jax.Array, largest: float) -> tuple[jax.Array, jax.Array]:
     """The scale and its reciprocal, each rounded once; NaN counts as Inf."""
     top = jnp.where(jnp.isnan(top), jnp.inf, jnp.maximum(top, SMALLEST))
     return top / largest, largest / top

@@ -24,9 +24,18 @@ class Config(NamedTuple):
     outs: int = 1
 
 
+LINE = 256  # of a row; TMA takes no longer one
+LONGEST = 65536  # row: 3 bytes per element fit shared memory
+
+
 def supports(problem: Problem, device: Device) -> str | None:
     """bfloat16 in multiples of 128, on an H100 or H200 with jax 0.11."""
-    return hopper.missing_tiles(device, problem.rows, problem.columns, problem.x)
+    reason = hopper.missing_tiles(device, problem.rows, problem.columns, problem.x)
+    if reason is not None or problem.scales != "row":
+        return reason
+    if problem.columns % LINE or problem.columns > LONGEST:
+        return f"rows of {problem.columns} must be of multiples of {LINE} up to {LONGEST}"
+    return None
 
 
 def run(x: jax.Array, *inverses: jax.Array, problem: Problem) -> tuple[jax.Array, ...]:
@@ -36,6 +45,8 @@ def run(x: jax.Array, *inverses: jax.Array, problem: Problem) -> tuple[jax.Array
 
 @functools.partial(jax.jit, static_argnums=(0, 1))  # traced once, so that XLA sees equal calls
 def _run(problem: Problem, config: Config, *operands: jax.Array) -> tuple[jax.Array, ...]:
-    from pallas_kernels.cast_fp8 import hopper_kernel  # needs a jax with Mosaic GPU
+    from pallas_kernels.cast_fp8 import hopper_kernel, rows_kernel  # need a jax with Mosaic GPU
 
+    if problem.scales == "row":
+        return rows_kernel.kernel(problem)(*operands)
     return hopper_kernel.kernel(problem, config)(*operands)

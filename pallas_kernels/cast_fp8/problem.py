@@ -12,10 +12,12 @@ class Problem(NamedTuple):
     Attributes:
       rows, columns: of x.
       scales: what shares one. "block": 128 neighbors along the contraction, which is columns for
-        the codes as they lie and rows for the transposed ones; "tile": 128 x 128; "given": the
-        caller has the reciprocals, one per row and one per column.
+        the codes as they lie and rows for the transposed ones; "tile": 128 x 128; "row": a row, not
+        for transposed codes; "given": the caller has the reciprocals, one per row and one per
+        column.
       dtype: dtype name of the codes.
       x: dtype name of x.
+      turned: whether transposed codes are written, too.
     """
 
     rows: int
@@ -23,3 +25,4 @@ class Problem(NamedTuple):
     scales: str
     dtype: str = "float8_e4m3fn"
     x: str = "bfloat16"
+    turned: bool = True

@@ -80,11 +80,14 @@ def cast(
     """
     if how is None:
         return x
-    dtype = np.dtype(x.dtype)
+    dtype, fmt = np.dtype(x.dtype), FORMATS[how.format]
+    made = kernels.cast_rows(x, how, contract, block_of(how, x.shape, contract, whole))
+    if made is not None:
+        return made
     x = x.astype(jnp.float32)
     if how.hadamard:
         x = rotated(x, contract[-1])
-    fmt, block = FORMATS[how.format], block_of(how, x.shape, contract, whole)
+    block = block_of(how, x.shape, contract, whole)
     scale, inverse = _scales(x, how, fmt, block, whole, amax)
     scaled = blocks.apply(jnp.multiply, x, block, inverse)
     if how.stochastic:

@@ -27,6 +27,7 @@ from qjax.training.recipes import Cast
 Axes = tuple[int, ...]
 BLOCK = 128
 KINDS = {128: "block", (128, 128): "tile", (): "given", None: "given"}  # by `Cast.block`
+ALONE = {128: "block", None: "row"}  # the same, for one GEMM
 
 
 def runs(op: str, problem: Any) -> bool:
@@ -143,6 +144,28 @@ def cast_both(
             np.dtype(x.dtype),
         )
     return out[0], out[1]
+
+
+def cast_rows(x: jax.Array, how: Cast, contract: Axes, block: blocks.Block) -> QTensor | None:
+    """X cast for one GEMM that contracts its last axes; None where no kernel takes it."""
+    kind, storage = ALONE.get(how.block), dtype_of(how)
+    last = list(range(x.ndim - len(contract), x.ndim))
+    if kind is None or how.stochastic or how.hadamard or how.scale != "current":
+        return None
+    if not contract or sorted(contract) != last or not storage.startswith("float8_e"):
+        return None
+    if kind == "block" and (list(contract) != last or x.shape[-1] % BLOCK):
+        return None
+    columns = math.prod(x.shape[a] for a in contract)
+    rows = x.size // max(columns, 1)
+    problem = CastProblem(rows, columns, kind, storage, x.dtype.name, False)
+    if misplaced(x) is not None or not runs("cast_fp8", problem):
+        return None
+    codes, scale = cast_fp8(x.reshape(rows, columns), kind, dtype=storage, turned=False)
+    scale = scale.T.reshape(blocks.scale_shape(x.shape, block))
+    dtype = np.dtype(x.dtype)
+    codes = codes.reshape(x.shape)
+    return QTensor(codes, scale, None, None, None, how.format, blocks.trim(block), dtype)
 
 
 def _mapped(run: Callable[..., Any], layers: int) -> Callable[..., Any]:
