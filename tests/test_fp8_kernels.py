@@ -388,11 +388,24 @@ def test_listings_say_who_casts(monkeypatch):
     monkeypatch.setattr(hopper, "missing", lambda device: None)
     shapes = {"a": (1024, 1024), "b": (1024, 1088), "c": (1088, 128)}
     p = {n: jax.ShapeDtypeStruct(s, jnp.bfloat16) for n, s in shapes.items()}
-    x = jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16)
     low = training.fp8(lambda p, x: jnp.sum(x @ p["a"] @ p["b"] @ p["c"]), "rowwise")
     monkeypatch.setattr(kernels, "runs", lambda op, problem: False)
-    lines = str(low.explain(p, x)).splitlines()
-    assert lines[1].endswith("rowwise, casts by XLA: 8 devices may cut x [1024, 1024] inside 128")
+    reasons = {4096: "8 devices may cut x [4096, 1024] inside 128"}
+    reasons[1024] = "x [1024, 1024] has less than 4194304 elements"
+    for rows, reason in reasons.items():
+        x = jax.ShapeDtypeStruct((rows, 1024), jnp.bfloat16)
+        lines = str(low.explain(p, x)).splitlines()
+        assert lines[1].endswith(f"rowwise, casts by XLA: {reason}")
+
+
+@needs_mosaic
+def test_small_casts_to_given_scales_run_xlas_code(monkeypatch):
+    monkeypatch.setattr(Device, "default", lambda: H100)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    runs = lambda n, kind: kernels.runs("cast_fp8", casts.LARGE[0]._replace(rows=n, scales=kind))
+    assert not runs(128, "given")
+    assert runs(16384, "given")
+    assert runs(128, "block")
 
 
 def test_a_mesh_that_may_cut_blocks_runs_xlas_code():
