@@ -163,7 +163,7 @@ def check(name: str, m: int, weight: Weight, activation: str | None, which: int)
         print(f"no config for {weight}")
         return False
     config = guesses[which][1]
-    run = lambda x, a: mosaic_gpu.launch(problem, config, (weight.n,), x, [a])
+    run = lambda x, a: mosaic_gpu.launch(problem, config, (weight.n,), x, [a])[0]
     began = time.time()
     ours = worst(jax.jit(run)(x, arrays), truth)
     print(
@@ -252,7 +252,7 @@ def measure(m: int, weight: Weight, buffers: list[Any], config: Any) -> dict[str
     _, read, data = ceilings.best_reader(size + 2 * m * (k + n))
     x = jax.random.normal(jax.random.key(m), (m, k), jnp.bfloat16)
     pairs = list(zip(buffers, data, strict=False))
-    run = lambda x, a: mosaic_gpu.launch(problem, config, (n,), x, [a])
+    run = lambda x, a: mosaic_gpu.launch(problem, config, (n,), x, [a])[0]
     calls = ceilings.durations(
         lambda x, p: [(run(x, a), read(d)) for a, d in p], x, pairs, runs=RUNS // len(pairs) + 1
     )
