@@ -1,5 +1,6 @@
 """A kernel in the place of its definition."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,17 +9,22 @@ import jax
 from pallas_kernels.mapping import looped
 
 
-def instead(run: Callable[..., Any], definition: Callable[..., Any]) -> Callable[..., Any]:
-    """`run` on arrays: `vmap` loops over it, and its derivatives are those of `definition`."""
-    run = looped(run)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # traced once for the layers of a model
+def instead(
+    run: Callable[..., Any], definition: Callable[..., Any], problem: Any, *operands: jax.Array
+) -> Any:
+    """`run(*operands, problem=problem)`: `vmap` loops over it, and its derivatives are those of
+    `definition`, which takes the same.
+    """
+    kernel = looped(functools.partial(run, problem=problem))
 
     @jax.custom_jvp
     def call(*operands: jax.Array) -> Any:
-        return run(*operands)
+        return kernel(*operands)
 
     @call.defjvp
     def _jvp(operands: Any, tangents: Any) -> Any:
-        _, tangent = jax.jvp(definition, operands, tangents)
+        _, tangent = jax.jvp(functools.partial(definition, problem=problem), operands, tangents)
         return call(*operands), tangent
 
-    return call
+    return call(*operands)

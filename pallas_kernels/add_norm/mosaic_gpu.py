@@ -27,7 +27,6 @@ def supports(problem: Problem, device: Device) -> str | None:
     return f"{problem.rows} rows, it takes {ROWS}" if problem.rows > ROWS else None
 
 
-@functools.partial(jax.jit, static_argnames="problem")  # traced once for the layers of a model
 def run(
     x: jax.Array, y: jax.Array, scale: jax.Array, *, problem: Problem
 ) -> tuple[jax.Array, jax.Array]:

@@ -1,7 +1,5 @@
 """Hopper through Pallas Mosaic GPU: what it supports. The kernel is in `hopper_kernel`."""
 
-import functools
-
 import jax
 
 from pallas_kernels import hopper
@@ -26,7 +24,6 @@ def supports(problem: Problem, device: Device) -> str | None:
     return "the cache has 2 ** 31 elements or more" if large else None
 
 
-@functools.partial(jax.jit, static_argnames="problem")  # traced once for the layers of a model
 def run(
     q: jax.Array,
     k: jax.Array,

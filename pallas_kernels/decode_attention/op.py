@@ -1,7 +1,5 @@
 """decode_attention: the op as it is called, with its checks."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -70,7 +68,6 @@ def decode_attention(
     seen = jnp.stack([jnp.asarray(at, jnp.int32) for at in (first, position)])
     operands = (q, k, v, cos, sin, seen, keys, values)
     name = choose("decode_attention", problem, device, implementation)
-    run = functools.partial(IMPLEMENTATIONS["decode_attention"][name].run, problem=problem)
     if name == "reference":
-        return run(*operands)
-    return instead(run, functools.partial(reference.run, problem=problem))(*operands)
+        return reference.run(*operands, problem=problem)
+    return instead(IMPLEMENTATIONS["decode_attention"][name].run, reference.run, problem, *operands)

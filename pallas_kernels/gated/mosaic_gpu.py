@@ -28,7 +28,6 @@ def supports(problem: Problem, device: Device) -> str | None:
     return f"{problem.rows} rows, it takes {ROWS}" if problem.rows > ROWS else None
 
 
-@functools.partial(jax.jit, static_argnames="problem")  # traced once for the layers of a model
 def run(gate: jax.Array, up: jax.Array, *, problem: Problem) -> jax.Array:
     """See `op.gated`."""
     from jax import lax

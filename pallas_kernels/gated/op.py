@@ -1,7 +1,5 @@
 """gated: the op as it is called, with its checks."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -47,7 +45,6 @@ def gated(
         )
     problem = Problem(*gate.shape, activation, gate.dtype.name)
     name = choose("gated", problem, device, implementation)
-    run = functools.partial(IMPLEMENTATIONS["gated"][name].run, problem=problem)
     if name == "reference":
-        return run(gate, up)
-    return instead(run, functools.partial(reference.run, problem=problem))(gate, up)
+        return reference.run(gate, up, problem=problem)
+    return instead(IMPLEMENTATIONS["gated"][name].run, reference.run, problem, gate, up)
