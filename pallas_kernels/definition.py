@@ -11,7 +11,10 @@ from pallas_kernels.mapping import looped
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))  # traced once for the layers of a model
 def instead(
-    run: Callable[..., Any], definition: Callable[..., Any], problem: Any, *operands: jax.Array
+    run: Callable[..., Any],
+    definition: Callable[..., Any],
+    problem: Any,
+    operands: tuple[jax.Array, ...],
 ) -> Any:
     """`run(*operands, problem=problem)`: `vmap` loops over it, and its derivatives are those of
     `definition`, which takes the same.

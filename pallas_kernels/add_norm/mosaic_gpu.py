@@ -44,13 +44,13 @@ def run(
 
     def add_norm(x, y, scale, total, normed):
         row = lax.axis_index("row")
+        factor = load(scale.at[:]).astype(jnp.float32)  # a weight
         follow()
         wide = load(x.at[row]).astype(jnp.float32) + load(y.at[row]).astype(jnp.float32)
         narrow = wide.astype(jnp.bfloat16)
         total[row] = narrow
         wide = narrow.astype(jnp.float32)
         root = lax.rsqrt(jnp.sum(wide * wide) / width + problem.epsilon)
-        factor = load(scale.at[:]).astype(jnp.float32)
         normed[row] = (wide * root * factor).astype(jnp.bfloat16)
 
     result = jax.ShapeDtypeStruct((rows, width), jnp.bfloat16)

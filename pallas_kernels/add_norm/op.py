@@ -41,8 +41,8 @@ def add_norm(
             "add_norm: x and y must be floats [rows, width] of one dtype and scale [width], are "
             f"{x.dtype}{list(x.shape)}, {y.dtype}{list(y.shape)} and {list(scale.shape)}"
         )
-    problem = Problem(*x.shape, epsilon, x.dtype.name)
+    problem = Problem(x.shape[0], x.shape[1], epsilon, x.dtype.name)
     name = choose("add_norm", problem, device, implementation)
     if name == "reference":
         return reference.run(x, y, scale, problem=problem)
-    return instead(IMPLEMENTATIONS["add_norm"][name].run, reference.run, problem, x, y, scale)
+    return instead(IMPLEMENTATIONS["add_norm"][name].run, reference.run, problem, (x, y, scale))

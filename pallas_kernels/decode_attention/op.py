@@ -70,4 +70,4 @@ def decode_attention(
     name = choose("decode_attention", problem, device, implementation)
     if name == "reference":
         return reference.run(*operands, problem=problem)
-    return instead(IMPLEMENTATIONS["decode_attention"][name].run, reference.run, problem, *operands)
+    return instead(IMPLEMENTATIONS["decode_attention"][name].run, reference.run, problem, operands)

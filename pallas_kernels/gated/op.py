@@ -43,8 +43,8 @@ def gated(
             f"gated: takes floats and {', '.join(reference.ACTIVATIONS)}, not {gate.dtype} and "
             f"{activation!r}"
         )
-    problem = Problem(*gate.shape, activation, gate.dtype.name)
+    problem = Problem(gate.shape[0], gate.shape[1], activation, gate.dtype.name)
     name = choose("gated", problem, device, implementation)
     if name == "reference":
         return reference.run(gate, up, problem=problem)
-    return instead(IMPLEMENTATIONS["gated"][name].run, reference.run, problem, gate, up)
+    return instead(IMPLEMENTATIONS["gated"][name].run, reference.run, problem, (gate, up))

@@ -10,7 +10,9 @@ sums meet in shared memory; blocks of a cluster, which split k further, send the
 that owns the channels. All sums are taken in fixed order.
 
 Several weights of one x are tiles of one sequence: a tile's row says which of them it is fetched
-from.
+from, and which result its sums go to.
+
+The rings fill while the kernel before still runs (`chained`): weights are not its results.
 """
 
 # The decorator of inline code keeps the type of what it wraps, which takes one argument more.
@@ -128,10 +130,13 @@ def kernel(
             return _
 
         ring.open(full)
+        if shape.has("bias"):  # its words are made in the call, by the kernel before perhaps
+            follow()
+        lax.fori_loop(0, c.steps, begin, jnp.int32(0))
         if c.cluster > 1:
             exchange.open(arrived)
-        follow()
-        lax.fori_loop(0, c.steps, begin, jnp.int32(0))
+        if not shape.has("bias"):
+            follow()
         kept = keep_x(x)
         if c.cluster > 1:
             exchange.meet()

@@ -24,7 +24,7 @@ With ``scan=True`` the layers are one ``layers/block/...`` whose arrays carry a 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -75,7 +75,7 @@ class RMSNorm(nn.Module):
     epsilon: float
 
     @nn.compact
-    def __call__(self, x: jax.Array, y: jax.Array | None = None):
+    def __call__(self, x: jax.Array, y: jax.Array | None = None) -> Any:
         scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],))
         if y is not None:
             both = fused.add_norm(x, y, scale, self.epsilon)

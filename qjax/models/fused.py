@@ -33,8 +33,8 @@ def gated(gate: jax.Array, up: jax.Array, activation: str) -> jax.Array | None:
     rows, width = gate.size // gate.shape[-1], gate.shape[-1]
     if not _runs("gated", Gated(rows, width, activation, gate.dtype.name)):
         return None
-    flat = [v.reshape(rows, width) for v in (gate, up)]
-    return gated_op.gated(*flat, activation).reshape(gate.shape)
+    y = gated_op.gated(gate.reshape(rows, width), up.reshape(rows, width), activation)
+    return y.reshape(gate.shape)
 
 
 def attention(
