@@ -2,18 +2,18 @@
 
 Everything takes turns in one process; the medians count, and ratios of them are printed. Absolute
 times say little on a shared machine: the load is printed too. `qwix` is XLA's own handling of a
-quantized operand, as `qwix.dot_general` reaches it; torch's int8 is bitsandbytes-like dynamic
-quantization (`quantize_dynamic`).
-Bars (issue of the CPU kernels): int4_g128 <= 0.8 at m = 1, about 1 at 16, 1.6 at 256; nf4 <= 1.1 at
+quantized operand, as `qwix.dot_general` reaches it; torch's int8 is its dynamic quantization
+(`quantize_dynamic`); bitsandbytes runs its kernels for CPUs.
+Bars: int4_g128 <= 0.8 at m = 1, about 1 at 16, 1.6 at 256; nf4 <= 1.1 at
 m = 1; int8/int8_token <= 0.8 at m = 1, 0.6 at 16; int8 <= 1.3 at 256; int4_g128 at least 3x as fast
 as qwix at m = 1.
 
-    pip install qwix==0.1.8 torch  # both optional: what is missing is named, not timed
+    pip install qwix==0.1.8 torch bitsandbytes  # optional: what is missing is named, not timed
     python experiments/bench_cpu.py
-    python experiments/bench_cpu.py --decode model.gguf  # tokens per second of a GGUF checkpoint
 
 """
 
+import functools
 import importlib.util
 import os
 import pathlib
@@ -27,7 +27,6 @@ SHAPES = ((4096, 11008), (1536, 576))  # [k, n]: a 7B model's, SmolLM2's
 ROWS = (1, 16, 256)
 SPECS = ("int8", "int8/int8_token", "int4_g128", "nf4_g64", "uint4_g32")
 RUNS = 11  # of each, after one to compile
-NEW = 16  # tokens per decoding run
 BARS = {  # (spec, m): ratio to float32 at the first shape
     ("int4_g128", 1): 0.8,
     ("int4_g128", 16): 1.05,
@@ -83,7 +82,36 @@ def torch_call(x: Any, w: Any) -> Callable[[], Any]:
     return lambda: q(row).numpy()
 
 
-PEERS = {"qwix int4_g128": ("qwix", qwix_call), "torch dynamic int8": ("torch", torch_call)}
+def bitsandbytes_call(kind: str, x: Any, w: Any) -> Callable[[], Any]:
+    """A linear layer of bitsandbytes: nf4 in blocks of 64, or LLM.int8() without outliers."""
+    import bitsandbytes as bnb
+    import numpy as np
+    import torch
+
+    weight = torch.from_numpy(np.array(w.T))
+    if kind == "nf4":
+        linear = bnb.nn.Linear4bit(*w.shape, bias=False, quant_type="nf4")
+        linear.weight = bnb.nn.Params4bit(
+            weight, requires_grad=False, quant_type="nf4", blocksize=64
+        )
+    else:
+        linear = bnb.nn.Linear8bitLt(*w.shape, bias=False, has_fp16_weights=False)
+        linear.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+    linear, row = linear.to("cpu").eval(), torch.from_numpy(np.array(x))
+
+    def call() -> Any:
+        with torch.inference_mode():
+            return linear(row).numpy()
+
+    return call
+
+
+PEERS = {
+    "qwix int4_g128": ("qwix", qwix_call),
+    "torch dynamic int8": ("torch", torch_call),
+    "bitsandbytes nf4": ("bitsandbytes", functools.partial(bitsandbytes_call, "nf4")),
+    "bitsandbytes int8": ("bitsandbytes", functools.partial(bitsandbytes_call, "int8")),
+}
 
 
 def matmuls(k: int, n: int, m: int) -> None:
@@ -123,49 +151,12 @@ def verdict(held: bool) -> str:
     return "met" if held else "missed"
 
 
-def decode(path: str) -> None:
-    """Prints tokens per second of a checkpoint: float32, the file's codes, and int8, int4, nf4."""
-    import jax
-    import jax.numpy as jnp
-
-    import qjax
-    from qjax import models
-
-    model, codes, _ = models.load(path)
-    dense = lambda v: qjax.dequantize(v) if qjax.is_qtensor(v) else v
-    floats = jax.tree.map(dense, codes, is_leaf=qjax.is_qtensor)
-    sites = qjax.find_sites(model.apply, floats, jnp.zeros((1, 4), jnp.int32))
-    fn, token = qjax.quantized(model.apply), jnp.zeros((1,), jnp.int32)
-    cache = models.init_cache(model.config, 1, 2 * NEW)
-
-    def run(params: Any) -> Any:
-        def step(carry: Any, _: None) -> Any:
-            token, cache = carry
-            logits, cache = fn(params, token[:, None], cache=cache)
-            return (jnp.argmax(logits[:, 0], -1).astype(jnp.int32), cache), None
-
-        return jax.lax.scan(step, (token, cache), length=NEW)[0][0]
-
-    trees = {"float32": floats, "the file's codes": qjax.prepare(codes, sites)}
-    for spec in ("int8", "int8/int8_token", "int4_g64", "nf4_g64"):
-        recipe = qjax.Recipe(qjax.Rule(r".*", spec))
-        trees[spec] = qjax.prepare(qjax.quantize_params(floats, recipe, sites), sites)
-    found = medians({name: compiled(run, tree) for name, tree in trees.items()}, runs=5)
-    print(f"decoding {pathlib.Path(path).name}, batch 1, load {os.getloadavg()[0]:.1f}")
-    for name, seconds in found.items():
-        ratio = found["float32"] / seconds
-        print(f"  {name:20} {NEW / seconds:7.1f} tokens/s  {ratio:5.2f} x float32")
-
-
 def main() -> None:
     """Prints the tables."""
     import jax
 
     device = jax.devices()[0].device_kind
     print(f"jax {jax.__version__} on {device}, {os.cpu_count()} cores")
-    if sys.argv[1:2] == ["--decode"]:
-        decode(sys.argv[2])
-        return
     for k, n in SHAPES:
         for m in ROWS:
             matmuls(k, n, m)

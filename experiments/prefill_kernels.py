@@ -8,6 +8,7 @@ in the same run. The kernel, that dot of the same shape and the reader take turn
     python experiments/prefill_kernels.py tune            # writes tables_wgmma/<card>.json
     python experiments/prefill_kernels.py tune int8       # this format only; other rows are kept
     ROWS=32,64 SHAPES=8192x8192 python experiments/prefill_kernels.py tune    # k x n
+    CANDIDATES=1 python experiments/prefill_kernels.py tune    # configs of the table or guess
 
 """
 
@@ -20,6 +21,7 @@ import pathlib
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ceilings
@@ -28,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import tune_kernels as decode
 
-from pallas_kernels.quantized_matmul import mosaic_gpu, mosaic_wgmma, reference
+from pallas_kernels.quantized_matmul import mosaic_gpu, mosaic_wgmma
 from pallas_kernels.quantized_matmul.mosaic_wgmma import Config
 from pallas_kernels.quantized_matmul.problem import Problem, Weight
 
@@ -38,19 +40,34 @@ FORMATS = {
     "int4": (SHAPES, ROWS),
     "int8": (SHAPES[:2], (64, 1024)),
     "fp8": (SHAPES[:2], (64, 1024)),
+    "nf4": (SHAPES[:2], (64, 1024)),
 }
 CANDIDATES = int(os.environ.get("CANDIDATES", "5"))
-SECONDS = float(os.environ.get("SECONDS", "330"))  # no new shape is begun after so many
+SECONDS = float(os.environ.get("SECONDS", "330"))  # no row is measured after so many
 CHECKED = (17, 65, 264)  # m; of these, those that $ROWS lists
-CONFIGS = [  # that checks go through, where they fit
+CHECKS = {  # more than those of decoding
+    **decode.CHECKS,
+    "int4 short": (Weight(64, 264, 32, "int4", "bfloat16"), None),
+    "int8 short": (Weight(40, 64, 40, "int8"), "relu"),
+}
+CONFIGS = [  # that checks go through, where they fit: "int4 square" all, the others a fourth per m
     Config(32, 2, 8),
     Config(64, 2, 5, 2),
+    Config(64, 2, 4, channels=64, teams=2),
+    Config(64, 1, 4, 2, channels=64, teams=2),
     Config(64, 1, 5, 2),
-    Config(32, 2, 6, 4),
     Config(128, 1, 4),
+    Config(32, 2, 6, 2, channels=64, teams=2),
+    Config(64, 1, 6, 2, channels=128, teams=2),
     Config(128, 1, 4, 1, 2),
     Config(256, 1, 3),
+    Config(32, 1, 4, channels=128, teams=2),
+    Config(32, 2, 6, 4, channels=64, teams=2),
     Config(256, 1, 3, 1, 2),
+    Config(64, 2, 6, 1, 2, channels=64, teams=2),
+    Config(32, 2, 4, 1, 2, channels=128, teams=2),
+    Config(32, 2, 6, 4),
+    Config(32, 2, 4, channels=128, teams=2),
 ]
 
 
@@ -66,7 +83,7 @@ def problem_of(m: int, weight: Weight, *ends: Any) -> Problem:
 
 def check(name: str, pool: concurrent.futures.Executor) -> bool:
     """Whether each config is at most twice as far from the truth as XLA; prints both."""
-    weight, activation = decode.CHECKS[name]
+    weight, activation = CHECKS[name]
     whole, arrays, w = decode.operands(max(CHECKED), weight)
     sums, good = np.asarray(whole, np.float64) @ w, True
     if activation is not None:
@@ -74,9 +91,10 @@ def check(name: str, pool: concurrent.futures.Executor) -> bool:
         arrays["bias"] = bias
         sums = decode.ACTIVATIONS[activation](sums + np.asarray(bias, np.float64))
     jobs: list[Any] = []
+    first = list(CHECKS).index(name)
     for i, m in enumerate(chosen("ROWS", CHECKED, int)):
         problem = problem_of(m, weight, activation is not None, activation)
-        configs = CONFIGS if name == "int4 square" else CONFIGS[i % 2 :: 2]
+        configs = CONFIGS if name == "int4 square" else CONFIGS[(first + i) % 4 :: 4]
         fits = [c for c in configs if mosaic_wgmma.fits(problem, c) is None]
         jobs += [
             (m, problem, c, pool.submit(build(problem, c).lower(whole[:m], arrays).compile))
@@ -147,73 +165,91 @@ def candidates(problem: Problem) -> list[Config]:
     return list(dict.fromkeys([*first, *guesses]))[:CANDIDATES]
 
 
-def tune(problem: Problem, buffers: list[Any]) -> list[tuple[float, Config]]:
-    """(microseconds, config), fastest first; compiled side by side, timed one after the other."""
+def tune(problem: Problem, buffers: list[Any], pool: Any) -> Callable[[], list[Any]]:
+    """A function that times: [(microseconds, config)], fastest first. Compiling is begun."""
     x = jax.random.normal(jax.random.key(1), (problem.m, problem.weight.k), jnp.bfloat16)
-    configs = candidates(problem)
+    few = buffers[:8]
 
     def one(config: Config) -> Any:
         launch = lambda x, a: mosaic_wgmma.launch(problem, config, (problem.weight.n,), x, [a])
-        return ceilings.compiled(lambda x, w: [launch(x, a) for a in w], x, buffers)
+        return ceilings.compiled(lambda x, w: [launch(x, a) for a in w], x, few)
 
-    with concurrent.futures.ThreadPoolExecutor(len(configs)) as pool:
-        built = [pool.submit(one, config) for config in configs]
-    timed = []
-    for config, program in zip(configs, built, strict=True):
-        try:
-            calls = ceilings.timed(program.result(), x, buffers, runs=3)
-        except Exception as why:  # noqa: BLE001
-            print(f"{tuple(config)} does not run: {str(why)[:200]}", flush=True)
-            continue
-        mine = [us for call in calls for name, us in call if "quantized_matmul" in name]
-        timed.append((statistics.median(mine), config))
-    return sorted(timed)
+    built = [(config, pool.submit(one, config)) for config in candidates(problem)]
+
+    def time_all() -> list[Any]:
+        timed = []
+        for config, program in built:
+            try:
+                calls = ceilings.timed(program.result(), x, few, runs=4)
+            except Exception as why:  # noqa: BLE001
+                print(f"{tuple(config)} does not run: {str(why)[:200]}", flush=True)
+                continue
+            mine = [us for call in calls for name, us in call if "quantized_matmul" in name]
+            timed.append((statistics.median(mine), config))
+        return sorted(timed)
+
+    return time_all
 
 
-def measure(problem: Problem, buffers: list[Any], config: Config, per_us: float) -> dict[str, Any]:
-    """A row: the kernel in turns with XLA's dot of a bfloat16 weight and the reader."""
+def measure(
+    problem: Problem, buffers: list[Any], config: Config, read: Any, pool: Any
+) -> Callable[[float], dict[str, Any]]:
+    """A function that makes a row, given the card's operations per microsecond: the kernel in turns
+    with XLA's dot of a bfloat16 weight and the reader. Compiling is begun.
+    """
     m, k, n = problem.m, problem.weight.k, problem.weight.n
-    size = sum(v.nbytes for v in buffers[0].values()) + 2 * m * (k + n)
-    if 2 * m * k * n / per_us > size / 1e6:  # operations bind by far: nothing to read beside them
-        read, data = lambda d: None, [None] * len(buffers)
-    else:
-        _, read, data = ceilings.best_reader(size)
-    count = min(len(buffers), len(data), max(2, ceilings.rotation(2 * k * n)))
+    count = min(len(buffers), max(2, ceilings.rotation(2 * k * n)))
+    unit = 4 * 128 * 4 * 8
+    words = -(-(sum(v.nbytes for v in buffers[0].values()) + 2 * m * (k + n)) // unit) * unit // 4
+    data = [ceilings.random_words(i, (words,)) for i in range(count)] if read else [None] * count
+    once = ceilings.reader(words, *read) if read else lambda d: None
     make = lambda seed, *shape: [
         jax.random.normal(key, shape, jnp.bfloat16)
         for key in jax.random.split(jax.random.key(seed), count)
     ]
     launch = lambda x, a: mosaic_wgmma.launch(problem, config, (problem.weight.n,), x, [a])
-    turns = lambda parts: [(launch(x, a), jnp.dot(x, w), read(d)) for x, a, w, d in parts]
+    turns = lambda parts: [(launch(x, a), jnp.dot(x, w), once(d)) for x, a, w, d in parts]
     # an x for each dot, since XLA joins dots of one
     parts = list(zip(make(1, m, k), buffers, make(2, k, n), data, strict=False))
-    calls = ceilings.durations(turns, parts, runs=max(5, 50 // count))
-    is_dot = lambda name: not ("quantized_matmul" in name or "read_bytes" in name)
-    events = [event for call in calls for event in call]
-    us = statistics.median(us for name, us in events if "quantized_matmul" in name)
-    reads = [us for name, us in events if "read_bytes" in name]
-    read_us = statistics.median(reads) if reads else 0.0
-    dots = statistics.median(sum(us for name, us in c if is_dot(name)) for c in calls) / len(parts)
-    today = None
-    if (k, n) == SHAPES[0]:  # XLA on the packed weight, the path of what no kernel takes
-        run = lambda parts: [reference.run(x, a, problem) for x, a, *_ in parts]
-        calls = ceilings.durations(run, parts, runs=3)
-        today = statistics.median(sum(us for _, us in call) for call in calls) / len(parts)
-    best = max(read_us, 2 * m * k * n / per_us)
-    return {
-        "m": m,
-        "k": k,
-        "n": n,
-        "words": mosaic_gpu.tile_words(problem.weight),
-        "config": list(config),
-        "us": round(us, 2),
-        "read_us": round(read_us, 2),
-        "best_us": round(best, 2),
-        "ratio": round(us / best, 3),
-        "bf16_dot_us": round(dots, 2),
-        "of_bf16": round(dots / us, 3),
-        "xla_us": today and round(today, 2),
-    }
+    program = pool.submit(ceilings.compiled, turns, parts)
+
+    def finish(per_us: float) -> dict[str, Any]:
+        calls = ceilings.timed(program.result(), parts, runs=max(5, 50 // count))
+        is_dot = lambda name: not ("quantized_matmul" in name or "read_bytes" in name)
+        events = [event for call in calls for event in call]
+        us = statistics.median(us for name, us in events if "quantized_matmul" in name)
+        reads = [us for name, us in events if "read_bytes" in name]
+        read_us = statistics.median(reads) if reads else 0.0
+        dots = statistics.median(sum(us for name, us in c if is_dot(name)) for c in calls) / count
+        best = max(read_us, 2 * m * k * n / per_us)
+        return {
+            "m": m,
+            "k": k,
+            "n": n,
+            "words": mosaic_gpu.tile_words(problem.weight),
+            "config": list(config),
+            "us": round(us, 2),
+            "read_us": round(read_us, 2),
+            "best_us": round(best, 2),
+            "ratio": round(us / best, 3),
+            "bf16_dot_us": round(dots, 2),
+            "of_bf16": round(dots / us, 3),
+        }
+
+    return finish
+
+
+def fastest_reader(size: int) -> tuple[int, int]:
+    """Blocks and loads at once of the reader that reads so many bytes fastest."""
+    words = size // 2**16 * 2**14
+    buffers = [ceilings.random_words(i, (words,)) for i in range(ceilings.rotation(size))]
+
+    def us(how: tuple[int, int]) -> float:
+        read = ceilings.reader(words, *how)
+        calls = ceilings.durations(lambda *b: [read(v) for v in b], *buffers, runs=4)
+        return statistics.median(us for call in calls for _, us in call)
+
+    return min(ceilings.READERS, key=us)
 
 
 def main() -> None:
@@ -222,40 +258,52 @@ def main() -> None:
     print(card, "jax", jax.__version__, flush=True)
     what, names = sys.argv[1], sys.argv[2:]
     if what == "check":
-        if not check_all(names or list(decode.CHECKS)):
+        if not check_all(names or list(CHECKS)):
             raise SystemExit("the kernel is wrong")
         return
-    found: list[tuple[str, Problem, Any, Config]] = []
+    points: list[tuple[str, Problem, Any, Any]] = []
     for name in names or ["int4"]:
         shapes, ms = FORMATS[name]
         for k, n in chosen("SHAPES", shapes, lambda v: tuple(map(int, v.split("x")))):
             weight = decode.FORMATS[name][0](k, n)
             size = -(-n // 16) * -(-k // 128) * 4 * mosaic_gpu.tile_words(weight)
             buffers = decode.random_arrays(weight, ceilings.rotation(size))
-            for m in chosen("ROWS", ms, int):
-                problem = problem_of(m, weight)
-                timed = tune(problem, buffers)
-                print(f"{time.time() - began:.0f} s, {name} {m} {k} {n}:", end=" ")
-                print([(round(us, 1), tuple(c)) for us, c in timed], flush=True)
-                if timed:
-                    found.append((name, problem, buffers, timed[0][1]))
+            read = fastest_reader(size)
+            points += [
+                (name, problem_of(m, weight), buffers, read if m <= 512 else None)
+                for m in chosen("ROWS", ms, int)
+            ]
     per_us = rate()
     print(f"bfloat16 dot of 8192 cubed: {per_us / 1e6:.0f} TFLOP/s", flush=True)
-    print("format m k n | us, read us, T* us, us / T* | bf16 dot us / us | XLA us | config")
-    rows: list[dict[str, Any]] = []
-    for name, problem, buffers, config in found:
-        if time.time() - began > SECONDS:
-            print("out of time")
-            return
-        row = measure(problem, buffers, config, per_us)
-        print(
-            f"{name} {row['m']} {row['k']} {row['n']} | {row['us']} {row['read_us']} "
-            f"{row['best_us']} {row['ratio']} | {row['of_bf16']} | {row['xla_us']} | "
-            f"{tuple(row['config'])}",
-            flush=True,
-        )
-        rows.append({"format": name, **row})
-        write(card, per_us, rows)
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        if CANDIDATES > 1:
+            timers = [tune(problem, buffers, pool) for _, problem, buffers, _ in points]
+            best = []
+            for (name, problem, *_), timer in zip(points, timers, strict=True):
+                timed = timer()
+                print(f"{time.time() - began:.0f} s, {name}", *problem[:1], end=" ")
+                print(problem.weight[:2], [(round(us, 1), tuple(c)) for us, c in timed], flush=True)
+                best.append(timed[0][1])
+        else:
+            best = [candidates(problem)[0] for _, problem, *_ in points]
+        jobs = [
+            measure(problem, buffers, config, read, pool)
+            for (_, problem, buffers, read), config in zip(points, best, strict=True)
+        ]
+        print("format m k n | us, read us, T* us, us / T* | bf16 dot us / us | config", flush=True)
+        rows: list[dict[str, Any]] = []
+        for (name, *_), job in zip(points, jobs, strict=True):
+            if time.time() - began > SECONDS:
+                print("out of time")
+                break
+            row = job(per_us)
+            print(
+                f"{name} {row['m']} {row['k']} {row['n']} | {row['us']} {row['read_us']} "
+                f"{row['best_us']} {row['ratio']} | {row['of_bf16']} | {tuple(row['config'])}",
+                flush=True,
+            )
+            rows.append({"format": name, **row})
+            write(card, per_us, rows)
 
 
 def chosen(variable: str, default: Any, read: Any) -> list[Any]:

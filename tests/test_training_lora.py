@@ -86,6 +86,22 @@ def test_adapters_train_and_the_base_stays():
     assert qjax.is_qtensor(q["w"])
 
 
+@pytest.mark.parametrize("name", ["plain", "layers of a scan", "experts"])
+def test_the_backward_pass_keeps_codes(name):
+    """Nothing as large as a dequantized weight waits for it, of all layers or of one."""
+    fn, shapes = CASES[name]
+    params = {n: jax.random.normal(KEYS[3], s) / 6 for n, s in shapes.items()}
+    q, adapters = quantized_with_adapters(fn, params, X, spec="nf4_g16")
+
+    def held(tree):
+        _, pullback = jax.vjp(lambda a, x: training.lora(fn)(tree, a, x), adapters, X)
+        floats = [v for v in jax.tree.leaves(pullback) if jnp.issubdtype(v.dtype, jnp.floating)]
+        return {v.shape for v in floats if v.ndim > 1} & {*shapes.values()}
+
+    assert held(dense(q)) == {*shapes.values()}
+    assert not held(q)
+
+
 def test_dropout_by_key():
     """Without a key none; with one, another mask for every layer; unbiased over keys."""
     fn = lambda p, x: lax.scan(lambda x, w: (x, x @ w), x, p["w"])[1]

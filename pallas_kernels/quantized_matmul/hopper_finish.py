@@ -90,28 +90,52 @@ def finish(problem: Problem, rows: int) -> Any:
 
 
 class Parts:
-    """The sums of a cluster's blocks: block d adds up those of its share of `rows`.
+    """The sums of warpgroups that share k: of `teams` in a block, of `split` blocks.
 
-    In its shared memory they lie as `[warpgroup, block, 8 rows, thread, 4]`: what a thread holds is
-    added by the same thread, in the order of the blocks.
+    In shared memory they lie as `[member, part, 8 rows, thread, 4]`: what a thread holds is added
+    by the thread of its number in the first team, in the order of the parts. Of a cluster, each
+    block adds up its share of `rows`; of one block, the first team keeps its own in registers.
     """
 
-    def __init__(self, rows: int, split: int) -> None:
+    def __init__(self, rows: int, split: int, teams: int, members: int) -> None:
         eights = rows // 8 // split
+        count = split * teams if split > 1 else teams - 1  # of parts in shared memory
 
-        def place(block: ir.Value, eight: int) -> ir.Value:
+        def quad() -> ir.Value:
+            return arith.shrui(ptx.thread(), ptx.number(7))
+
+        def team() -> ir.Value:
+            return arith.divui(quad(), ptx.number(members))
+
+        def place(part: ir.Value, eight: int) -> ir.Value:
             """The word of a thread's four sums."""
-            quad = arith.shrui(ptx.thread(), ptx.number(7))
-            line = arith.addi(arith.muli(quad, ptx.number(split)), block)
+            member = arith.remui(quad(), ptx.number(members))
+            line = arith.addi(arith.muli(member, ptx.number(count)), part)
             line = ptx.add(arith.muli(line, ptx.number(eights)), eight)
             line = arith.muli(line, ptx.number(THREADS))
             inside = arith.andi(ptx.thread(), ptx.number(THREADS - 1))
             return arith.muli(arith.addi(line, inside), ptx.number(4))
 
+        def part(slots: Any, number: int, eight: int) -> list[ir.Value]:
+            return ptx.load(slots, place(ptx.number(number), eight), 4, ir.F32Type.get())
+
+        def added(totals: list[list[ir.Value]], slots: Any, first: int) -> fa.FragmentedArray:
+            done = []
+            for eight in range(eights):
+                total = totals[eight]
+                for number in range(first, count):
+                    more = part(slots, number, eight)
+                    total = [arith.addf(t, v) for t, v in zip(total, more, strict=True)]
+                done += [total[:2], total[2:]]
+            return _array(done, rows // split)
+
+        result = plgpu.ShapeDtypeStruct((64, rows // split), jnp.float32, layout=plgpu.Layout.WGMMA)
+
         @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(), plgpu.RefType()))
         def send(ctx, sums, slots, arrived):
+            """To the blocks that own the rows."""
             pairs = _pairs(sums)
-            mine = ptx.rank(True)
+            mine = arith.addi(arith.muli(ptx.rank(True), ptx.number(teams)), team())
             for owner in range(split):
                 barrier = ptx.far(ptx.near(arrived), ptx.number(owner))
                 start = ptx.far(ptx.near(slots), ptx.number(owner))
@@ -127,20 +151,32 @@ class Parts:
                         *pairs[at + 1],
                     )
 
-        @plgpu.inline_mgpu(
-            arg_types=(plgpu.RefType(),),
-            return_type=plgpu.ShapeDtypeStruct(
-                (64, rows // split), jnp.float32, layout=plgpu.Layout.WGMMA
-            ),
-        )
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=result)
         def add(ctx, slots):
-            f32, done = ir.F32Type.get(), []
-            for eight in range(eights):
-                total = ptx.load(slots, place(ptx.number(0), eight), 4, f32)
-                for block in range(1, split):
-                    part = ptx.load(slots, place(ptx.number(block), eight), 4, f32)
-                    total = [arith.addf(t, v) for t, v in zip(total, part, strict=True)]
-                done += [total[:2], total[2:]]
-            return _array(done, rows // split)
+            """What was sent here."""
+            return added([part(slots, 0, eight) for eight in range(eights)], slots, 1)
 
-        self.send, self.add = send, add
+        @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()))
+        def leave(ctx, sums, slots):
+            """In this block, for the first team."""
+            pairs, f32 = _pairs(sums), ir.F32Type.get()
+            before = ptx.add(team(), -1)
+            for eight in range(eights):
+                vector: Any = llvm.mlir_undef(ir.VectorType.get((4,), f32))
+                for i, value in enumerate([*pairs[2 * eight], *pairs[2 * eight + 1]]):
+                    vector = llvm.insertelement(vector, value, ptx.number(i))
+                llvm.store(vector, ptx.at(slots, place(before, eight), f32), alignment=16)
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()), return_type=result)
+        def join(ctx, sums, slots):
+            """The sums of the first team and what was left for it."""
+            pairs = _pairs(sums)
+            own = [[*pairs[2 * eight], *pairs[2 * eight + 1]] for eight in range(eights)]
+            return added(own, slots, 0)
+
+        @plgpu.inline_mgpu(arg_types=())
+        def meet(ctx):
+            """All teams."""
+            ptx.run(f"bar.sync 9, {THREADS * members * teams};", "~{memory}")
+
+        self.send, self.add, self.leave, self.join, self.meet = send, add, leave, join, meet

@@ -1,11 +1,12 @@
 """The Hopper kernel for m > 16: the weight is `wgmma`'s register operand, decoded beside it.
 
 result^T [n, m] = w^T [n, k] x^T [k, m]. One warpgroup issues TMA into a ring of stages and runs
-ahead over the borders of tiles; two each take 64 channels of a tile: packed words from shared
-memory to registers, the exchange between lanes, bfloat16 and scale (`hopper_fragments`), then
-`wgmma` with x from shared memory. While the tensor cores multiply one stage a warpgroup decodes
-the next. Where there are fewer tiles than multiprocessors the blocks of a cluster split k, and each
-adds up and writes its share of the rows; else they can share the tiles of x by multicast.
+ahead over the borders of tiles; the others each take 64 channels of a tile: packed words from
+shared memory to registers, the exchange between lanes, bfloat16 and scale (`hopper_fragments`),
+then `wgmma` with x from shared memory. While the tensor cores multiply one stage a warpgroup
+decodes its next. Two teams of warpgroups may take stages in turns. Where there are fewer tiles than
+multiprocessors the blocks of a cluster split k, and each adds up and writes its share of the rows;
+else they can share the tiles of x by multicast.
 """
 
 # The decorator of inline code keeps the type of what it wraps, which takes one argument more, and
@@ -35,13 +36,15 @@ from pallas_kernels.quantized_matmul.mosaic_wgmma import (
     Config,
     part_names,
     part_words,
+    sum_words,
 )
 from pallas_kernels.quantized_matmul.mosaic_wgmma import fits as misfit
+from pallas_kernels.quantized_matmul.mosaic_wgmma import turns as turns_of
 from pallas_kernels.quantized_matmul.problem import Problem
 
 F32 = jnp.float32
-WARPGROUPS = 2  # that multiply; the next one loads
-TILES = CHANNELS // layout.ROWS
+REGISTERS = 65536  # of a block
+LOADER = 32  # registers of a thread that loads
 
 
 def kernel(
@@ -64,22 +67,25 @@ def kernel(
         raise ValueError(f"{config} cannot run {problem}: {reason}")
     c, weight, m = config, problem.weight, problem.m
     out, i32 = jnp.dtype(problem.out), jnp.int32
+    members = c.channels // STRIP  # warpgroups of a team
+    warpgroups = members * c.teams  # that multiply; the next one loads
+    rows16 = c.channels // layout.ROWS
     names, wide = part_names(weight), c.strips * STRIP
     code_words = layout.code_words(weight) // 2 * c.strips
     words = [code_words, *(part_words(weight, n, c.strips) for n in names)]
     decode = twin or [fragments(weight, c.strips, half) for half in range(c.strips)]
     clustered = c.split * c.shared > 1
-    depth, per_tile = -(-weight.k // layout.DEPTH), 2 // c.strips  # tiles along k, their stages
-    n_tiles = -(-weight.n // (CHANNELS * c.shared))
+    # a turn: two stages of each team; what is beyond k reads as zeros
+    per_turn, turns = 2 * c.teams, turns_of(weight.k, c)
+    n_tiles = -(-weight.n // (c.channels * c.shared))
     tiles = (-(-m // c.rows), n_tiles)
     count = tiles[0] * tiles[1]
     own_rows = c.rows // c.split
     blocks = count if c.split > 1 else min(count, MULTIPROCESSORS // c.shared)
     last = finish(problem, own_rows)
-    parts = Parts(c.rows, c.split)
-    exchange = Exchange(CHANNELS * c.rows * 4)
+    parts, exchange = Parts(c.rows, c.split, c.teams, members), Exchange(4 * sum_words(c))
     sizes = channels or [weight.n]
-    begins = [0, *itertools.accumulate(-(-n // CHANNELS) for n in sizes)]
+    begins = [0, *itertools.accumulate(-(-n // c.channels) for n in sizes)]
     ends = ["scale"] * layout.per_channel(weight) + ["bias"] * problem.bias
 
     def quantized_matmul(
@@ -101,27 +107,27 @@ def kernel(
         if c.split > 1:
             exchange.open(arrived)
             exchange.meet()
-            begin, end = rank * depth // c.split, (rank + 1) * depth // c.split
+            begin, end = rank * turns // c.split, (rank + 1) * turns // c.split
         else:
-            begin, end = i32(0), i32(depth)
+            begin, end = i32(0), i32(turns)
 
         def tile(info):
             mi, ni = plgpu.planar_snake(info.index[0], tiles, 0, c.width)
             if c.shared > 1:
                 ni = ni * c.shared + rank
-            return mi, ni, info.local_index * (depth * per_tile)
+            return mi, ni, info.local_index * (turns * per_turn)
 
-        @pl.when(group == WARPGROUPS)
+        @pl.when(group == warpgroups)
         def _():
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(LOADER, action="decrease")
 
             @plgpu.nd_loop((count,), collective_axes="sm")
             def _(info):
                 mi, ni, first = tile(info)
 
-                @pl.loop(0, (end - begin) * per_tile)
+                @pl.loop(0, (end - begin) * per_turn)
                 def _(i):
-                    s, at = lax.rem(first + i, i32(c.steps)), begin * per_tile + i
+                    s, at = lax.rem(first + i, i32(c.steps)), begin * per_turn + i
                     plgpu.barrier_wait(empty.at[s])
                     fetch = functools.partial(plgpu.copy_gmem_to_smem, barrier=full.at[s])
                     block = x_g.at[pl.ds(mi * c.rows, c.rows), pl.ds(at * wide, wide)]
@@ -129,7 +135,7 @@ def kernel(
                     deep, half = (at, 0) if c.strips == 2 else (at // 2, lax.rem(at, i32(2)))
 
                     def take(held, begin):
-                        row = pl.ds((ni - begin) * TILES, TILES)
+                        row = pl.ds((ni - begin) * rows16, rows16)
                         for array, stage, size in zip(held, w_s, words, strict=True):
                             along = [] if array.shape[-1] == size else [pl.ds(half * size, size)]
                             fetch(array.at[(row, deep, *along)], stage.at[s])
@@ -146,96 +152,106 @@ def kernel(
             for s in range(c.steps):  # a neighbor still arrives at barriers of this block
                 plgpu.barrier_wait(empty.at[s])
 
-        @pl.when(group < WARPGROUPS)
+        @pl.when(group < warpgroups)
         def _():
-            plgpu.set_max_registers(232, action="increase")
-            for s in range(c.steps):
-                plgpu.barrier_arrive(empty.at[s])
+            plgpu.set_max_registers(registers(warpgroups), action="increase")
+            team, member = lax.div(group, i32(members)), lax.rem(group, i32(members))
+            for s in range(0, c.steps, c.teams):
+                plgpu.barrier_arrive(empty.at[s + team])
 
             @plgpu.nd_loop((count,), collective_axes="sm")
             def _(info):
                 mi, ni, first = tile(info)
+                place = lambda i: lax.rem(first + i * c.teams + team, i32(c.steps))
 
-                def stage(tile, half):
-                    """Where the strip `half` of a tile along k lies."""
-                    at = first + (tile if c.strips == 2 else 2 * tile + half)
-                    return lax.rem(at, i32(c.steps))
+                def operand(i):
+                    """Of the team's stage i, decoded."""
+                    plgpu.barrier_wait(full.at[place(i)])
+                    mine = pl.ds(member * (STRIP // layout.ROWS), STRIP // layout.ROWS)
+                    return [f([held.at[place(i), mine] for held in w_s]) for f in decode]
 
-                def operand(tile, half):
-                    s = stage(tile, half)
-                    if c.strips == 1 or half == 0:
-                        plgpu.barrier_wait(full.at[s])
-                    mine = pl.ds(group * (TILES // 2), TILES // 2)
-                    return decode[half % c.strips]([held.at[s, mine] for held in w_s])
+                def multiply(i, acc, strips):
+                    for strip, held in enumerate(strips):
+                        if twin is not None:
+                            a_s[group] = held
+                            plgpu.commit_smem()
+                            held = a_s.at[group]
+                        block = x_s.at[place(i), :, pl.ds(strip * STRIP, STRIP)]
+                        plgpu.wgmma(acc, held, block.transpose((1, 0)))
+                        if twin is not None:
+                            plgpu.wgmma_wait(0)
 
-                def multiply(tile, half, acc, held):
-                    at = pl.ds(half * STRIP if c.strips == 2 else 0, STRIP)
-                    if twin is not None:
-                        a_s[group] = held
-                        plgpu.commit_smem()
-                        held = a_s.at[group]
-                    plgpu.wgmma(acc, held, x_s.at[stage(tile, half), :, at].transpose((1, 0)))
-
-                def finished(tile, half):
+                def finished(i):
                     plgpu.wgmma_wait(0)
-                    if c.strips == 1 or half == 1:
-                        plgpu.barrier_arrive(empty.at[stage(tile, half)])
+                    plgpu.barrier_arrive(empty.at[place(i)])
 
-                # Two strips a turn, so that the operands of two products have their own registers:
-                # with one set the compiler does not let products and decoding overlap.
+                # Two stages a turn, so that the operands of two products have their own registers:
+                # with one set the compiler serializes the instructions of a product.
                 def product(acc):
-                    def turn(tile, first_half, last):
-                        multiply(tile, 0, acc, first_half)
-                        second_half = operand(tile, 1)
-                        finished(tile, 0)
-                        multiply(tile, 1, acc, second_half)
-                        later = first_half if last else operand(tile + 1, 0)
-                        finished(tile, 1)
+                    def turn(i, one, last):
+                        multiply(2 * i, acc, one)
+                        other = operand(2 * i + 1)
+                        finished(2 * i)
+                        multiply(2 * i + 1, acc, other)
+                        later = one if last else operand(2 * i + 2)
+                        finished(2 * i + 1)
                         return later
 
                     more = functools.partial(turn, last=False)
-                    held = lax.fori_loop(0, end - begin - 1, more, operand(i32(0), 0))
+                    held = lax.fori_loop(0, end - begin - 1, more, operand(i32(0)))
                     turn(end - begin - 1, held, last=True)
                     return acc[...]
 
                 total = pl.run_scoped(product, plgpu.ACC((64, c.rows), F32))
                 if c.split > 1:
                     parts.send(total, slots, arrived)
-                    exchange.wait(arrived.at[0])
-                    total = parts.add(slots)
-                channel = jnp.broadcast_to(ni * CHANNELS + group * 64, (128,))
-                y = last(total, channel_refs, channel)
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                if out.itemsize == 4:  # what is narrower is transposed as it is stored
-                    y = plgpu.layout_cast(y, plgpu.Layout.WGMMA_TRANSPOSED)
-                o_s.at[group].transpose((1, 0))[...] = y
-                plgpu.commit_smem()
-                where = (
-                    pl.ds(mi * c.rows + (rank * own_rows if c.split > 1 else 0), own_rows),
-                    pl.ds(ni * CHANNELS + group * 64, 64),
-                )
-                plgpu.copy_smem_to_gmem(o_s.at[group], o_g.at[where])
+                elif c.teams > 1:
+                    parts.meet()  # the first team has taken what was left for it before
+                    pl.when(team > 0)(lambda: parts.leave(total, slots))
+                    parts.meet()
+
+                @pl.when(team == 0)
+                def _():
+                    sums = total
+                    if c.split > 1:
+                        exchange.wait(arrived.at[0])
+                        sums = parts.add(slots)
+                    elif c.teams > 1:
+                        sums = parts.join(total, slots)
+                    channel = jnp.broadcast_to(ni * c.channels + member * STRIP, (128,))
+                    y = last(sums, channel_refs, channel)
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    if out.itemsize == 4:  # what is narrower is transposed as it is stored
+                        y = plgpu.layout_cast(y, plgpu.Layout.WGMMA_TRANSPOSED)
+                    o_s.at[member].transpose((1, 0))[...] = y
+                    plgpu.commit_smem()
+                    where = (
+                        pl.ds(mi * c.rows + (rank * own_rows if c.split > 1 else 0), own_rows),
+                        pl.ds(ni * c.channels + member * STRIP, STRIP),
+                    )
+                    plgpu.copy_smem_to_gmem(o_s.at[member], o_g.at[where])
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     tiled = lambda size: (plgpu.TilingTransform((8, 128 // size)), plgpu.SwizzleTransform(128))
-    emptied = plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=c.steps)
+    emptied = plgpu.Barrier(num_arrivals=members, num_barriers=c.steps)
     if c.shared > 1:
         emptied = plgpu.ClusterBarrier(
-            collective_axes=("cluster",), num_arrivals=WARPGROUPS, num_barriers=c.steps
+            collective_axes=("cluster",), num_arrivals=members, num_barriers=c.steps
         )
     scratch: dict[str, Any] = {
         "x_s": plgpu.SMEM((c.steps, c.rows, wide), jnp.bfloat16, transforms=tiled(2)),
-        "w_s": [plgpu.SMEM((c.steps, TILES, size), jnp.int32) for size in words],
-        "o_s": plgpu.SMEM((WARPGROUPS, own_rows, 64), out, transforms=tiled(out.itemsize)),
+        "w_s": [plgpu.SMEM((c.steps, rows16, size), jnp.int32) for size in words],
+        "o_s": plgpu.SMEM((members, own_rows, STRIP), out, transforms=tiled(out.itemsize)),
         "full": plgpu.Barrier(num_arrivals=1 + len(words), num_barriers=c.steps),
         "empty": emptied,
     }
+    if sum_words(c):
+        scratch["slots"] = plgpu.SMEM((sum_words(c),), F32)
     if c.split > 1:
-        scratch["slots"] = plgpu.SMEM((WARPGROUPS * c.rows // 8 * 128 * 4,), F32)
         scratch["arrived"] = plgpu.SMEM((1, 2), i32)
     if twin is not None:
-        scratch["a_s"] = plgpu.SMEM((WARPGROUPS, 64, STRIP), jnp.bfloat16, transforms=tiled(2))
+        scratch["a_s"] = plgpu.SMEM((warpgroups, 64, STRIP), jnp.bfloat16, transforms=tiled(2))
     options: dict[str, Any] = {}
     if clustered:
         options = {"cluster": (c.split * c.shared,), "cluster_names": ("cluster",)}
@@ -244,7 +260,7 @@ def kernel(
         out_type=jax.ShapeDtypeStruct((_up(m, 8), _wide(weight.n)), out),
         grid=(blocks,),
         grid_names=("sm",),
-        num_threads=WARPGROUPS + 1,
+        num_threads=warpgroups + 1,
         thread_name="wg",
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
@@ -253,7 +269,7 @@ def kernel(
 
     def call(x, arrays):
         held = [one[n] for one in arrays for n in ("codes", *names)]
-        whole = jnp.pad(x, ((0, _up(m, 8) - m), (0, _wide(weight.k) - weight.k)))
+        whole = jnp.pad(x, ((0, _up(m, 8) - m), (0, _wide(weight.k, wide) - weight.k)))
         y = run(whole, *held, *(_of_channels([one[n] for one in arrays], sizes) for n in ends))
         return y[:m, : weight.n]
 
@@ -265,11 +281,18 @@ def _up(size: int, unit: int) -> int:
     return -(-size // unit) * unit
 
 
-def _wide(size: int) -> int:
-    """As `_up` to 64, and at least two of them: a tile of 64 along an axis of 64 loses its index on
-    the way to TMA, so that the second would lie on the first.
+def _wide(size: int, box: int = STRIP) -> int:
+    """As `_up` to 64, and at least two boxes: along an axis of one its index is lost on the way to
+    TMA, so that the second would lie on the first.
     """
-    return max(_up(size, STRIP), 2 * STRIP)
+    return max(_up(size, STRIP), 2 * box)
+
+
+def registers(warpgroups: int) -> int:
+    """Of a thread that multiplies: its share of those that the block was launched with."""
+    threads = 128 * (warpgroups + 1)
+    held = REGISTERS // threads // 8 * 8 * (warpgroups + 1)
+    return min(232, (held - LOADER) // warpgroups // 8 * 8)
 
 
 def _of_channels(held: Sequence[jax.Array], sizes: Sequence[int]) -> jax.Array:

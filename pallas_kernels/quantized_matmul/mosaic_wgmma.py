@@ -15,10 +15,11 @@ from pallas_kernels.frame import Device
 from pallas_kernels.quantized_matmul import hopper_layout, mosaic_gpu
 from pallas_kernels.quantized_matmul.problem import Problem, Weight
 
-CHANNELS = 128  # of a tile: two warpgroups of 64
+CHANNELS = 128  # that weights of one launch fill
 STRIP = 64  # of k, what the tensor cores take at once
 MULTIPROCESSORS = mosaic_gpu.MULTIPROCESSORS
 CLUSTERS = ((1, 1), (2, 1), (4, 1), (1, 2))  # blocks that split k, that share x: checked ones
+BLOCKS = ((128, 1), (64, 2), (128, 2))  # channels, teams: checked ones
 LEAST_ROWS = mosaic_gpu.MAX_ROWS + 1
 TABLES = pathlib.Path(__file__).parent / "tables_wgmma"
 # device kind -> what was measured on it; read once, since every matmul of a model asks
@@ -35,6 +36,8 @@ class Config(NamedTuple):
       split: blocks of a cluster that share k.
       shared: blocks of a cluster that share x by multicast; 1 where k is split.
       width: tiles along m, after which the next channels come.
+      channels: of a tile; each warpgroup has 64.
+      teams: of warpgroups in a block; they take stages in turns.
     """
 
     rows: int = 256
@@ -43,6 +46,8 @@ class Config(NamedTuple):
     split: int = 1
     shared: int = 1
     width: int = 8
+    channels: int = 128
+    teams: int = 1
 
 
 def part_names(weight: Weight) -> list[str]:
@@ -62,23 +67,40 @@ def stage_bytes(weight: Weight, config: Config) -> int:
     """Of x and of the weight, in one stage."""
     words = hopper_layout.code_words(weight) // 2 * config.strips
     words += sum(part_words(weight, name, config.strips) for name in part_names(weight))
-    return config.strips * STRIP * config.rows * 2 + 4 * words * CHANNELS // hopper_layout.ROWS
+    words *= config.channels // hopper_layout.ROWS
+    return config.strips * STRIP * config.rows * 2 + 4 * words
+
+
+def sum_words(config: Config) -> int:
+    """Float32 numbers that warpgroups which share k leave in a block."""
+    c = config
+    return c.channels * c.rows * (c.teams if c.split > 1 else c.teams - 1)
+
+
+def turns(k: int, config: Config) -> int:
+    """Of two stages of each team, along k."""
+    return -(-k // (2 * config.teams * config.strips * STRIP))
 
 
 def shared_bytes(problem: Problem, config: Config) -> int:
     """Shared memory of a block."""
     c, size = config, 2 if problem.out == "bfloat16" else 4
-    total = c.steps * stage_bytes(problem.weight, c) + CHANNELS * c.rows // c.split * size
-    return total + (CHANNELS * c.rows * 4 if c.split > 1 else 0)
+    total = c.steps * stage_bytes(problem.weight, c) + c.channels * c.rows // c.split * size
+    return total + 4 * sum_words(c)
 
 
 def fits(problem: Problem, config: Config) -> str | None:
     """None, or why the config cannot run the problem."""
-    c, tiles_k = config, -(-problem.weight.k // hopper_layout.DEPTH)
+    c = config
     if c.strips * hopper_layout.code_words(problem.weight) > 512:
         return "a copy takes at most 256 words of a tile"
-    if c.split > 1 and (c.rows % (8 * c.split) or c.shared > 1 or tiles_k < c.split):
-        return f"{c.split} blocks cannot split {tiles_k} tiles of k and {c.rows} rows"
+    long = turns(problem.weight.k, c)
+    if c.split > 1 and (c.rows % (8 * c.split) or c.shared > 1 or long < c.split):
+        return f"{c.split} blocks cannot split {long} turns along k and {c.rows} rows"
+    if c.steps % c.teams:
+        return f"{c.teams} teams cannot take {c.steps} stages in turns"
+    if c.channels * c.teams > 128 and c.rows > 64:
+        return f"{c.rows} rows need more registers than warpgroups of {c.channels} channels have"
     if shared_bytes(problem, c) > mosaic_gpu.SHARED_MEMORY:
         return f"needs {shared_bytes(problem, c)} bytes of shared memory"
     return None
@@ -87,28 +109,30 @@ def fits(problem: Problem, config: Config) -> str | None:
 def configs(problem: Problem) -> Iterator[tuple[float, Config]]:
     """Configs that can run, each with a guess at its microseconds."""
     weight, m = problem.weight, problem.m
-    channels = -(-weight.n // CHANNELS)
-    for rows, (split, shared) in itertools.product((32, 64, 128, 256), CLUSTERS):
-        if (rows > 32 and rows >= 2 * m) or (shared > 1 and (rows < 128 or channels < 2)):
+    for rows, cut, (split, shared) in itertools.product((32, 64, 128, 256), BLOCKS, CLUSTERS):
+        if (rows > 32 and rows >= 2 * m) or (cut[1] > 1 and rows > 64):
+            continue
+        if shared > 1 and weight.n <= cut[0]:
             continue
         strips = 1 if rows > 64 or hopper_layout.code_words(weight) > 256 else 2
         for steps in (12, 10, 8, 7, 6, 5, 4, 3):
-            config = Config(rows, strips, steps, split, shared)
+            config = Config(rows, strips, steps, split, shared, 8, *cut)
             if fits(problem, config) is None:
-                yield _guess(problem, config, channels), config
+                yield _guess(problem, config), config
                 break
 
 
-def _guess(problem: Problem, c: Config, channels: int) -> float:
-    """Microseconds: rounds of tiles of so many strips along k, as they were measured on an H200."""
-    tiles = channels * -(-problem.m // c.rows) * c.split
+def _guess(problem: Problem, c: Config) -> float:
+    """Microseconds: rounds of tiles of so many strips along k, as they were measured on an H100."""
+    tiles = -(-problem.weight.n // c.channels) * -(-problem.m // c.rows) * c.split
     # clusters of 4 do not fill every processing cluster of the chip
     rounds = -(-tiles // (MULTIPROCESSORS - {1: 0, 2: 0, 4: 16}[c.split]))
-    strip = max(0.215 + 0.0011 * c.rows, 0.0027 * c.rows)
+    strip = max(0.18 + 0.0015 * c.rows, 0.0027 * c.rows)
     strip *= 0.98 if c.shared > 1 and c.rows > 128 else 1.0
+    if c.teams > 1:
+        strip *= 0.9 if c.channels == 128 else 0.55
     after = 1 + c.rows / 128 + (1.5 if c.split > 1 else 0)
-    depth = -(-problem.weight.k // hopper_layout.DEPTH) * 2 / c.split
-    return rounds * (depth * strip + after) + 2
+    return rounds * (-(-problem.weight.k // STRIP) / c.split * strip + after) + 2
 
 
 def choose_config(problem: Problem, kind: str) -> Config | None:
@@ -134,11 +158,6 @@ def supports(problem: Problem, device: Device) -> str | None:
         return (
             f"k = {problem.weight.k} and n = {problem.weight.n} are not both multiples of 8, so "
             "rows are not aligned"
-        )
-    if min(problem.weight.k, problem.weight.n) <= STRIP:
-        return (
-            f"k = {problem.weight.k}, n = {problem.weight.n}: none of {STRIP} or less was checked "
-            "on a device"
         )
     if next(configs(problem), None) is None:
         return "no way to cut it fits the chip"

@@ -273,7 +273,7 @@ def _table(drop: _Drop | None, thread: Thread | None) -> Table:
     def rule(name: str, eqn: _compat.JaxprEqn, inputs: list[Any]) -> list[Any] | Decline:
         found = [v for v in inputs if isinstance(v, _Adapted)]
         if not found:
-            return base.rules[name](eqn, inputs) if name in base.rules else Decline("no rule")
+            return _frozen(base, eqn, inputs)
         if len(found) > 1 or name not in _RULES:
             return Decline(f"{name} has no rule for a weight with an adapter")
         ys = _base_rule(base, eqn, [v.held if isinstance(v, _Adapted) else v for v in inputs])
@@ -289,10 +289,38 @@ def _table(drop: _Drop | None, thread: Thread | None) -> Table:
 def _base_rule(base: Table, eqn: _compat.JaxprEqn, inputs: list[Any]) -> list[Any]:
     """What the equation gives on the weight alone."""
     if any(isinstance(v, run.Box) for v in inputs):
-        ys = base.rules[eqn.primitive.name](eqn, inputs)
+        ys = _frozen(base, eqn, inputs)
         if not isinstance(ys, Decline):
             return ys
     return _compat.bind(eqn, [_opened(v) for v in inputs])
+
+
+class _Declined(Exception):
+    pass
+
+
+def _frozen(base: Table, eqn: _compat.JaxprEqn, inputs: list[Any]) -> list[Any] | Decline:
+    """What a rule gives on quantized weights, which the backward pass opens once more.
+
+    The gradient to x needs the weight in floating point. Kept from the forward pass, a model's
+    weights are all held at once, in the memory that their codes were to save.
+    """
+    name = eqn.primitive.name
+    if name not in base.rules:
+        return Decline("no rule")
+    if name not in _MATMULS:
+        return base.rules[name](eqn, inputs)
+
+    def product(*inputs: Any) -> list[Any]:
+        ys = base.rules[name](eqn, list(inputs))
+        if isinstance(ys, Decline):
+            raise _Declined(ys)
+        return ys
+
+    try:
+        return jax.checkpoint(product)(*inputs)
+    except _Declined as why:
+        return why.args[0]
 
 
 def _dropped(drop: _Drop | None, thread: Thread | None, x: jax.Array) -> jax.Array:
