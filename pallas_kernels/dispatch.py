@@ -3,13 +3,19 @@
 from collections.abc import Mapping
 from typing import Any
 
+from pallas_kernels.add_norm import mosaic_gpu as norm_mosaic_gpu
+from pallas_kernels.add_norm import reference as norm_reference
 from pallas_kernels.amax import mosaic_gpu as amax_mosaic_gpu
 from pallas_kernels.amax import reference as amax_reference
 from pallas_kernels.block_scaled_matmul import mosaic_gpu as block_mosaic_gpu
 from pallas_kernels.block_scaled_matmul import reference as block_reference
 from pallas_kernels.cast_fp8 import mosaic_gpu as cast_mosaic_gpu
 from pallas_kernels.cast_fp8 import reference as cast_reference
+from pallas_kernels.decode_attention import mosaic_gpu as attention_mosaic_gpu
+from pallas_kernels.decode_attention import reference as attention_reference
 from pallas_kernels.frame import Device, Implementation
+from pallas_kernels.gated import mosaic_gpu as gated_mosaic_gpu
+from pallas_kernels.gated import reference as gated_reference
 from pallas_kernels.quantized_matmul import mosaic_gpu, mosaic_wgmma, reference, xla_cpu
 
 # op -> name -> implementation, best first; the reference is last and takes everything.
@@ -35,6 +41,18 @@ IMPLEMENTATIONS: Mapping[str, Mapping[str, Implementation]] = {
     "amax": {
         "mosaic_gpu": Implementation(amax_mosaic_gpu.run, amax_mosaic_gpu.supports),
         "reference": Implementation(amax_reference.run, amax_reference.supports),
+    },
+    "decode_attention": {
+        "mosaic_gpu": Implementation(attention_mosaic_gpu.run, attention_mosaic_gpu.supports),
+        "reference": Implementation(attention_reference.run, attention_reference.supports),
+    },
+    "add_norm": {
+        "mosaic_gpu": Implementation(norm_mosaic_gpu.run, norm_mosaic_gpu.supports),
+        "reference": Implementation(norm_reference.run, norm_reference.supports),
+    },
+    "gated": {
+        "mosaic_gpu": Implementation(gated_mosaic_gpu.run, gated_mosaic_gpu.supports),
+        "reference": Implementation(gated_reference.run, gated_reference.supports),
     },
     "block_scaled_matmul": {
         "mosaic_gpu": Implementation(block_mosaic_gpu.run, block_mosaic_gpu.supports),

@@ -24,3 +24,10 @@ def missing_tiles(device: Device, rows: int, columns: int, dtype: str) -> str | 
     if rows % BLOCK or columns % BLOCK:
         return f"x [{rows}, {columns}] must be of multiples of {BLOCK}"
     return None if dtype == "bfloat16" else f"x is {dtype}, it takes bfloat16"
+
+
+def missing_alone(device: Device) -> str | None:
+    """Why no kernel that knows no mesh runs there, or None."""
+    count = jax.device_count()
+    reason = f"it runs on one device, here are {count}" if count > 1 else None
+    return missing(device) or reason

@@ -51,7 +51,7 @@ FLOORS = (
     {"evaluate", "io", "models", "sequential"},
     {"__main__", "cli"},
 )
-KERNEL_IMPORTERS = {"ops", "prepared", "training"}
+KERNEL_IMPORTERS = {"models", "ops", "prepared", "training"}
 
 
 class Import(NamedTuple):

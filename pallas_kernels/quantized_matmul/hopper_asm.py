@@ -74,7 +74,11 @@ def lane() -> tuple[ir.Value, ir.Value]:
 
 def at(ref: ir.Value, offset: ir.Value, unit: ir.Type) -> ir.Value:
     """A pointer `offset` units into a ref."""
-    base = utils.memref_ptr(ref)
+    return past(utils.memref_ptr(ref), offset, unit)
+
+
+def past(base: ir.Value, offset: ir.Value, unit: ir.Type) -> ir.Value:
+    """A pointer `offset` units behind another."""
     return llvm.getelementptr(
         base.type, base, [offset], [-2147483648], unit, llvm.GEPNoWrapFlags.none
     )

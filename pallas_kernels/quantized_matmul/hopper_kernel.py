@@ -10,7 +10,9 @@ sums meet in shared memory; blocks of a cluster, which split k further, send the
 that owns the channels. All sums are taken in fixed order.
 
 Several weights of one x are tiles of one sequence: a tile's row says which of them it is fetched
-from.
+from, and which result its sums go to.
+
+The rings fill while the kernel before still runs (`chained`): weights are not its results.
 """
 
 # The decorator of inline code keeps the type of what it wraps, which takes one argument more.
@@ -26,6 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.chained import follow
 from pallas_kernels.quantized_matmul import hopper_asm as ptx
 from pallas_kernels.quantized_matmul import hopper_layout as layout
 from pallas_kernels.quantized_matmul.hopper_ring import Ring
@@ -42,8 +45,8 @@ F32 = jnp.float32
 
 def kernel(
     problem: Problem, config: Config, channels: Sequence[int] | None = None
-) -> Callable[..., jax.Array]:
-    """`f(x [m, k], [arrays of each weight]) -> [m, n]` for one problem.
+) -> Callable[..., list[jax.Array]]:
+    """`f(x [m, k], [arrays of each weight]) -> [[m, n] of each]` for one problem.
 
     Args:
       problem: that of all weights side by side.
@@ -63,7 +66,8 @@ def kernel(
     owned = -(-sizes.turns // c.cluster)
     sums_shape = (c.rows * 2 * shape.columns, 64)
     warps = 4 * c.warpgroups
-    ends = list(itertools.accumulate(-(-n // layout.ROWS) for n in channels or [weight.n]))
+    widths = list(channels or [weight.n])
+    ends = list(itertools.accumulate(-(-n // layout.ROWS) for n in widths))
     scratch = {
         "w_s": plgpu.SMEM((warps, c.steps, words), jnp.int32),
         "full": plgpu.SMEM((warps, c.steps, 2), jnp.int32),
@@ -77,11 +81,11 @@ def kernel(
     multiply = [step(shape, config, row) for row in range(c.rows)]
     ring = Ring(shape, config)
     send, exchange = push(shape, config), Exchange(c.cluster * sums_shape[0] * 256)
-    write_warps = write(shape, config, warps)
-    write_blocks = write(shape, config, c.cluster)
+    write_warps = write(shape, config, warps, widths)
+    write_blocks = write(shape, config, c.cluster, widths)
 
     def quantized_matmul(x, *refs, w_s, full, sums, slots=None, arrived=None):
-        *refs, out = refs
+        refs, outs = refs[: -len(ends)], list(refs[-len(ends) :])
         count = len(shape.pieces)
         weights = [refs[i * count : (i + 1) * count] for i in range(len(ends))]
         block = lax.axis_index("n")
@@ -119,16 +123,20 @@ def kernel(
             @pl.when((turn >= 0) & (lax.rem(turn, jnp.int32(c.cluster)) == rank))
             def _():
                 exchange.wait(arrived.at[turn // c.cluster])
-                write_blocks(out, slots.at[turn // c.cluster], channel(turn))
+                write_blocks(outs, slots.at[turn // c.cluster], channel(turn))
 
         def begin(tile, _):
             pl.when(tile < turns * c.rows)(lambda: fetch(tile))
             return _
 
         ring.open(full)
+        if shape.has("bias"):  # its words are made in the call, by the kernel before perhaps
+            follow()
         lax.fori_loop(0, c.steps, begin, jnp.int32(0))
         if c.cluster > 1:
             exchange.open(arrived)
+        if not shape.has("bias"):
+            follow()
         kept = keep_x(x)
         if c.cluster > 1:
             exchange.meet()
@@ -144,7 +152,7 @@ def kernel(
                 pl.when(ahead < turns * c.rows)(lambda ahead=ahead: fetch(ahead))
             meet()  # also: whoever comes here has read the sums of the turn before
             if c.cluster == 1:
-                write_warps(out, mine, channel(turn))
+                write_warps(outs, mine, channel(turn))
                 return _
             own = turn // c.cluster
             owner = _thread_wide(lax.rem(turn, jnp.int32(c.cluster)))
@@ -164,7 +172,7 @@ def kernel(
         options |= {"num_threads": c.warpgroups, "thread_name": "wg"}
     run = plgpu.kernel(
         quantized_matmul,
-        out_type=jax.ShapeDtypeStruct((shape.m, shape.n), shape.out),
+        out_type=[jax.ShapeDtypeStruct((shape.m, n), shape.out) for n in widths],
         scratch_types=scratch,
         grid=(sizes.grid,),
         grid_names=("n",),

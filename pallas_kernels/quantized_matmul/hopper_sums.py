@@ -3,10 +3,12 @@
 # The decorator of inline code keeps the type of what it wraps, which takes one argument more.
 # pyright: reportCallIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, scf
@@ -72,13 +74,16 @@ def _each_total(
             scf.yield_([])
 
 
-def write(shape: Shape, config: Config, count: int) -> Any:
-    """Adds `count` sums and writes them to `[m, n]` of the result, from the channel `first` on."""
+def write(shape: Shape, config: Config, count: int, widths: Sequence[int]) -> Any:
+    """Adds `count` sums and writes them from the channel `first` on: the results `[m, width]` of
+    the weights lie side by side in channels.
+    """
     half_word = shape.out == jnp.dtype(jnp.bfloat16)
     activate = ACTIVATIONS[shape.activation]
+    begins = [0, *itertools.accumulate(widths)]
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), ptx.SCALAR))
-    def add_and_write(ctx, out, sums, first):
+    @plgpu.inline_mgpu(arg_types=([plgpu.RefType()] * len(widths), plgpu.RefType(), ptx.SCALAR))
+    def add_and_write(ctx, outs, sums, first):
         i64 = ir.IntegerType.get_signless(64)
         kind = ir.BF16Type.get() if half_word else ir.F32Type.get()
 
@@ -88,14 +93,22 @@ def write(shape: Shape, config: Config, count: int) -> Any:
             half = arith.muli(arith.andi(line, ptx.number(1)), ptx.number(8))
             inner = arith.addi(half, arith.shrui(lane, ptx.number(2)))
             tile = arith.addi(first.registers.item(), arith.muli(row, ptx.number(layout.ROWS)))
-            channel = arith.addi(tile, inner)
-            known = arith.cmpi(arith.CmpIPredicate.ult, channel, ptx.number(shape.n))
+            known = arith.cmpi(
+                arith.CmpIPredicate.ult, arith.addi(tile, inner), ptx.number(shape.n)
+            )
+            out, width, begin = utils.memref_ptr(outs[0]), ptx.number(widths[0]), ptx.number(0)
+            for ref, n, start in zip(outs[1:], widths[1:], begins[1:], strict=False):
+                here = arith.cmpi(arith.CmpIPredicate.uge, tile, ptx.number(start))
+                out = arith.select(here, utils.memref_ptr(ref), out)
+                width = arith.select(here, ptx.number(n), width)
+                begin = arith.select(here, ptx.number(start), begin)
+            channel = arith.addi(arith.subi(tile, begin), inner)
             pair = arith.muli(arith.andi(lane, ptx.number(3)), ptx.number(2))
             m = arith.addi(arith.muli(column, ptx.number(8)), pair)
             for i, value in enumerate(total):
                 value = activate(value)
                 there = ptx.add(m, i)
-                offset = arith.addi(arith.muli(there, ptx.number(shape.n)), channel)
+                offset = arith.addi(arith.muli(there, width), channel)
                 live = arith.andi(
                     known, arith.cmpi(arith.CmpIPredicate.ult, there, ptx.number(shape.m))
                 )
@@ -105,7 +118,7 @@ def write(shape: Shape, config: Config, count: int) -> Any:
                 ptx.run(
                     "{ .reg .pred p; .reg .b16 h; setp.ne.b32 p, $2, 0; " + code + " }",
                     "l,f,r",
-                    ptx.at(out, arith.extui(i64, offset), kind),
+                    ptx.past(out, arith.extui(i64, offset), kind),
                     value,
                     ptx.flag(live),
                 )

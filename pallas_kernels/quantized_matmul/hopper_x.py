@@ -75,10 +75,11 @@ def load_x(shape: Shape, config: Config) -> Any:
                         four,
                         "{ .reg .pred p; setp.ne.b32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; "
                         "mov.b32 $2, 0; mov.b32 $3, 0; "
-                        "@p ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4]; }",
-                        "=&r,=&r,=&r,=&r,l,r",
+                        "@p ld.global.v4.b32 {$0, $1, $2, $3}, [$4]; }",
+                        "=&r,=&r,=&r,=&r,l,r,~{memory}",
                         ptx.at(x, arith.extui(i64, offset), ir.BF16Type.get()),
                         live,
+                        effects=True,
                     )
                     out += [llvm.extractvalue(i32, got, [q]) for q in range(4)]
         kept = (ptx.registers(out, i32),)

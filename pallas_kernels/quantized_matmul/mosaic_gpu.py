@@ -219,7 +219,7 @@ def run_joined(
     config = choose_config(whole.m, whole.weight, Device.default().kind, whole.bias)
     assert config is not None, "supports() found one"
     channels = tuple(p.weight.n for p in problems)
-    return columns_of(launch(whole, config, channels, x, list(arrays)), channels)
+    return launch(whole, config, channels, x, list(arrays))
 
 
 def columns_of(y: jax.Array, channels: Sequence[int]) -> list[jax.Array]:
@@ -235,8 +235,8 @@ def launch(
     channels: tuple[int, ...],
     x: jax.Array,
     arrays: list[dict[str, jax.Array]],
-) -> jax.Array:
-    """`[m, n]` of all weights side by side."""
+) -> list[jax.Array]:
+    """`[m, n]` of each weight."""
     from pallas_kernels.quantized_matmul import hopper_kernel  # needs a jax with Mosaic GPU
 
     return hopper_kernel.kernel(whole, config, channels)(x, arrays)

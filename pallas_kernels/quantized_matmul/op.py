@@ -128,7 +128,14 @@ def _joined(
         problems.append(problem)
     if x.shape[0] == 0:  # nothing to cut into blocks
         return tuple(jnp.zeros((0, weight.n), out) for weight in weights)
-    return _matmul(x, tuple(arrays), tuple(problems), options)
+    return _once(x, tuple(arrays), tuple(problems), options)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))  # traced once for the layers of a model
+def _once(
+    x: jax.Array, arrays: tuple[Arrays, ...], problems: Problems, options: Options
+) -> tuple[jax.Array, ...]:
+    return _matmul(x, arrays, problems, options)
 
 
 def _check(x: jax.Array, arrays: Arrays, weight: Weight, layout: str) -> None:

@@ -24,23 +24,25 @@ With ``scan=True`` the layers are one ``layers/block/...`` whose arrays carry a 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from qjax.models import fused
 from qjax.models.architecture import ACTIVATIONS, Config
 from qjax.models.cache import Cache, read, write
 from qjax.models.experts import Experts
 
 
 class _Positions(NamedTuple):
-    """What a layer needs to know of the positions: rotation of the queries, and the mask."""
+    """What a layer needs to know of the positions: rotation of the queries, and what they see."""
 
     cos: jax.Array  # [s, 1, head_dim / 2]
     sin: jax.Array
     mask: jax.Array  # bool [s, t]: query position s sees key position t
+    first: jax.Array  # int32 []: the first position that the first query sees
 
 
 def _positions(config: Config, start: jax.Array | int, s: int, t: int, local: bool) -> _Positions:
@@ -49,10 +51,11 @@ def _positions(config: Config, start: jax.Array | int, s: int, t: int, local: bo
     frequencies = jnp.asarray(rope.frequencies(config.head_dim), jnp.float32)
     angles = queries.astype(jnp.float32)[:, None, None] * frequencies[None, None, :]
     distance = queries[:, None] - jnp.arange(t, dtype=jnp.int32)[None, :]
-    mask = distance >= 0
+    mask, first = distance >= 0, jnp.zeros((), jnp.int32)
     if local and config.sliding_window is not None:
         mask &= distance < config.sliding_window
-    return _Positions(jnp.cos(angles), jnp.sin(angles), mask)
+        first = jnp.maximum(queries[0] - config.sliding_window + 1, 0)
+    return _Positions(jnp.cos(angles), jnp.sin(angles), mask, first)
 
 
 def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -64,17 +67,26 @@ def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 class RMSNorm(nn.Module):
-    """``x / sqrt(mean(x ** 2) + epsilon) * scale`` over the last axis, in float32."""
+    """``x / sqrt(mean(x ** 2) + epsilon) * scale`` over the last axis, in float32.
+
+    With `y` it is that of ``x + y``, and returns the sum too.
+    """
 
     epsilon: float
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, y: jax.Array | None = None) -> Any:
         scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],))
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
+        if y is not None:
+            both = fused.add_norm(x, y, scale, self.epsilon)
+            if both is not None:
+                return both
+            x = x + y
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
         shape = (1,) * (x.ndim - 1) + scale.shape
-        return (y * scale.astype(jnp.float32).reshape(shape)).astype(x.dtype)
+        normed = (wide * scale.astype(jnp.float32).reshape(shape)).astype(x.dtype)
+        return normed if y is None else (x, normed)
 
 
 class Attention(nn.Module):
@@ -98,20 +110,28 @@ class Attention(nn.Module):
         if c.qk_norm:
             q = RMSNorm(c.norm_epsilon, name="q_norm")(q)
             k = RMSNorm(c.norm_epsilon, name="k_norm")(k)
-        q = _rotate(q, positions.cos, positions.sin)
-        k = _rotate(k, positions.cos, positions.sin)
+        scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
+        turn, span = (positions.cos, positions.sin), (positions.first, start)
+        done = fused.attention(q, k, v, turn, span, (keys, values), scale)
+        if done is not None:
+            y, keys, values = done
+            return self._output(y.reshape(b, s, -1)), keys, values
+        q = _rotate(q, *turn)
+        k = _rotate(k, *turn)
         if keys is not None:
             keys, values = write(keys, k, start), write(values, v, start)
             k, v = read(keys, c.dtype), read(values, c.dtype)
 
-        scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
         q = q.reshape(b, s, c.num_kv_heads, groups, c.head_dim)
         scores = jnp.einsum("bskgd,btkd->bkgst", q, k, preferred_element_type=jnp.float32) * scale
         scores = jnp.where(positions.mask[None, None, None], scores, -jnp.inf)
         weights = jax.nn.softmax(scores, axis=-1).astype(c.dtype)
         y = jnp.einsum("bkgst,btkd->bskgd", weights, v).reshape(b, s, c.num_heads * c.head_dim)
-        y = nn.Dense(c.hidden_size, use_bias=False, dtype=c.dtype, name="o")(y)
-        return y, keys, values
+        return self._output(y), keys, values
+
+    def _output(self, y: jax.Array) -> jax.Array:
+        c = self.config
+        return nn.Dense(c.hidden_size, use_bias=False, dtype=c.dtype, name="o")(y)
 
 
 class MLP(nn.Module):
@@ -126,31 +146,35 @@ class MLP(nn.Module):
         def dense(name: str, features: int) -> nn.Dense:
             return nn.Dense(features, use_bias=False, dtype=c.dtype, name=name)
 
-        gate = ACTIVATIONS[c.activation](dense("gate", c.intermediate_size)(x))
-        up = dense("up", c.intermediate_size)(x)
-        return dense("down", c.hidden_size)(gate * up)
+        gate, up = dense("gate", c.intermediate_size)(x), dense("up", c.intermediate_size)(x)
+        y = fused.gated(gate, up, c.activation)
+        y = ACTIVATIONS[c.activation](gate) * up if y is None else y
+        return dense("down", c.hidden_size)(y)
 
 
 class Block(nn.Module):
-    """Attention and MLP around a residual stream."""
+    """Attention and MLP around a residual stream.
+
+    What a part adds to the stream is added where it is normed next: y comes from the layer before,
+    and the second result is for the one behind; None for nothing.
+    """
 
     config: Config
 
     @nn.compact
-    def __call__(self, x, positions: _Positions, keys, values, start):
+    def __call__(self, x, y, positions: _Positions, keys, values, start):
         c = self.config
 
-        def norm(name: str, x: jax.Array) -> jax.Array:
-            return RMSNorm(c.norm_epsilon, name=name)(x)
+        def norm(name: str, *xy):
+            return RMSNorm(c.norm_epsilon, name=name)(*xy)
 
-        y, keys, values = Attention(c, name="attention")(
-            norm("attention_norm", x), positions, keys, values, start
-        )
-        x = x + (norm("attention_post_norm", y) if c.post_norms else y)
-        mlp = Experts(c, name="mlp") if c.num_experts else MLP(c, name="mlp")
-        y = mlp(norm("mlp_norm", x))
-        x = x + (norm("mlp_post_norm", y) if c.post_norms else y)
-        return x, keys, values
+        x, normed = (x, norm("attention_norm", x)) if y is None else norm("attention_norm", x, y)
+        y, keys, values = Attention(c, name="attention")(normed, positions, keys, values, start)
+        y = norm("attention_post_norm", y) if c.post_norms else y
+        x, normed = norm("mlp_norm", x, y)
+        y = (Experts(c, name="mlp") if c.num_experts else MLP(c, name="mlp"))(normed)
+        y = norm("mlp_post_norm", y) if c.post_norms else y
+        return x, y, keys, values
 
 
 class _ScannedBlock(nn.Module):
@@ -164,8 +188,9 @@ class _ScannedBlock(nn.Module):
         positions = both[0]
         if len(both) == 2:
             positions = jax.tree.map(lambda a, b: jnp.where(local, a, b), both[1], both[0])
-        x, keys, values = Block(self.config, name="block")(x, positions, keys, values, start)
-        return x, (keys, values)
+        block = Block(self.config, name="block")
+        x, y, keys, values = block(x, None, positions, keys, values, start)
+        return x + y, (keys, values)
 
 
 class Decoder(nn.Module):
@@ -208,9 +233,10 @@ class Decoder(nn.Module):
         kinds = sorted({c.is_local(i) for i in range(c.num_layers)})
         positions = {local: _positions(c, start, s, t, local) for local in kinds}
         run = self._scanned if c.scan else self._unrolled
-        x, keys, values = run(x, positions, cache, start)
+        x, y, keys, values = run(x, positions, cache, start)
 
-        x = RMSNorm(c.norm_epsilon, name="norm")(x)
+        norm = RMSNorm(c.norm_epsilon, name="norm")
+        x = norm(x) if y is None else norm(x, y)[1]
         if last is not None:
             x = jax.lax.dynamic_slice_in_dim(x, last, 1, axis=1)
         if c.tied:
@@ -222,14 +248,14 @@ class Decoder(nn.Module):
 
     def _unrolled(self, x, positions, cache, start):
         c = self.config
-        keys, values = [], []
+        keys, values, y = [], [], None
         for i in range(c.num_layers):
             k, v = (None, None) if cache is None else (cache.keys[i], cache.values[i])
             block = Block(c, name=f"layers_{i}")
-            x, k, v = block(x, positions[c.is_local(i)], k, v, start)
+            x, y, k, v = block(x, y, positions[c.is_local(i)], k, v, start)
             keys.append(k)
             values.append(v)
-        return x, tuple(keys), tuple(values)
+        return x, y, tuple(keys), tuple(values)
 
     def _scanned(self, x, positions, cache, start):
         c = self.config
@@ -244,4 +270,4 @@ class Decoder(nn.Module):
         layers = (local, None, None) if cache is None else (local, cache.keys, cache.values)
         both = tuple(positions[kind] for kind in sorted(positions))
         x, (keys, values) = body(c, name="layers")(x, layers, both, start)
-        return x, keys, values
+        return x, None, keys, values

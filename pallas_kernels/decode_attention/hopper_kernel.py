@@ -1,0 +1,434 @@
+"""The Hopper kernel: a cluster of eight blocks attends for the heads that share a key head.
+
+Each warp takes tiles of 16 positions, strided over the cluster, straight from memory into the
+operands of `mma.m16n8k16`: scores are q k^T with heads as rows, whose result is, as it lies, the
+left operand of the product with the values. The order of head_dim within a product is free, so
+that a lane loads 16 bytes of a key at a time; pairs of neighboring positions are made of values by
+`prmt`. Two tiles of a warp are under way at a time. Each warp keeps its own maximum and sums; they
+meet in shared memory, then in the block that writes the channel.
+
+The queries are turned by every warp, the new key by the one warp that also counts it and writes it.
+"""
+
+# The decorator of inline code keeps the type of what it wraps, which takes one argument more.
+# pyright: reportCallIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false
+# pyright: reportAttributeAccessIssue=false
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, scf
+
+from pallas_kernels.chained import follow
+from pallas_kernels.decode_attention.problem import Problem
+from pallas_kernels.quantized_matmul import hopper_asm as ptx
+from pallas_kernels.quantized_matmul.hopper_sums import Exchange
+
+CLUSTER = 8  # blocks that split the positions
+WARPGROUPS = 2
+WARPS = 4 * WARPGROUPS
+TILE = 16  # positions
+LOWEST = -1e30  # below every score, and finite
+
+
+def kernel(problem: Problem) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
+    """`f(q, k, v, cos, sin, seen, keys, values) -> (y, keys, values)`; see `op`."""
+    p = problem
+    size = p.groups * p.head_dim
+    attend, finish, exchange = _attend(p), _finish(p), Exchange(size * 16)
+
+    def decode_attention(q, k, v, cos, sin, seen, keys, values, y, *, parts, tops, slots, arrived):
+        block = jnp.broadcast_to(lax.axis_index("n"), (128,))
+        exchange.open(arrived)
+        exchange.meet()
+        follow()
+        attend(q, k, v, cos, sin, seen, keys, values, parts, tops, slots, arrived, block)
+        exchange.wait(arrived)
+        finish(y, slots, block)
+
+    run = plgpu.kernel(
+        decode_attention,
+        out_type=jax.ShapeDtypeStruct((p.batch, p.kv_heads * size), jnp.bfloat16),
+        scratch_types={
+            "parts": plgpu.SMEM((WARPS, size), jnp.float32),
+            "tops": plgpu.SMEM((WARPS, 2 * p.groups), jnp.float32),
+            "slots": plgpu.SMEM((size * 4,), jnp.float32),
+            "arrived": plgpu.SMEM((1, 2), jnp.int32),
+        },
+        grid=(p.batch * p.kv_heads,),
+        grid_names=("n",),
+        cluster=(CLUSTER,),
+        cluster_names=("k",),
+        num_threads=WARPGROUPS,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+    )
+
+    def call(q, k, v, cos, sin, seen, keys, values):
+        def in_place(refs):
+            y, keys, values = refs
+            y[...] = run(q, k, v, cos, sin, seen, keys, values)
+
+        return pl.run_state(in_place)((jnp.zeros_like(q), keys, values))
+
+    return call
+
+
+class _Lane:
+    """What a lane of the kernel knows of its place, and how it reaches memory.
+
+    Of 16 positions it holds the key of rows r and r + 8 at 8 c of each 32 of head_dim, and the
+    value of rows 2 c, 2 c + 1, 2 c + 8 and 2 c + 9 at 8 r of each 64.
+    """
+
+    def __init__(self, p: Problem, block: ir.Value) -> None:
+        self.p, self.chunks, self.halves = p, p.head_dim // 32, p.head_dim // 64
+        self.row, self.kv = (f(block, _n(p.kv_heads)) for f in (arith.divui, arith.remui))
+        self.rank = ptx.rank(True)
+        self.warp, lane = ptx.lane()
+        self.r, self.c = arith.shrui(lane, _n(2)), arith.andi(lane, _n(3))
+        self.stride = p.kv_heads * p.head_dim  # of a position in the cache
+        self.cache = _sum(
+            _times(self.row, p.length * self.stride), _times(self.kv, p.head_dim)
+        )  # position 0
+        self.at_key, self.at_value = _times(self.c, 8), _times(self.r, 8)
+
+    def key(self, ref: ir.Value, begin: ir.Value, live: ir.Value) -> list[ir.Value]:
+        """Words of a head that begins there, in the order of keys."""
+        at = _at(ref, _sum(begin, self.at_key))
+        return [w for b in range(self.chunks) for w in _load(at, 64 * b, live)]
+
+    def value(self, ref: ir.Value, begin: ir.Value, live: ir.Value) -> list[ir.Value]:
+        """Words of a head that begins there, in the order of values."""
+        at = _at(ref, _sum(begin, self.at_value))
+        return [w for h in range(self.halves) for w in _load(at, 128 * h, live)]
+
+    def tile(self, keys: ir.Value, values: ir.Value, index: ir.Value, last: ir.Value) -> list:
+        """Words of the keys, then of the values of 16 positions; zeros from `last` on."""
+        words: list[ir.Value] = []
+        rows = [ptx.add(self.r, 8 * i) for i in range(2)]
+        for load, ref, places in ((self.key, keys, rows), (self.value, values, self.places())):
+            for place in places:
+                position = _sum(_times(index, TILE), place)
+                begin = _sum(self.cache, _times(position, self.stride))
+                words += load(ref, begin, _less(position, last))
+        return words
+
+    def turn(self, *tables: ir.Value) -> list[list[ir.Value]]:
+        """Of each table [head_dim / 2], what a head in the order of keys is turned by."""
+        always, f32 = arith.constant(ir.IntegerType.get_signless(1), 1), ir.F32Type.get()
+        bytes_ = [128 * b + 16 * i for b in range(self.chunks // 2) for i in range(2)]
+        places = [_at(table, self.at_key, f32) for table in tables]
+        return [
+            [arith.bitcast(f32, w) for byte in bytes_ for w in _load(at, byte, always)]
+            for at in places
+        ]
+
+    def places(self) -> list[ir.Value]:
+        """Rows of a tile whose scores and values a lane holds."""
+        return [ptx.add(_times(self.c, 2), i % 2 + 8 * (i // 2)) for i in range(4)]
+
+
+def _attend(p: Problem) -> Any:
+    """Writes each channel's (maximum, sum, sum of weights) of a block to the block that owns it."""
+    ref = plgpu.RefType()
+    heads, size = p.kv_heads * p.groups, p.groups * p.head_dim
+    step, share = CLUSTER * WARPS, size // CLUSTER
+
+    @plgpu.inline_mgpu(arg_types=(*[ref] * 12, ptx.SCALAR))
+    def attend(ctx, q, k, v, cos, sin, seen, keys, values, parts, tops, slots, arrived, block):
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        me = _Lane(p, block.registers.item())
+        first, last = (
+            ptx.asm(
+                i32,
+                f"ld.global.b32 $0, [$1+{4 * i}];",
+                "=r,l,~{memory}",
+                utils.memref_ptr(seen),
+                effects=True,
+            )
+            for i in range(2)
+        )
+        is_head = _less(me.r, _n(p.groups))
+        head = _sum(_times(me.kv, p.groups), arith.select(is_head, me.r, _n(0)))
+        queries = me.key(q, _times(_sum(_times(me.row, heads), head), p.head_dim), is_head)
+        mine = _sum(_sum(_times(me.rank, WARPS), me.warp), arith.shrui(first, _n(4)))
+        queries = _rotated(queries, *me.turn(cos, sin))
+        held = [me.tile(keys, values, ptx.add(mine, step * i), last) for i in range(2)]
+        add = lambda state, words, live: _add_tile(p, queries, state, words, live)
+
+        state = [ptx.real(LOWEST)] + [ptx.zero()] * (1 + 16 * me.halves)
+        chosen = arith.cmpi(
+            arith.CmpIPredicate.eq, arith.ori(me.rank, me.warp), _n(0)
+        )  # the warp of the new token
+        branch = scf.IfOp(chosen, [f32] * len(state), has_else=True)
+        with ir.InsertionPoint(branch.then_block):
+            begin = _times(_sum(_times(me.row, p.kv_heads), me.kv), p.head_dim)
+            is_row, is_column = (_equal(v, 0) for v in (me.r, me.c))
+            key = _rotated(me.key(k, begin, is_row), *me.turn(cos, sin))
+            value = me.value(v, begin, is_column)
+            new = _sum(me.cache, _times(last, me.stride))
+            for b in range(me.chunks):
+                at = _at(keys, _sum(new, me.at_key))
+                _store(at, 64 * b, key[4 * b : 4 * b + 4], is_row)
+            for h in range(me.halves):
+                at = _at(values, _sum(new, me.at_value))
+                _store(at, 128 * h, value[4 * h : 4 * h + 4], is_column)
+            none = [_n(0)]  # the other rows of its tile
+            words = key + none * len(key) + value + none * (3 * len(value))
+            never = arith.constant(ir.IntegerType.get_signless(1), 0)
+            scf.yield_(add(state, words, [is_column, never, never, never]))
+        with ir.InsertionPoint(branch.else_block):
+            scf.yield_(state)
+        state = list(branch.results)
+
+        tiles = arith.shrui(ptx.add(last, TILE - 1), _n(4))
+        left = arith.maxsi(arith.subi(ptx.add(tiles, step - 1), mine), _n(0))
+        count, words = len(state), len(held[0])
+
+        @utils.fori(arith.divui(left, _n(step)), [*state, *held[0], *held[1]])
+        def loop(i, carry):
+            state, now, then = carry[:count], carry[count:-words], carry[-words:]
+            index = _sum(mine, _times(i, step))
+            live = []
+            for place in me.places():
+                position = _sum(_times(index, TILE), place)
+                seen = arith.cmpi(arith.CmpIPredicate.sge, position, first)
+                live.append(arith.andi(_less(position, last), seen))
+            state = add(state, now, live)
+            return [*state, *then, *me.tile(keys, values, ptx.add(index, 2 * step), last)]
+
+        top, weight, *sums = list(loop.results)[:count]
+        for mask in (1, 2):
+            weight = arith.addf(weight, _shuffle(weight, mask))
+        branch = scf.IfOp(is_head)
+        with ir.InsertionPoint(branch.then_block):
+            begin = _sum(_times(me.warp, size), _times(me.r, p.head_dim))
+            begin = _sum(begin, _times(me.c, 16))
+            for h in range(me.halves):
+                for odd in range(2):
+                    for j in range(0, 8, 2):
+                        pair = [sums[2 * (8 * h + j + i) + odd] for i in range(2)]
+                        ptx.store_pair(parts, ptx.add(begin, 64 * h + 8 * odd + j), pair)
+            lead = scf.IfOp(_equal(me.c, 0))
+            with ir.InsertionPoint(lead.then_block):
+                at = _times(_sum(_times(me.warp, p.groups), me.r), 2)
+                ptx.store_pair(tops, at, [top, weight])
+                scf.yield_([])
+            scf.yield_([])
+        ptx.run("bar.sync 0;", "~{memory}")
+
+        def send(channel):
+            head = arith.divui(channel, _n(p.head_dim))
+            found = []
+            for i in range(WARPS):
+                place = _times(ptx.add(head, i * p.groups), 2)
+                top, weight = ptx.load(tops, place, 2, f32)
+                (part,) = ptx.load(parts, ptx.add(channel, i * size), 1, f32)
+                found.append((top, part, weight))
+            owner, place = (f(channel, _n(share)) for f in (arith.divui, arith.remui))
+            byte = _times(_sum(_times(me.rank, share), place), 16)
+            ptx.run(
+                "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 "
+                "[$0], {$2, $3, $4, $2}, [$1];",
+                "r,r,f,f,f",
+                _sum(ptx.far(ptx.near(slots), owner), byte),
+                ptx.far(ptx.near(arrived), owner),
+                *_combined(found),
+            )
+
+        _each(size, send)
+
+    return attend
+
+
+def _finish(p: Problem) -> Any:
+    """Adds what the blocks sent, and writes the channels that this block owns."""
+    size = p.groups * p.head_dim
+    share = size // CLUSTER
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), ptx.SCALAR))
+    def finish(ctx, y, slots, block):
+        i64, f32 = ir.IntegerType.get_signless(64), ir.F32Type.get()
+
+        def write(channel):
+            places = [_times(ptx.add(channel, i * share), 4) for i in range(CLUSTER)]
+            _, total, weight = _combined([ptx.load(slots, at, 4, f32)[:3] for at in places])
+            at = _sum(_times(block.registers.item(), size), _times(ptx.rank(True), share))
+            ptx.run(
+                "{ .reg .b16 h; cvt.rn.bf16.f32 h, $1; st.global.b16 [$0], h; }",
+                "l,f,~{memory}",
+                ptx.at(y, arith.extui(i64, _sum(at, channel)), ir.BF16Type.get()),
+                arith.divf(total, weight),
+            )
+
+        _each(share, write)
+
+    return finish
+
+
+def _add_tile(
+    p: Problem,
+    queries: Sequence[ir.Value],
+    state: Sequence[ir.Value],
+    words: Sequence[ir.Value],
+    live: Sequence[ir.Value],
+) -> list[ir.Value]:
+    """A warp's (maximum, weight, sums) with 16 more positions; `live`: whether a lane's count."""
+    none, word = _n(0), ir.IntegerType.get_signless(32)
+    top, weight, *sums = state
+    half = p.head_dim // 8  # words of 8 keys of a lane
+    scores = []
+    for key in (words[:half], words[half : 2 * half]):
+        part = [ptx.zero()] * 4
+        for i in range(0, half, 2):
+            part = ptx.mma([queries[i], none, queries[i + 1], none], key[i : i + 2], part)
+        scores += part[:2]
+    factor, out = ptx.real(p.scale * math.log2(math.e)), ptx.real(float("-inf"))
+    pairs = zip(scores, live, strict=True)
+    scores = [arith.select(ok, arith.mulf(s, factor), out) for s, ok in pairs]
+    high = top
+    for s in scores:
+        high = arith.maximumf(high, s)
+    for mask in (1, 2):
+        high = arith.maximumf(high, _shuffle(high, mask))
+    shrink = _exp2(arith.subf(top, high))
+    scores = [_exp2(arith.subf(s, high)) for s in scores]
+    weight = arith.mulf(weight, shrink)
+    for s in scores:
+        weight = arith.addf(weight, s)
+    a, new = [_narrow(*scores[:2]), none, _narrow(*scores[2:]), none], []
+    rows = [words[2 * half + p.head_dim // 16 * i :] for i in range(4)]
+    for at in range(p.head_dim // 8):  # channels 64 (at / 8) + 8 r + at % 8
+        pick = _n(0x7632 if at % 2 else 0x5410)
+        b = []
+        for one, other in (rows[:2], rows[2:]):
+            pair = one[at // 2], other[at // 2]
+            b.append(ptx.asm(word, "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", *pair, pick))
+        old = [arith.mulf(s, shrink) for s in sums[2 * at : 2 * at + 2]]
+        new += ptx.mma(a, b, [*old, ptx.zero(), ptx.zero()])[:2]
+    return [high, weight, *new]
+
+
+def _rotated(words: list, cos: list, sin: list) -> list[ir.Value]:
+    """A head in the order of keys, its pairs (d, d + head_dim / 2) turned in float32."""
+    half, out = len(words) // 2, [*words]
+    for i in range(half):
+        turned = []
+        for x, z, c, s in zip(
+            _wide(words[i]),
+            _wide(words[half + i]),
+            cos[2 * i : 2 * i + 2],
+            sin[2 * i : 2 * i + 2],
+            strict=True,
+        ):
+            first = arith.subf(arith.mulf(x, c), arith.mulf(z, s))
+            turned.append((first, arith.addf(arith.mulf(z, c), arith.mulf(x, s))))
+        out[i], out[half + i] = (_narrow(*pair) for pair in zip(*turned, strict=True))
+    return out
+
+
+def _combined(found: Sequence[Sequence[ir.Value]]) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """(maximum, sum, sum of weights) of those of several sets of positions, in order."""
+    high = found[0][0]
+    for top, *_ in found[1:]:
+        high = arith.maximumf(high, top)
+    total = weight = ptx.zero()
+    for top, part, own in found:
+        share = _exp2(arith.subf(top, high))
+        total = arith.addf(total, arith.mulf(share, part))
+        weight = arith.addf(weight, arith.mulf(share, own))
+    return high, total, weight
+
+
+def _each(count: int, use: Callable[[ir.Value], None]) -> None:
+    """`use` of 0 to count - 1, over the threads of a block."""
+    for i in range(-(-count // (32 * WARPS))):
+        index = ptx.add(ptx.thread(), i * 32 * WARPS)
+        branch = scf.IfOp(_less(index, _n(count)))
+        with ir.InsertionPoint(branch.then_block):
+            use(index)
+            scf.yield_([])
+
+
+def _at(ref: ir.Value, index: ir.Value, unit: Any = None) -> ir.Value:
+    """A pointer to a place of an array of bfloat16, or of another unit."""
+    wide = arith.extui(ir.IntegerType.get_signless(64), index)
+    return ptx.at(ref, wide, unit or ir.BF16Type.get())
+
+
+def _load(at: ir.Value, byte: int, live: ir.Value) -> list[ir.Value]:
+    """Four words of memory, zeros where not live."""
+    i32 = ir.IntegerType.get_signless(32)
+    got = ptx.asm(
+        llvm.StructType.get_literal([i32] * 4),
+        "{ .reg .pred p; setp.ne.b32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; "
+        f"mov.b32 $3, 0; @p ld.global.v4.b32 {{$0, $1, $2, $3}}, [$4+{byte}]; }}",
+        "=&r,=&r,=&r,=&r,l,r,~{memory}",
+        at,
+        ptx.flag(live),
+        effects=True,
+    )
+    return [llvm.extractvalue(i32, got, [i]) for i in range(4)]
+
+
+def _store(at: ir.Value, byte: int, words: Sequence[ir.Value], live: ir.Value) -> None:
+    """Four words to memory, where live."""
+    ptx.run(
+        "{ .reg .pred p; setp.ne.b32 p, $5, 0; "
+        f"@p st.global.v4.b32 [$0+{byte}], {{$1, $2, $3, $4}}; }}",
+        "l,r,r,r,r,r,~{memory}",
+        at,
+        *words,
+        ptx.flag(live),
+    )
+
+
+def _wide(word: ir.Value) -> list[ir.Value]:
+    """The two bfloat16 of a word as float32."""
+    low, high = arith.shli(word, _n(16)), arith.andi(word, _n(-65536))
+    return [arith.bitcast(ir.F32Type.get(), v) for v in (low, high)]
+
+
+def _narrow(low: ir.Value, high: ir.Value) -> ir.Value:
+    """Two float32 as a word of bfloat16."""
+    kind = ir.IntegerType.get_signless(32)
+    return ptx.asm(kind, "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", low, high)
+
+
+def _shuffle(value: ir.Value, mask: int) -> ir.Value:
+    """That of the lane whose number differs by `mask`."""
+    code = f"shfl.sync.bfly.b32 $0, $1, {mask}, 31, 0xFFFFFFFF;"
+    return ptx.asm(ir.F32Type.get(), code, "=f,f", value, effects=True)
+
+
+def _exp2(value: ir.Value) -> ir.Value:
+    return ptx.asm(ir.F32Type.get(), "ex2.approx.ftz.f32 $0, $1;", "=f,f", value)
+
+
+def _n(value: int) -> ir.Value:
+    return ptx.number(value)
+
+
+def _sum(a: ir.Value, b: ir.Value) -> ir.Value:
+    return arith.addi(a, b)
+
+
+def _times(a: ir.Value, n: int) -> ir.Value:
+    return arith.muli(a, _n(n))
+
+
+def _less(a: ir.Value, b: ir.Value) -> ir.Value:
+    return arith.cmpi(arith.CmpIPredicate.slt, a, b)
+
+
+def _equal(a: ir.Value, n: int) -> ir.Value:
+    return arith.cmpi(arith.CmpIPredicate.eq, a, _n(n))

@@ -1,0 +1,123 @@
+"""What stands between the matmuls of a decode step: definitions, refusals, and their use."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_models import CONFIGS, make, some_tokens
+
+from pallas_kernels import hopper
+from pallas_kernels.add_norm.op import add_norm
+from pallas_kernels.decode_attention import problems
+from pallas_kernels.decode_attention.op import decode_attention
+from pallas_kernels.dispatch import IMPLEMENTATIONS, choose
+from pallas_kernels.frame import Device
+from pallas_kernels.gated.op import gated
+from qjax.models import fused, init_cache
+
+HOPPER = Device("gpu", "NVIDIA H100 80GB HBM3")
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def close(ours, truth):
+    """Of float32 sums: 16 units in the last place of the largest."""
+    np.testing.assert_allclose(ours, truth, rtol=0, atol=2e-6 * np.abs(truth).max())
+
+
+def test_add_norm_is_the_sum_and_its_norm():
+    x, y, scale = normal(0, 3, 40), normal(1, 3, 40), normal(2, 40)
+    total, normed = add_norm(jnp.asarray(x), jnp.asarray(y), jnp.asarray(scale), 1e-5)
+    s = x.astype(np.float64) + y
+    close(total, s)
+    close(normed, s / np.sqrt((s * s).mean(-1, keepdims=True) + 1e-5) * scale)
+
+
+def test_gated_is_silu_times_up():
+    gate, up = normal(0, 3, 40), normal(1, 3, 40)
+    ours = gated(jnp.asarray(gate), jnp.asarray(up), "silu")
+    wide = gate.astype(np.float64)
+    close(ours, wide / (1 + np.exp(-wide)) * up)
+
+
+@pytest.mark.parametrize(("first", "position"), [(0, 0), (0, 6), (3, 9)])
+def test_attention_of_a_token_over_its_cache(first, position):
+    batch, length, kv_heads, groups, d = 2, 10, 2, 3, 8
+    q, k, v = (
+        normal(i, batch, n, d) for i, n in enumerate((kv_heads * groups, kv_heads, kv_heads))
+    )
+    keys, values = (normal(i, batch, length, kv_heads, d) for i in (3, 4))
+    angle = normal(5, d // 2).astype(np.float64)
+    cos, sin = np.cos(angle), np.sin(angle)
+
+    def turned(x):
+        near, far = x[..., : d // 2].astype(np.float64), x[..., d // 2 :]
+        return np.concatenate((near * cos - far * sin, far * cos + near * sin), -1)
+
+    full_k, full_v = keys.astype(np.float64), values.astype(np.float64)
+    full_k[:, position], full_v[:, position] = turned(k), v
+    seen = slice(first, position + 1)
+    wide = turned(q).reshape(batch, kv_heads, groups, d)
+    scores = np.einsum("bkgd,btkd->bkgt", wide, full_k[:, seen]) * 0.25
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    truth = np.einsum("bkgt,btkd->bkgd", weights, full_v[:, seen]).reshape(q.shape)
+    turn = [jnp.asarray(t, jnp.float32) for t in (cos, sin)]
+    arrays = [jnp.asarray(x) for x in (keys, values)]
+    y, new_keys, new_values = decode_attention(
+        *map(jnp.asarray, (q, k, v)), *turn, first, position, *arrays, 0.25
+    )
+    close(y, truth)
+    close(new_keys, full_k)
+    np.testing.assert_array_equal(new_values, full_v)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+def test_a_decoder_on_these_ops_is_itself(name, monkeypatch):
+    """Rotation, window, cache and residual stream reach the ops as the model means them."""
+    config, used = CONFIGS[name], []
+    model, params = make(config)
+    tokens = some_tokens()[:, 5:9]
+    step = lambda token, cache: model.apply(params, token, cache=cache)
+
+    def decoded():
+        cache, logits, one = init_cache(config, 2, 8), [], jax.jit(step)
+        for at in range(tokens.shape[1]):
+            new, cache = one(tokens[:, at : at + 1], cache)
+            logits.append(new)
+        return jnp.concatenate(logits, 1), cache
+
+    plain, plain_cache = decoded()
+    monkeypatch.setattr(fused, "_runs", lambda op, problem: used.append(op) or True)
+    step = lambda token, cache: model.apply(params, token, cache=cache)
+    ours, cache = decoded()
+    assert set(used) == {"add_norm", "decode_attention", "gated"}
+    for a, b in zip(*map(jax.tree.leaves, ((ours, cache), (plain, plain_cache))), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+def test_what_hopper_takes_and_refuses():
+    problem = problems.SMALL[0][0]
+    supports = IMPLEMENTATIONS["decode_attention"]["mosaic_gpu"].supports
+    if hopper.missing_alone(HOPPER) is None:
+        assert supports(problem, HOPPER) is None
+        assert "share a key" in str(supports(problem._replace(head_dim=256), HOPPER))
+        assert "bfloat16" in str(supports(problem._replace(dtype="float32"), HOPPER))
+    else:
+        assert supports(problem, HOPPER) == hopper.missing_alone(HOPPER)
+    assert choose("decode_attention", problem, Device("cpu", "cpu")) == "reference"
+    with pytest.raises(ValueError, match="mosaic_gpu cannot run"):
+        choose("gated", fused.Gated(1, 128, "silu"), Device("cpu", "cpu"), "mosaic_gpu")
+
+
+def test_wrong_shapes_are_named():
+    x = jnp.zeros((2, 8))
+    with pytest.raises(ValueError, match=r"add_norm: .*\[2, 8\].*\[2, 8\] and \[7\]"):
+        add_norm(x, x, jnp.zeros(7), 1e-5)
+    with pytest.raises(ValueError, match=r"gated: .*'tanh'"):
+        gated(x, x, "tanh")
+    q, kv, cache = jnp.zeros((2, 3, 8)), jnp.zeros((2, 2, 8)), jnp.zeros((2, 4, 2, 8))
+    with pytest.raises(ValueError, match=r"decode_attention: a cache \[2, 4, 2, 8\] .*\[2, 3, 8\]"):
+        decode_attention(q, kv, kv, x[0, :4], x[0, :4], 0, 1, cache, cache, 1.0)
