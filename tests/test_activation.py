@@ -175,7 +175,7 @@ def test_layers(lead):
     loop = lambda x, w: lax.fori_loop(0, 3, lambda i, x: jnp.tanh(x @ w[i]), x)
     in_coordinates(loop, x, q)
     if lead:
-        got = jax.vmap(qjax.quantized(jnp.matmul), (None, 0))(x, q)
+        got = jax.jit(jax.vmap(qjax.quantized(jnp.matmul), (None, 0)))(x, q)
         assert relative_error(got, jnp.einsum("bk,ekn->ebn", x, qjax.dequantize(q))) < 1e-5
         layers = qjax.unstack({"w": q})
         np.testing.assert_allclose(
@@ -206,7 +206,7 @@ def test_gradients_are_those_of_the_dense_weight(kind, spec):
     weights = normal(2, 5, N)
     loss = lambda x: jnp.sum(qjax.quantized(jnp.matmul)(x, q) * weights)
     wanted = weights @ qjax.dequantize(q).T
-    assert relative_error(jax.grad(loss)(x), wanted) < 1e-5
+    assert relative_error(jax.jit(jax.grad(loss))(x), wanted) < 1e-5
     _, tangent = jax.jvp(
         lambda x: qjax.quantized(jnp.matmul)(x, q), (x,), (weights @ normal(3, N, K),)
     )

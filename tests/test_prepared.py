@@ -150,10 +150,10 @@ def test_gradients_reach_x_and_not_the_weight(spec):
     q = {"w": qjax.quantize(weight((128, 48)), spec, 0)}
     p, x = qjax.prepare(q), weight((3, 128), 1)
     loss = lambda p, x: jnp.sum(jnp.square(qjax.quantized(lambda p, x: x @ p["w"])(p, x)))
-    mine, its = (jax.grad(loss, 1)(tree, x) for tree in (p, q))
+    mine, its = (jax.jit(jax.grad(loss, 1))(tree, x) for tree in (p, q))
     assert relative_error(mine, its) < 5e-3
     t = weight((3, 128), 2)
-    tangent = jax.jvp(functools.partial(loss, p), (x,), (t,))[1]
+    tangent = jax.jit(lambda x, t: jax.jvp(functools.partial(loss, p), (x,), (t,))[1])(x, t)
     assert relative_error(tangent, jnp.vdot(mine, t)) < 1e-4
 
 
@@ -427,7 +427,7 @@ class Layer(nn.Module):
 
 def test_products_of_one_x_are_one_op_with_the_same_numbers():
     x = weight((2, 3, 64), 1)
-    params = Layer().init(jax.random.key(0), x)
+    params = jax.jit(Layer().init)(jax.random.key(0), x)
     sites = qjax.find_sites(Layer().apply, params, x)
     q = qjax.quantize_params(params, qjax.Recipe(qjax.Rule(".*kernel", "int4_g32")), sites)
     p = qjax.prepare(q, sites)
@@ -435,13 +435,14 @@ def test_products_of_one_x_are_one_op_with_the_same_numbers():
     jaxpr = jax.make_jaxpr(fn)(p, x)
     calls = [e for e in jaxpr.eqns if e.params.get("name") == "_once"]  # of quantized_matmul.op
     assert [len(e.outvars) for e in calls] == [2]
-    wanted = Layer().apply(dense(q), x)
+    wanted = jax.jit(Layer().apply)(dense(q), x)
     assert relative_error(jax.jit(fn)(p, x), wanted) < 2e-6
     assert_same(qjax.unprepare(p), q)
     loss = lambda x, fn, tree: jnp.sum(jnp.square(fn(tree, x)))
-    mine, its = jax.grad(loss)(x, fn, p), jax.grad(loss)(x, Layer().apply, dense(q))
+    mine = jax.jit(jax.grad(lambda x: loss(x, fn, p)))(x)
+    its = jax.jit(jax.grad(lambda x: loss(x, Layer().apply, dense(q))))(x)
     assert relative_error(mine, its) < 2e-6
-    many = jax.vmap(lambda x: fn(p, x))(x)
+    many = jax.jit(jax.vmap(lambda x: fn(p, x)))(x)
     assert relative_error(many, wanted) < 2e-6
     uses = qjax.explain(Layer().apply, p, x).uses
     assert [u.path for u in uses] == ["params/q/kernel", "params/k/kernel"]

@@ -152,9 +152,10 @@ def test_derivatives_are_those_of_the_dense_product(name):
     w = jnp.asarray(dense, jnp.float32)
     x, t = (jax.random.normal(jax.random.key(i), (3, weight.k)) for i in range(2))
     fn = lambda x: quantized_matmul(x, arrays, weight, "nibbles")
-    loss = lambda f: jax.grad(lambda x: jnp.sum(jnp.sin(f(x) / 30)))(x)
+    loss = lambda f: jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(f(x) / 30))))(x)
     assert error(loss(fn), loss(lambda x: x @ w)) < 2e-5
-    assert error(jax.jvp(fn, (x,), (t,))[1], t @ w) < 2e-6
+    tangent = jax.jit(lambda x, t: jax.jvp(fn, (x,), (t,))[1])(x, t)
+    assert error(tangent, t @ w) < 2e-6
 
 
 def test_vmap_over_rows_layers_and_both():
@@ -163,12 +164,12 @@ def test_vmap_over_rows_layers_and_both():
     w = np.stack([dense, dense[:, ::-1]])
     x = np.random.default_rng(0).standard_normal((2, 3, weight.k)).astype(np.float32)
     call = lambda x, a: quantized_matmul(x, a, weight, "nibbles")
-    assert error(jax.vmap(call, (0, None))(x, arrays), x @ dense) < 2e-6
-    assert error(jax.vmap(call, (None, 0))(x[0], stack), x[0] @ w) < 2e-6
+    assert error(jax.jit(jax.vmap(call, (0, None)))(x, arrays), x @ dense) < 2e-6
+    assert error(jax.jit(jax.vmap(call, (None, 0)))(x[0], stack), x[0] @ w) < 2e-6
     assert error(jax.jit(jax.vmap(call))(x, stack), x @ w) < 2e-6
-    both = jax.vmap(jax.vmap(call, (0, None)), (None, 0))(x, stack)
+    both = jax.jit(jax.vmap(jax.vmap(call, (0, None)), (None, 0)))(x, stack)
     assert error(both, x[None] @ w[:, None]) < 2e-6
-    grads = jax.vmap(jax.grad(lambda x, a: jnp.sum(call(x, a))))(jnp.asarray(x), stack)
+    grads = jax.jit(jax.vmap(jax.grad(lambda x, a: jnp.sum(call(x, a)))))(x, stack)
     assert error(grads, np.broadcast_to(w.sum(-1)[:, None], x.shape)) < 2e-6
 
 
@@ -241,7 +242,7 @@ def test_several_weights_of_one_x_stacked_and_differentiated():
     assert error(ys[1], x @ dense[:, :40]) < 2e-6
     loss = lambda x: sum(jnp.sum(y) * (1 + i) for i, y in enumerate(call(x, arrays, others)))
     wanted = dense.sum(1) + 2 * dense[:, :40].sum(1)
-    assert error(jax.grad(loss)(x[0]), np.broadcast_to(wanted, x[0].shape)) < 2e-6
+    assert error(jax.jit(jax.grad(loss))(x[0]), np.broadcast_to(wanted, x[0].shape)) < 2e-6
 
 
 def test_a_wrong_bias_or_activation_is_refused():

@@ -1,6 +1,7 @@
 """What a step of decoding runs as one kernel each, where `pallas_kernels` has one that fits.
 
-Each function returns None where it has none, and the model goes its own way.
+Each function takes one new token per row, ``[batch, 1, ...]``, and returns None where there is no
+such kernel or are more tokens: the model goes its own way.
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ def add_norm(
     x: jax.Array, y: jax.Array, scale: jax.Array, epsilon: float
 ) -> tuple[jax.Array, jax.Array] | None:
     """``x + y`` and its RMSNorm, over the last axis."""
-    rows, width = x.size // x.shape[-1], x.shape[-1]
-    if x.dtype != y.dtype or not _runs("add_norm", AddNorm(rows, width, epsilon, x.dtype.name)):
+    *_, tokens, width = x.shape
+    rows = x.size // width
+    if tokens != 1 or x.dtype != y.dtype:
+        return None
+    if not _runs("add_norm", AddNorm(rows, width, epsilon, x.dtype.name)):
         return None
     total, normed = add_norm_op.add_norm(
         x.reshape(rows, width), y.reshape(rows, width), scale, epsilon
@@ -30,8 +34,9 @@ def add_norm(
 
 def gated(gate: jax.Array, up: jax.Array, activation: str) -> jax.Array | None:
     """``activation(gate) * up``."""
-    rows, width = gate.size // gate.shape[-1], gate.shape[-1]
-    if not _runs("gated", Gated(rows, width, activation, gate.dtype.name)):
+    *_, tokens, width = gate.shape
+    rows = gate.size // width
+    if tokens != 1 or not _runs("gated", Gated(rows, width, activation, gate.dtype.name)):
         return None
     y = gated_op.gated(gate.reshape(rows, width), up.reshape(rows, width), activation)
     return y.reshape(gate.shape)
