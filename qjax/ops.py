@@ -207,7 +207,7 @@ def linear(x: jax.Array, q: Quantized, op: Op, extra: tuple = ()) -> tuple[jax.A
         outliers = "" if act.threshold is None else f", outliers from {act.threshold:g} apart"
         outliers += f", {act.budget} at once" if _gathers(q, op) else ""
         how = f"{_rounding(act)} {name}, {_way(q, op)}{outliers}"
-        return _dynamic(x, q, extra, op), how
+        return _dynamic_once(x, q, extra, op), how
     if _way(q, op) == "scales after":
         fmt = FORMATS[q.format]
         codes = fmt.decode(join_planes(fmt, q.qvalue), jnp.dtype(q.dtype))
@@ -550,6 +550,12 @@ def _dynamic_jvp(op: Op, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
     x, q, extra = primals
     tangent = op(tangents[0], dequantize(q), extra, op.out_dtype).astype(op.out_dtype)
     return _dynamic(x, q, extra, op), tangent
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _dynamic_once(x: jax.Array, q: QTensor, extra: tuple, op: Op) -> jax.Array:
+    """`_dynamic`, traced and lowered once for all uses of its shapes: a model has hundreds."""
+    return _dynamic(x, q, extra, op)
 
 
 def _outliers(x: jax.Array, q: Quantized, op: Op, extra: tuple) -> jax.Array:
