@@ -4,6 +4,7 @@ This file stands at the root so that the doctests of qjax/ run under it too.
 """
 
 import gc
+import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+# Each program that JAX holds maps some regions; Linux allows 65,530, and JAX dies at the next one.
+MAPPED = 40_000
 
 collect_ignore_glob = ["tests/golden/*.py"]  # how the golden files were made, with their makers
 
@@ -48,8 +52,16 @@ def _frozen() -> None:
     It would walk through all of it again and again, and the check for leaks after every trace. That
     check still fails on a leak, but may not name who holds the tracer.
     """
+    if _mapped() > MAPPED:
+        jax.clear_caches()
     gc.collect()
     gc.freeze()
+
+
+def _mapped() -> int:
+    """How many regions of memory this process maps; 0 where the system does not say."""
+    maps = pathlib.Path("/proc/self/maps")
+    return len(maps.read_bytes().splitlines()) if maps.exists() else 0
 
 
 @pytest.fixture
