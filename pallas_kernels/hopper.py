@@ -6,6 +6,8 @@ from pallas_kernels.frame import Device
 from pallas_kernels.quantized_matmul.hopper_layout import is_hopper
 from pallas_kernels.sharded import BLOCK
 
+ROWS = 64  # of a decode step
+
 
 def missing(device: Device) -> str | None:
     """Why no kernel for Hopper runs there, or None."""
@@ -31,3 +33,15 @@ def missing_alone(device: Device) -> str | None:
     count = jax.device_count()
     reason = f"it runs on one device, here are {count}" if count > 1 else None
     return missing(device) or reason
+
+
+def missing_rows(device: Device, rows: int, width: int, dtype: str) -> str | None:
+    """As `missing_alone`, for kernels that take a few rows of bfloat16 in multiples of 128."""
+    reason = missing_alone(device)
+    if reason is not None:
+        return reason
+    if dtype != "bfloat16":
+        return f"the arrays are {dtype}, it takes bfloat16"
+    if width % BLOCK:
+        return f"rows of {width}: it takes multiples of {BLOCK}"
+    return f"{rows} rows, it takes {ROWS}" if rows > ROWS else None

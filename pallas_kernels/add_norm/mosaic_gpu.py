@@ -12,19 +12,13 @@ from pallas_kernels import hopper
 from pallas_kernels.add_norm.problem import Problem
 from pallas_kernels.frame import Device
 
-ROWS, UNIT, WIDTH = 64, 128, 8192
+UNIT, WIDTH = 128, 8192
 
 
 def supports(problem: Problem, device: Device) -> str | None:
     """bfloat16, a few rows of a multiple of 128, on one H100 or H200 with jax 0.11."""
-    reason = hopper.missing_alone(device)
-    if reason is not None:
-        return reason
-    if problem.x != "bfloat16":
-        return f"x is {problem.x}, it takes bfloat16"
-    if problem.width % UNIT or problem.width > WIDTH:
-        return f"rows of {problem.width}: it takes multiples of {UNIT} up to {WIDTH}"
-    return f"{problem.rows} rows, it takes {ROWS}" if problem.rows > ROWS else None
+    long = f"rows of {problem.width}: it takes up to {WIDTH}" if problem.width > WIDTH else None
+    return hopper.missing_rows(device, problem.rows, problem.width, problem.x) or long
 
 
 def run(

@@ -12,20 +12,13 @@ from pallas_kernels import hopper
 from pallas_kernels.frame import Device
 from pallas_kernels.gated.problem import Problem
 
-ROWS, SIZES = 64, (1024, 512, 256, 128)  # columns of a block
+SIZES = 1024, 512, 256, 128  # columns of a block
 GELU = 0.7978845608028654  # sqrt(2 / pi)
 
 
 def supports(problem: Problem, device: Device) -> str | None:
     """bfloat16, a few rows of a multiple of 128, on one H100 or H200 with jax 0.11."""
-    reason = hopper.missing_alone(device)
-    if reason is not None:
-        return reason
-    if problem.x != "bfloat16":
-        return f"gate and up are {problem.x}, it takes bfloat16"
-    if problem.width % SIZES[-1]:
-        return f"rows of {problem.width}: it takes multiples of {SIZES[-1]}"
-    return f"{problem.rows} rows, it takes {ROWS}" if problem.rows > ROWS else None
+    return hopper.missing_rows(device, problem.rows, problem.width, problem.x)
 
 
 def run(gate: jax.Array, up: jax.Array, *, problem: Problem) -> jax.Array:
