@@ -53,7 +53,7 @@ def run(
         out_type=[result, result],
         grid=(rows,),
         grid_names=("row",),
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )
     total, normed = kernel(x, y, scale)
     return total, normed

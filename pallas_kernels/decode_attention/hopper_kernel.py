@@ -69,7 +69,7 @@ def kernel(problem: Problem) -> Callable[..., tuple[jax.Array, jax.Array, jax.Ar
         cluster_names=("k",),
         num_threads=WARPGROUPS,
         thread_name="wg",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )
 
     def call(q, k, v, cos, sin, seen, keys, values):

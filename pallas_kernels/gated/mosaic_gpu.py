@@ -48,5 +48,5 @@ def run(gate: jax.Array, up: jax.Array, *, problem: Problem) -> jax.Array:
         out_type=jax.ShapeDtypeStruct((rows, width), jnp.bfloat16),
         grid=(rows, width // size),
         grid_names=("row", "column"),
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )(gate, up)

@@ -91,17 +91,17 @@ def kernel(
         block = lax.axis_index("n")
         rank = lax.axis_index("k") if c.cluster > 1 else jnp.int32(0)
         wg = lax.axis_index("wg") if c.warpgroups > 1 else jnp.int32(0)
-        first = jnp.minimum(
-            (rank * c.warpgroups + wg) * shape.tiles_k // parts, shape.tiles_k - sizes.box
-        )
-        turns = (shape.tiles_n // c.rows - block + sizes.grid - 1) // sizes.grid
+        begin = _quotient((rank * c.warpgroups + wg) * shape.tiles_k, parts)
+        first = lax.min(begin, jnp.int32(shape.tiles_k - sizes.box))
+        turns = _quotient(shape.tiles_n // c.rows - block + sizes.grid - 1, sizes.grid)
 
         def channel(turn):
             return _thread_wide((block + turn * sizes.grid) * c.rows * layout.ROWS)
 
         def fetch(tile):
             at = lax.rem(tile, jnp.int32(c.steps))
-            row = (block + tile // c.rows * sizes.grid) * c.rows + lax.rem(tile, jnp.int32(c.rows))
+            turn = _quotient(tile, c.rows)
+            row = (block + turn * sizes.grid) * c.rows + lax.rem(tile, jnp.int32(c.rows))
 
             def take(held, row):
                 places = [
@@ -115,18 +115,20 @@ def kernel(
                 return
             for held, begin, end in zip(weights, [0, *ends], ends, strict=False):
                 here = (row >= begin) & (row < end)
-                pl.when(here)(lambda held=held, begin=begin: take(held, row - begin))
+                _when(here, lambda held=held, begin=begin: take(held, row - begin))
 
         def collect(turn):
             """Adds the blocks' sums of a turn, in the block that owns it."""
 
-            @pl.when((turn >= 0) & (lax.rem(turn, jnp.int32(c.cluster)) == rank))
-            def _():
-                exchange.wait(arrived.at[turn // c.cluster])
-                write_blocks(outs, slots.at[turn // c.cluster], channel(turn))
+            def add():
+                own = _quotient(turn, c.cluster)
+                exchange.wait(arrived.at[own])
+                write_blocks(outs, slots.at[own], channel(turn))
+
+            _when((turn >= 0) & (lax.rem(turn, jnp.int32(c.cluster)) == rank), add)
 
         def begin(tile, _):
-            pl.when(tile < turns * c.rows)(lambda: fetch(tile))
+            _when(tile < turns * c.rows, lambda: fetch(tile))
             return _
 
         ring.open(full)
@@ -146,15 +148,15 @@ def kernel(
             for row in range(c.rows):
                 tile = turn * c.rows + row
                 at = lax.rem(tile, jnp.int32(c.steps))
-                ring.wait(full.at[:, at], _thread_wide(tile // c.steps % 2))
+                ring.wait(full.at[:, at], _thread_wide(lax.rem(_quotient(tile, c.steps), jnp.int32(2))))
                 multiply[row](w_s.at[:, at], mine, kept)
                 ahead = tile + c.steps
-                pl.when(ahead < turns * c.rows)(lambda ahead=ahead: fetch(ahead))
+                _when(ahead < turns * c.rows, lambda ahead=ahead: fetch(ahead))
             meet()  # also: whoever comes here has read the sums of the turn before
             if c.cluster == 1:
                 write_warps(outs, mine, channel(turn))
                 return _
-            own = turn // c.cluster
+            own = _quotient(turn, c.cluster)
             owner = _thread_wide(lax.rem(turn, jnp.int32(c.cluster)))
             send(slots.at[own, rank], arrived.at[own], mine, owner)
             collect(turn - LAG)
@@ -176,7 +178,7 @@ def kernel(
         scratch_types=scratch,
         grid=(sizes.grid,),
         grid_names=("n",),
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         **options,
     )
 
@@ -194,6 +196,18 @@ def _bias_words(bias: jax.Array | None) -> jax.Array | None:
     rows = -(-bias.shape[0] // layout.ROWS)
     padded = jnp.pad(bias, (0, rows * layout.ROWS - bias.shape[0])).reshape(rows, 1, layout.ROWS)
     return lax.bitcast_convert_type(padded, jnp.int32)
+
+
+def _when(condition: jax.Array, act: Callable[[], None]) -> None:
+    """Acts where a condition holds. `pl.when` converts it to an integer, for which Mosaic GPU asks
+    ptxas for its version each time.
+    """
+    lax.switch(lax.select(condition, jnp.int32(1), jnp.int32(0)), [lambda: None, act])
+
+
+def _quotient(value: jax.Array, by: int) -> jax.Array:
+    """`value // by` of what is not negative."""
+    return lax.div(value, jnp.int32(by))
 
 
 def _thread_wide(scalar: jax.Array) -> jax.Array:
