@@ -34,7 +34,6 @@ import numpy as np
 from pallas_kernels.dispatch import choose
 from pallas_kernels.quantized_matmul import (
     epilogue,
-    hopper_layout,
     mosaic_gpu,
     problems,
     reference,
@@ -56,8 +55,7 @@ FORMATS = {  # name -> (weight of k and n, shapes, m)
         (1, 16),
     ),
 }
-BETWEEN = 2**23  # bytes read between two launches
-CANDIDATES = 6  # configs timed per shape and m, best guesses first
+CANDIDATES = 4  # guesses timed per shape and m, best ones first
 RUNS = 50  # of the final report
 SECONDS = float(os.environ.get("SECONDS", "330"))  # stop tuning new shapes then
 CHECKS = {  # ragged k and n, every kind of code and scale; bias and activation where named
@@ -245,58 +243,82 @@ def random_arrays(weight: Weight, count: int) -> list[dict[str, jax.Array]]:
     return out
 
 
-def tune(m: int, weight: Weight, buffers: list[dict[str, jax.Array]]) -> list[tuple[float, Any]]:
-    """(microseconds, config), fastest first; compiled side by side, timed one after the other.
+def candidates(m: int, weight: Weight) -> list[mosaic_gpu.Config]:
+    """What the table has, and the best guesses: of the first two also longer and shorter rings."""
+    guesses = [c for _, c in sorted(mosaic_gpu.configs(m, weight), reverse=True)]
+    known = mosaic_gpu.choose_config(m, weight, jax.devices()[0].device_kind)
+    first = ([known] if known is not None else []) + guesses[:CANDIDATES]
+    rings = [c._replace(steps=c.steps + more) for c in first[:3] for more in (-1, 1) if c.steps > 1]
+    early = [c._replace(early=2) for c in first[:1]]
+    plans = [(c, mosaic_gpu.plan(m, weight, c)) for c in (*rings, *early)]
+    fits = [c for c, p in plans if not isinstance(p, str) and c.steps <= p.turns * c.rows]
+    return list(dict.fromkeys([*first, *fits]))
 
-    Between two launches something else is read: the kernel would start before the one in front of
-    it is done, and its waiting would count.
+
+def grouped(configs: list[mosaic_gpu.Config]) -> list[list[mosaic_gpu.Config]]:
+    """As many a group as there are readers; what the last one lacks is the first ones again."""
+    size = len(ceilings.READERS)
+    groups = [configs[i : i + size] for i in range(0, len(configs), size)]
+    spare = (c for c in configs if c not in groups[-1])
+    groups[-1] += itertools.islice(spare, size - len(groups[-1]))
+    return groups
+
+
+def compiled(m: int, weight: Weight, configs: Sequence[mosaic_gpu.Config], count: int) -> Any:
+    """`(x, weights, data) -> results`: each weight by each config, a reader behind each launch.
+
+    A kernel starts before the one in front of it is done, and its waiting would count; readers do
+    not. There are as many as configs, since XLA joins equal calls.
     """
     problem = Problem(m, weight, layout_of(weight), "bfloat16", "bfloat16")
+    shapes = LAYOUTS[problem.layout].shapes(weight)
+    arrays = {name: shapes[name] for name in ("codes", "scale")}
+    words = read_words(m, weight)
+    readers = [ceilings.reader(words, *how) for how in ceilings.READERS]
+    launch = lambda config, x, a: mosaic_gpu.launch(problem, config, (weight.n,), x, [a])[0]
+
+    def turns(x: jax.Array, weights: Any, data: Any) -> Any:
+        return [
+            (launch(config, x, a), read(d))
+            for a, d in zip(weights, data, strict=True)
+            for config, read in zip(configs, readers, strict=False)
+        ]
+
+    one = jax.ShapeDtypeStruct((words,), jnp.int32)
+    x = jax.ShapeDtypeStruct((m, weight.k), jnp.bfloat16)
+    return jax.jit(turns).lower(x, [arrays] * count, [one] * count).compile()
+
+
+def read_words(m: int, weight: Weight) -> int:
+    """Of all bytes of a product: weight, x and result."""
+    shapes = LAYOUTS[layout_of(weight)].shapes(weight)
+    size = 4 * (shapes["codes"].size + shapes["scale"].size) + 2 * m * (weight.k + weight.n)
+    unit = 4 * 128 * 4 * max(loads for _, loads in ceilings.READERS)
+    return -(-size // unit) * unit // 4
+
+
+def measure(
+    m: int, weight: Weight, groups: Sequence[Sequence[mosaic_gpu.Config]], programs: Sequence[Any]
+) -> dict[str, Any]:
+    """A row of the table: of the fastest config of all programs."""
+    count = ceilings.rotation(4 * read_words(m, weight))
     x = jax.random.normal(jax.random.key(m), (m, weight.k), jnp.bfloat16)
-    known = mosaic_gpu.choose_config(m, weight, jax.devices()[0].device_kind)
-    guesses = [c for _, c in sorted(mosaic_gpu.configs(m, weight), reverse=True)]
-    configs = list(dict.fromkeys([known, *guesses]))[:CANDIDATES]
-    between = [ceilings.random_words(i, (BETWEEN // 4,)) for i in range(len(buffers))]
-    read = ceilings.reader(BETWEEN // 4, *ceilings.READERS[0])
-
-    def build(config: Any) -> Any:
-        launch = lambda a: mosaic_gpu.launch(problem, config, (weight.n,), x, [a])
-        turns = lambda w, d: [(launch(a), read(v)) for a, v in zip(w, d, strict=True)]
-        return ceilings.compiled(turns, buffers, between)
-
-    with concurrent.futures.ThreadPoolExecutor(len(configs)) as pool:
-        built = [pool.submit(build, config) for config in configs]
-    timed = []
-    for config, program in zip(configs, built, strict=True):
-        try:
-            calls = ceilings.timed(program.result(), buffers, between, runs=6)
-        except jax.errors.JaxRuntimeError as why:
-            print(f"{tuple(config)} does not run: {why}")
-            continue
-        mine = [us for call in calls for name, us in call if "quantized_matmul" in name]
-        timed.append((statistics.median(mine), config))
-    return sorted(timed)
-
-
-def measure(m: int, weight: Weight, buffers: list[Any], config: Any) -> dict[str, Any]:
-    """A row of the table: the kernel in turns with the reader of the same bytes."""
-    k, n, words = weight.k, weight.n, mosaic_gpu.tile_words(weight)
-    size = sum(v.nbytes for v in buffers[0].values())
-    problem = Problem(m, weight, layout_of(weight), "bfloat16", "bfloat16")
-    _, read, data = ceilings.best_reader(size + 2 * m * (k + n))
-    x = jax.random.normal(jax.random.key(m), (m, k), jnp.bfloat16)
-    pairs = list(zip(buffers, data, strict=False))
-    run = lambda x, a: mosaic_gpu.launch(problem, config, (n,), x, [a])[0]
-    calls = ceilings.durations(
-        lambda x, p: [(run(x, a), read(d)) for a, d in p], x, pairs, runs=RUNS // len(pairs) + 1
-    )
-    flat = [event for call in calls for event in call]
-    theirs = [us for name, us in flat if "read_bytes" in name]
-    mine = [us for name, us in flat if "quantized_matmul" in name]
-    ratio = statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
-    row = {"m": m, "k": k, "n": n, "words": words, "config": list(config)}
-    row |= {"us": statistics.median(mine), "read_us": statistics.median(theirs), "ratio": ratio}
-    return row
+    data = [ceilings.random_words(200 + i, (read_words(m, weight),)) for i in range(count)]
+    buffers, rows = random_arrays(weight, count), []
+    for configs, program in zip(groups, programs, strict=True):
+        calls = ceilings.timed(program, x, buffers, data, runs=RUNS // count + 1)
+        flat = [event for call in calls for event in call]
+        mine = [us for name, us in flat if "quantized_matmul" in name]
+        theirs = [us for name, us in flat if "read_bytes" in name]
+        reads = [theirs[i :: len(configs)] for i in range(len(configs))]
+        read = min(reads, key=statistics.median)
+        for i, config in enumerate(configs):
+            us = mine[i :: len(configs)]
+            ratio = statistics.median(a / b for a, b in zip(us, read, strict=True))
+            row = {"m": m, "k": weight.k, "n": weight.n, "words": mosaic_gpu.tile_words(weight)}
+            row |= {"config": list(config), "us": statistics.median(us)}
+            rows.append(row | {"read_us": statistics.median(read), "ratio": ratio})
+    return min(rows, key=lambda row: row["us"])
 
 
 def main() -> None:
@@ -311,34 +333,46 @@ def main() -> None:
     if only == "check":
         return
     rows: list[dict[str, Any]] = []
-    dots: dict[Any, float] = {}
+    dots = {(r["m"], r["k"], r["n"]): r["bf16_dot_us"] for r in table(card)}
+    points = [
+        (name, m, make(k, n))
+        for name, (make, shapes, ms) in FORMATS.items()
+        if name in (names or FORMATS)
+        for k, n in shapes
+        for m in ms
+    ]
     print("format    k     n  m | read us  kernel us  kernel / read | bf16 dot / kernel | config")
-    for name in names or FORMATS:
-        make, shapes, ms = FORMATS[name]
-        for k, n in shapes:
-            weight = make(k, n)
-            size = -(-n // hopper_layout.ROWS) * -(-k // hopper_layout.DEPTH)
-            size *= 4 * mosaic_gpu.tile_words(weight)
-            buffers = random_arrays(weight, ceilings.rotation(size))
-            for m in ms:
-                if time.time() - began > SECONDS:
-                    print("out of time")
-                    return
-                same = [r for r in rows if (r["k"], r["n"], r["m"]) == (k, n, m)]
-                same = [r for r in same if r["words"] == mosaic_gpu.tile_words(weight)]
-                config = mosaic_gpu.Config(*same[-1]["config"]) if same else None
-                row = measure(m, weight, buffers, config or tune(m, weight, buffers)[0][1])
-                if (m, k, n) not in dots:
-                    dots[m, k, n] = ceilings.dot(m, k, n)
-                row["bf16_dot_us"] = round(dots[m, k, n], 2)
-                row = {key: round(v, 3) if isinstance(v, float) else v for key, v in row.items()}
-                print(
-                    f"{name:6} {k:5d} {n:6d} {m:2d} | {row['read_us']:7.2f}  {row['us']:9.2f}  "
-                    f"{row['ratio']:13.3f} | {dots[m, k, n] / row['us']:17.2f} | {row['config']}",
-                    flush=True,
-                )
-                rows.append({"format": name} | row)
-                write(card, rows)
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        jobs = []
+        for _, m, weight in points:
+            count = ceilings.rotation(4 * read_words(m, weight))
+            groups = grouped(candidates(m, weight))
+            built = [pool.submit(compiled, m, weight, group, count) for group in groups]
+            jobs.append((groups, built))
+        for (name, m, weight), (groups, built) in zip(points, jobs, strict=True):
+            k, n, programs = weight.k, weight.n, [job.result() for job in built]
+            if time.time() - began > SECONDS:
+                print("out of time")
+                pool.shutdown(cancel_futures=True)
+                return
+            row = measure(m, weight, groups, programs)
+            if (m, k, n) not in dots:
+                dots[m, k, n] = round(ceilings.dot(m, k, n), 2)
+            row["bf16_dot_us"] = dots[m, k, n]
+            row = {key: round(v, 3) if isinstance(v, float) else v for key, v in row.items()}
+            print(
+                f"{name:6} {k:5d} {n:6d} {m:2d} | {row['read_us']:7.2f}  {row['us']:9.2f}  "
+                f"{row['ratio']:13.3f} | {dots[m, k, n] / row['us']:17.2f} | {row['config']}",
+                flush=True,
+            )
+            rows.append({"format": name} | row)
+            write(card, rows)
+
+
+def table(card: str) -> list[dict[str, Any]]:
+    """The rows that the package has of it."""
+    path = mosaic_gpu.TABLES / f"{card.replace(' ', '_')}.json"
+    return json.loads(path.read_text())["rows"] if path.exists() else []
 
 
 def write(card: str, rows: Sequence[dict[str, Any]]) -> None:
@@ -348,8 +382,7 @@ def write(card: str, rows: Sequence[dict[str, Any]]) -> None:
     """
     name = f"{card.replace(' ', '_')}.json"
     key = lambda row: (row.get("format", "int4"), row["k"], row["n"], row["m"])
-    known = mosaic_gpu.TABLES / name
-    kept = json.loads(known.read_text())["rows"] if known.exists() else []
+    kept = table(card)
     date = {"date": str(datetime.date.today()), "jax": jax.__version__}
     merged = {key(row): row for row in kept} | {key(row): row | date for row in rows}
     head = {"device": card, "command": "python experiments/tune_kernels.py tune"}

@@ -12,7 +12,8 @@ that owns the channels. All sums are taken in fixed order.
 Several weights of one x are tiles of one sequence: a tile's row says which of them it is fetched
 from, and which result its sums go to.
 
-The rings fill while the kernel before still runs (`chained`): weights are not its results.
+The rings begin to fill while the kernel before still runs (`chained`): weights are not its results.
+x is asked for before they are full, or it would wait in line behind all of their bytes.
 """
 
 # The decorator of inline code keeps the type of what it wraps, which takes one argument more.
@@ -35,7 +36,7 @@ from pallas_kernels.quantized_matmul.hopper_ring import Ring
 from pallas_kernels.quantized_matmul.hopper_shape import shape_of
 from pallas_kernels.quantized_matmul.hopper_step import step
 from pallas_kernels.quantized_matmul.hopper_sums import Exchange, push, write
-from pallas_kernels.quantized_matmul.hopper_x import load_x
+from pallas_kernels.quantized_matmul.hopper_x import load_x, sum_x
 from pallas_kernels.quantized_matmul.mosaic_gpu import Config, plan
 from pallas_kernels.quantized_matmul.problem import Problem
 
@@ -63,6 +64,7 @@ def kernel(
     shape = shape_of(problem, sizes)
     c, words = config, shape.words(config.depth)
     parts, buffers = c.cluster * c.warpgroups, min(2, sizes.turns)
+    early = min(c.early, c.steps)
     owned = -(-sizes.turns // c.cluster)
     sums_shape = (c.rows * 2 * shape.columns, 64)
     warps = 4 * c.warpgroups
@@ -78,6 +80,7 @@ def kernel(
         scratch["arrived"] = plgpu.SMEM((owned, 2), jnp.int32)
 
     keep_x, meet = load_x(shape, config), ptx.meet()
+    add_up = sum_x(shape, config) if shape.start else None
     multiply = [step(shape, config, row) for row in range(c.rows)]
     ring = Ring(shape, config)
     send, exchange = push(shape, config), Exchange(c.cluster * sums_shape[0] * 256)
@@ -91,8 +94,8 @@ def kernel(
         block = lax.axis_index("n")
         rank = lax.axis_index("k") if c.cluster > 1 else jnp.int32(0)
         wg = lax.axis_index("wg") if c.warpgroups > 1 else jnp.int32(0)
-        begin = _quotient((rank * c.warpgroups + wg) * shape.tiles_k, parts)
-        first = lax.min(begin, jnp.int32(shape.tiles_k - sizes.box))
+        part = _quotient((rank * c.warpgroups + wg) * shape.tiles_k, parts)
+        first = lax.min(part, jnp.int32(shape.tiles_k - sizes.box))
         turns = _quotient(shape.tiles_n // c.rows - block + sizes.grid - 1, sizes.grid)
 
         def channel(turn):
@@ -134,12 +137,15 @@ def kernel(
         ring.open(full)
         if shape.has("bias"):  # its words are made in the call, by the kernel before perhaps
             follow()
-        lax.fori_loop(0, c.steps, begin, jnp.int32(0))
+        lax.fori_loop(0, early, begin, jnp.int32(0))
         if c.cluster > 1:
             exchange.open(arrived)
         if not shape.has("bias"):
             follow()
-        kept = keep_x(x)
+        kept = (keep_x(x),)
+        lax.fori_loop(early, c.steps, begin, jnp.int32(0))
+        if add_up is not None:
+            kept += (add_up(kept[0]),)
         if c.cluster > 1:
             exchange.meet()
 
@@ -148,7 +154,9 @@ def kernel(
             for row in range(c.rows):
                 tile = turn * c.rows + row
                 at = lax.rem(tile, jnp.int32(c.steps))
-                ring.wait(full.at[:, at], _thread_wide(lax.rem(_quotient(tile, c.steps), jnp.int32(2))))
+                ring.wait(
+                    full.at[:, at], _thread_wide(lax.rem(_quotient(tile, c.steps), jnp.int32(2)))
+                )
                 multiply[row](w_s.at[:, at], mine, kept)
                 ahead = tile + c.steps
                 _when(ahead < turns * c.rows, lambda ahead=ahead: fetch(ahead))

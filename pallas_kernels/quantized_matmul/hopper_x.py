@@ -22,19 +22,14 @@ def load_x(shape: Shape, config: Config) -> Any:
     `((4 j + b) columns + col) 4 + q` of a lane: bfloat16 pair q of the eight at
     k = 128 j + 32 b + 8 c of row 8 col + r.
 
-    Beyond the rows of x, and where the tiles belong to another warpgroup, it is 0. With it come
-    float32 `[2 groups columns, thread]`: -start times the sum of x over each group, of rows
-    8 col + 2 c and the next; none where the accumulators start at 0.
+    Beyond the rows of x, and where the tiles belong to another warpgroup, it is 0.
     """
     box, parts = 4 * config.depth, config.cluster * config.warpgroups
-    kinds = zip(layouts(shape, config), (jnp.int32, jnp.float32), strict=False)
+    count, held = layouts(shape, config)[0]
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(),),
-        return_type=tuple(
-            plgpu.ShapeDtypeStruct((count, 128), dtype, layout=held)
-            for (count, held), dtype in kinds
-        ),
+        return_type=plgpu.ShapeDtypeStruct((count, 128), jnp.int32, layout=held),
     )
     def keep(ctx, x):
         i32, i64 = (ir.IntegerType.get_signless(n) for n in (32, 64))
@@ -82,9 +77,23 @@ def load_x(shape: Shape, config: Config) -> Any:
                         effects=True,
                     )
                     out += [llvm.extractvalue(i32, got, [q]) for q in range(4)]
-        kept = (ptx.registers(out, i32),)
-        if not shape.start:
-            return kept
+        return ptx.registers(out, i32)
+
+    return keep
+
+
+def sum_x(shape: Shape, config: Config) -> Any:
+    """What `load_x` gives -> float32 `[2 groups columns, thread]`: -start times the sum of x over
+    each group, of rows 8 col + 2 c and the next. Not where the accumulators start at 0.
+    """
+    (_, of_x), (count, held) = layouts(shape, config)
+
+    @plgpu.inline_mgpu(
+        arg_types=(of_x,),
+        return_type=plgpu.ShapeDtypeStruct((count, 128), jnp.float32, layout=held),
+    )
+    def add_up(ctx, x):
+        words = [llvm.extractelement(v, ptx.number(0)) for v in x.registers.flat]
         bits = int(np.float32(-shape.start).view(np.uint32)) >> 16  # of a bfloat16
         minus = [ptx.number(bits << 16 | bits)] * 4
         sums, per_group = [], shape.group // 16
@@ -93,11 +102,11 @@ def load_x(shape: Shape, config: Config) -> Any:
                 total = [ptx.zero()] * 4
                 for i in range(group * per_group, (group + 1) * per_group):
                     at = (i // 2 * shape.columns + column) * 4 + 2 * (i % 2)
-                    total = ptx.mma(minus, out[at : at + 2], total)
+                    total = ptx.mma(minus, words[at : at + 2], total)
                 sums += total[:2]
-        return (*kept, ptx.registers(sums, ir.F32Type.get()))
+        return ptx.registers(sums, ir.F32Type.get())
 
-    return keep
+    return add_up
 
 
 def layouts(shape: Shape, config: Config) -> list[tuple[int, Any]]:

@@ -19,6 +19,7 @@ from pallas_kernels.quantized_matmul.problem import Problem, Weight
 SHARED_MEMORY = 232448 - 4096  # bytes of a block, less what Mosaic keeps and aligns
 MULTIPROCESSORS = 132
 FAST_REGISTERS = 4  # depth times eighths of m: more do not fit beside the rest of a warp's values
+MOST_WAITING = 140_000  # bytes on their way to a multiprocessor; rings that hold more were slower
 MAX_ROWS = 16
 LAYOUTS = ("hopper4", "hopper8")
 TABLES = pathlib.Path(__file__).parent / "tables"
@@ -36,6 +37,7 @@ class Config(NamedTuple):
       rows: 16-channel tiles of a turn, after which the warps meet.
       steps: 16-channel tiles in the ring of a warp.
       blocks: clusters along n; each takes every so many-th turn. 0: one turn each.
+      early: of the steps, those that are fetched before x. x would wait for all that is under way.
     """
 
     depth: int = 2
@@ -44,6 +46,7 @@ class Config(NamedTuple):
     rows: int = 1
     steps: int = 4
     blocks: int = 0
+    early: int = 1
 
 
 class Plan(NamedTuple):
@@ -125,6 +128,8 @@ def configs(m: int, weight: Weight, bias: bool = False) -> Iterator[tuple[float,
             )
             useful = k / (cluster * warpgroups * 4 * depth)
             waiting = resident * warpgroups * steps * sized.box * 4 * tile_words(weight)
+            if waiting > MOST_WAITING and steps > 1:
+                continue
             x_bytes = blocks * weight.k * m * 2
             all_bytes = n * k * 4 * tile_words(weight)
             worth = even * (0.5 + 0.5 * useful) * (0.6 + 0.4 * min(1.0, waiting / 90_000))
