@@ -189,12 +189,17 @@ def test_bad_operands_are_refused():
         cast_fp8(jnp.ones((128, 128)), "given")
 
 
-def test_the_config_wastes_the_least():
-    """Of 132 blocks: 4096 x 4096 is 4 rounds of 128 x 256, but 5.3 of 192 x 128."""
-    choice = lambda m, n: block_plan.choose_config(products.LARGE[0]._replace(m=m, n=n))
-    assert choice(4096, 4096) == block_plan.WIDE
-    assert choice(16384, 4096) == block_plan.TRIO
-    assert block_plan.elements_in_turn(products.LARGE[0], block_plan.TRIO) == 10 * 192 * 128
+@pytest.mark.parametrize(
+    ("m", "n", "phases"),
+    [
+        (8192, 8192, [(128, 0, 32)]),  # 43 x 32 of 66 clusters: 20.8 turns
+        (4096, 7168, [(128, 0, 27), (64, 6912, 2)]),  # 9 turns and 44 narrow tiles, not 9.3
+        (128, 128, [(64, 0, 1)]),
+    ],
+)
+def test_narrow_tiles_fill_the_last_turn(m, n, phases):
+    problem = products.LARGE[0]._replace(m=m, n=n)
+    assert block_plan.phases(problem, block_plan.Config()) == phases
 
 
 @needs_mosaic
@@ -235,17 +240,15 @@ def test_the_interpreted_amax_is_numpys():
 
 
 @needs_mosaic
-@pytest.mark.parametrize(
-    ("rows", "config"),
-    [(False, block_plan.WIDE), (False, block_plan.TRIO), (True, block_plan.TRIO)],
-)
-def test_the_interpreted_product_is_that_of_float64(rows, config):
+@pytest.mark.parametrize("rows", [False, True])
+def test_the_interpreted_product_is_that_of_float64(rows):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     from pallas_kernels.block_scaled_matmul import hopper_kernel
 
-    problem = products.SMALL["tiles"]._replace(b_rows=rows, out="float32", k=384)
-    config = config._replace(bn=128, part=128, blocks=2, steps=2, outs=1)
+    problem = products.SMALL["tiles"]._replace(n=384, b_rows=rows, out="float32", k=384)
+    config = block_plan.choose_config(problem)._replace(blocks=4, steps=2, outs=1)
+    assert len(block_plan.phases(problem, config)) == 2
     operands = _operands(problem)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
         got = np.asarray(jax.jit(hopper_kernel.kernel(problem, config))(*operands), np.float64)

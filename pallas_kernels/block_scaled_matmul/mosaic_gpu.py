@@ -9,14 +9,14 @@ from pallas_kernels import hopper
 from pallas_kernels.block_scaled_matmul.problem import BLOCK, Problem
 from pallas_kernels.frame import Device
 
+GROUPS = 3  # warpgroups that multiply 64 rows each; the next one loads
+
 
 class Config(NamedTuple):
     """How the work is cut.
 
     Attributes:
-      bm, bn: a tile of the result; `groups` warpgroups share its rows.
-      part: columns of a warpgroup's product.
-      groups: warpgroups that multiply.
+      bn: columns of a tile of 192 rows.
       steps: stages of 128 along k in shared memory.
       outs: strips of 64 rows by 128 bytes in which a warpgroup's results leave.
       cluster: blocks along n that share a by multicast.
@@ -25,10 +25,7 @@ class Config(NamedTuple):
       blocks: one per multiprocessor.
     """
 
-    bm: int = 192
     bn: int = 128
-    part: int = 128
-    groups: int = 3
     steps: int = 4
     outs: int = 2
     cluster: int = 2
@@ -39,23 +36,31 @@ class Config(NamedTuple):
     blocks: int = 132
 
 
-TRIO = Config()
-WIDE = Config(bm=128, bn=256, groups=2, registers=208, load_registers=88)
-COST = {TRIO: 1.0, WIDE: 1.1}  # of an element, measured
-
-
 def choose_config(problem: Problem) -> Config:
-    """`TRIO` for the gradient of a weight; else what costs less after each other."""
-    if problem.b_rows:
-        return TRIO
-    return min(COST, key=lambda config: COST[config] * elements_in_turn(problem, config))
+    """Blocks share a, but for the gradient of a weight, where none waits for a neighbor."""
+    return Config(cluster=1) if problem.b_rows else Config()
 
 
-def elements_in_turn(problem: Problem, config: Config) -> int:
-    """Of the tiles that the busiest multiprocessor makes one after the other."""
-    columns = config.bn * config.cluster
-    tiles = -(-problem.m // config.bm) * -(-problem.n // columns)
-    return -(-tiles // (config.blocks // config.cluster)) * config.bm * config.bn
+class Phase(NamedTuple):
+    """Tiles of `bn` columns: `count` clusters of them along n, from column `start` on."""
+
+    bn: int
+    start: int
+    count: int
+
+
+NARROW = 0.6  # what a tile of half the columns may cost, of a whole one; measured: 0.44 to 0.47
+
+
+def phases(problem: Problem, config: Config) -> list[Phase]:
+    """Whole tiles, and then narrow ones where those leave fewer multiprocessors without work."""
+    rows, wide = -(-problem.m // (64 * GROUPS)), config.bn * config.cluster
+    turns = lambda count: -(-rows * count // (config.blocks // config.cluster))
+    rest = lambda count: -(-max(0, problem.n - count * wide) // (wide // 2))
+    cost = lambda count: (turns(count) + NARROW * turns(rest(count)), -count)
+    whole = min(range(-(-problem.n // wide) + 1), key=cost)
+    found = Phase(config.bn, 0, whole), Phase(config.bn // 2, whole * wide, rest(whole))
+    return [phase for phase in found if phase.count]
 
 
 def supports(problem: Problem, device: Device) -> str | None:
