@@ -53,8 +53,13 @@ NARROW = 0.6  # what a tile of half the columns may cost, of a whole one; measur
 
 
 def phases(problem: Problem, config: Config) -> list[Phase]:
-    """Whole tiles, and then narrow ones where those leave fewer multiprocessors without work."""
+    """Whole tiles, and then narrow ones where those leave fewer multiprocessors without work.
+
+    Not for the gradient of a weight, whose narrow tiles have not run on a device.
+    """
     rows, wide = -(-problem.m // (64 * GROUPS)), config.bn * config.cluster
+    if problem.b_rows:
+        return [Phase(config.bn, 0, -(-problem.n // wide))]
     turns = lambda count: -(-rows * count // (config.blocks // config.cluster))
     rest = lambda count: -(-max(0, problem.n - count * wide) // (wide // 2))
     cost = lambda count: (turns(count) + NARROW * turns(rest(count)), -count)

@@ -9,7 +9,7 @@ SMALL = {
     "rows": Problem(128, 384, 512, True, "float32"),
     "uneven": Problem(384, 640, 384, False, "float32"),
     "two phases": Problem(4096, 1792, 256, False, "bfloat16"),
-    "two phases of rows": Problem(4096, 1792, 256, True, "bfloat16"),
+    "many rows": Problem(4096, 1792, 256, True, "bfloat16"),
 }
 
 # m, n, k of large ones: outputs and gradients of inputs; the last two of a weight, where k are the
