@@ -114,16 +114,16 @@ def test_lanes_exchange_what_wgmma_wants_of_them(name: str) -> None:
                     np.testing.assert_array_equal((got - start)[inside], known[inside])
 
 
-def _twin(strips: int, half: int):
+def _twin(strips: int):
     """What `fragments` returns for int4 in groups of 128 with bfloat16 scales, in plain jax."""
 
     def decode(refs):
         codes, scale = refs[0][...], refs[1][...]
-        words = codes.reshape(4, strips, 8, 4, 2, 2)[:, half]  # tile, r, c, block, step of decoding
-        shifts = 4 * lax.broadcasted_iota(jnp.int32, (1,) * 5 + (8,), 5)
+        words = codes.reshape(4, strips, 8, 4, 2, 2)  # tile, half, r, c, block, step of decoding
+        shifts = 4 * lax.broadcasted_iota(jnp.int32, (1,) * 6 + (8,), 6)
         nibbles = (words[..., None] >> shifts) & 15  # j + 4 e
-        cut = nibbles.reshape(4, 8, 4, 2, 2, 2, 2, 2)  # tile, r, c, block, i, e, j // 2, j % 2
-        cut = cut.transpose(0, 7, 1, 3, 2, 4, 6, 5).reshape(64, 64)
+        cut = nibbles.reshape(4, strips, 8, 4, 2, 2, 2, 2, 2)  # ..., block, i, e, j // 2, j % 2
+        cut = cut.transpose(0, 8, 2, 1, 4, 3, 5, 7, 6).reshape(64, 64 * strips)
         wide = jnp.stack([scale << 16, scale & jnp.int32(-65536)], 1)  # tile, half, r
         wide = lax.bitcast_convert_type(wide, jnp.float32).reshape(64, 1)
         return ((cut - 8).astype(jnp.float32) * wide).astype(jnp.bfloat16)
@@ -152,9 +152,10 @@ def test_the_interpreted_kernel_multiplies(
     ]
     x = jnp.asarray(rng.normal(size=(83, weight.k)), jnp.bfloat16)
     problem = Problem(83, weight, "hopper4", "bfloat16", "bfloat16")
-    twin = [_twin(config.strips, half) for half in range(config.strips)]
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        got = jax.jit(hopper_wgmma.kernel(problem, config, (128, 256), twin))(x, arrays)
+        got = jax.jit(hopper_wgmma.kernel(problem, config, (128, 256), _twin(config.strips)))(
+            x, arrays
+        )
     assert "RACE" not in capfd.readouterr().out
     w = (codes * np.repeat(scale.astype(np.float32), 128, 0)).astype(jnp.bfloat16)
     truth = np.asarray(x, np.float64) @ w.astype(np.float64)

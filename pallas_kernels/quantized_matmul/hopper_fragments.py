@@ -29,28 +29,29 @@ from pallas_kernels.quantized_matmul.hopper_decode import OPERANDS, halves
 from pallas_kernels.quantized_matmul.mosaic_wgmma import part_names, part_words
 from pallas_kernels.quantized_matmul.problem import Weight
 
-HALF = 64  # of k: what one call decodes, four operands of 16
+ROWS = 64  # channels of a warpgroup
+HALF = 64  # of k: four operands of 16
 PAIRS = 0x0001_0001
 
 
-def fragments(weight: Weight, deep: int, half: int) -> Any:
-    """`f([codes, scale, zero or offset of a stage]) -> bfloat16 [64, 64]`, half `half` of a stage
-    of `deep` halves along k; the warps of a warpgroup take a tile of 16 channels each, from the
-    one on at which the refs begin.
+def fragments(weight: Weight, deep: int) -> Any:
+    """`f([codes, scale, zero or offset of a stage]) -> bfloat16 [64, 64 deep]`; the warps of a
+    warpgroup take a tile of 16 channels each, from the one on at which the refs begin.
 
     Args:
       weight: what the stage holds.
       deep: halves of a tile in a stage.
-      half: which.
     """
     names = part_names(weight)
     words = layout.code_words(weight) // 2 * deep
     exchanged = _exchange(weight)
-    loads = words // deep // 128  # 16-byte loads of a lane
+    loads = words // 128  # 16-byte loads of a lane
 
     @plgpu.inline_mgpu(
         arg_types=([plgpu.RefType()] * (1 + len(names)),),
-        return_type=plgpu.ShapeDtypeStruct((HALF, HALF), jnp.bfloat16, layout=plgpu.Layout.WGMMA),
+        return_type=plgpu.ShapeDtypeStruct(
+            (ROWS, HALF * deep), jnp.bfloat16, layout=plgpu.Layout.WGMMA
+        ),
     )
     def decode(ctx, refs):
         i32 = ir.IntegerType.get_signless(32)
@@ -61,9 +62,8 @@ def fragments(weight: Weight, deep: int, half: int) -> Any:
         start = arith.addi(arith.muli(warp, ptx.number(words)), arith.muli(lane, ptx.number(4)))
         held = []
         for i in range(loads):
-            place = ptx.add(start, (half * loads + i) * 128)
-            held += ptx.load(refs[0], place, 4, i32)
-        per_block = len(held) // 2
+            held += ptx.load(refs[0], ptx.add(start, i * 128), 4, i32)
+        per_block = len(held) // (2 * deep)
         factors: dict[int, Callable[[ir.Value, int], ir.Value]] = {}
 
         def scaled(group: int) -> Callable[[ir.Value, int], ir.Value]:
@@ -72,12 +72,12 @@ def fragments(weight: Weight, deep: int, half: int) -> Any:
             return factors[group]
 
         out: list[ir.Value] = []
-        for block in range(2):  # 32 of k
-            group = (half * HALF + 32 * block) // weight.group if names else 0
+        for block in range(2 * deep):  # 32 of k
+            group = 32 * block // weight.group if names else 0
             block_words = held[block * per_block : (block + 1) * per_block]
             for i, value in enumerate(exchanged(block_words, c)):
                 out.append(utils.bitcast(scaled(group)(value, i % 2), pair))
-        shape = fa.WGMMA_LAYOUT.registers_shape((HALF, HALF))
+        shape = fa.WGMMA_LAYOUT.registers_shape((ROWS, HALF * deep))
         return fa.FragmentedArray(
             _registers=np.array(out, dtype=object).reshape(shape),
             _layout=fa.WGMMA_LAYOUT,

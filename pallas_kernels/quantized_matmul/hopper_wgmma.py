@@ -1,7 +1,7 @@
 """The Hopper kernel for m > 16: the weight is `wgmma`'s register operand, decoded beside it.
 
-result^T [n, m] = w^T [n, k] x^T [k, m]. One warpgroup issues TMA into a ring of stages and runs
-ahead over the borders of tiles; the others each take 64 channels of a tile: packed words from
+result^T [n, m] = w^T [n, k] x^T [k, m]. One warp issues TMA into a ring of stages and runs ahead
+over the borders of tiles; warpgroups each take 64 channels of a tile: packed words from
 shared memory to registers, the exchange between lanes, bfloat16 and scale (`hopper_fragments`),
 then `wgmma` with x from shared memory. While the tensor cores multiply one stage a warpgroup
 decodes its next. Two teams of warpgroups may take stages in turns. Where there are fewer tiles than
@@ -57,7 +57,7 @@ def kernel(
       config: how the work is cut.
       channels: of each weight, multiples of 128; None for one weight.
       twin: to interpret the kernel, which knows neither inline code nor `wgmma` on registers: a
-        list of functions in place of `fragments`; what they return goes through shared memory.
+        function in place of `fragments`; what it returns goes through shared memory.
 
     Raises:
       ValueError: if the config cannot run it.
@@ -73,7 +73,7 @@ def kernel(
     names, wide = part_names(weight), c.strips * STRIP
     code_words = layout.code_words(weight) // 2 * c.strips
     words = [code_words, *(part_words(weight, n, c.strips) for n in names)]
-    decode = twin or [fragments(weight, c.strips, half) for half in range(c.strips)]
+    decode = twin or fragments(weight, c.strips)
     clustered = c.split * c.shared > 1
     # a turn: two stages of each team; what is beyond k reads as zeros
     per_turn, turns = 2 * c.teams, turns_of(weight.k, c)
@@ -105,8 +105,7 @@ def kernel(
         group = lax.axis_index("wg")
         rank = lax.axis_index("cluster") if clustered else i32(0)
         if c.split > 1:
-            exchange.open(arrived)
-            exchange.meet()
+            exchange.open(arrived)  # all meet before the sums: no load waits for a neighbor
             begin, end = rank * turns // c.split, (rank + 1) * turns // c.split
         else:
             begin, end = i32(0), i32(turns)
@@ -117,10 +116,7 @@ def kernel(
                 ni = ni * c.shared + rank
             return mi, ni, info.local_index * (turns * per_turn)
 
-        @pl.when(group == warpgroups)
-        def _():
-            plgpu.set_max_registers(LOADER, action="decrease")
-
+        def load():
             @plgpu.nd_loop((count,), collective_axes="sm")
             def _(info):
                 mi, ni, first = tile(info)
@@ -152,6 +148,15 @@ def kernel(
             for s in range(c.steps):  # a neighbor still arrives at barriers of this block
                 plgpu.barrier_wait(empty.at[s])
 
+        @pl.when(group == warpgroups)
+        def _():
+            plgpu.set_max_registers(LOADER, action="decrease")
+
+            # its other three warps would take issue slots from those that decode
+            plgpu.warp_map(lambda warp: pl.when(warp == 0)(load))
+            if c.split > 1:
+                exchange.meet()
+
         @pl.when(group < warpgroups)
         def _():
             plgpu.set_max_registers(registers(warpgroups), action="increase")
@@ -168,18 +173,16 @@ def kernel(
                     """Of the team's stage i, decoded."""
                     plgpu.barrier_wait(full.at[place(i)])
                     mine = pl.ds(member * (STRIP // layout.ROWS), STRIP // layout.ROWS)
-                    return [f([held.at[place(i), mine] for held in w_s]) for f in decode]
+                    return decode([held.at[place(i), mine] for held in w_s])
 
-                def multiply(i, acc, strips):
-                    for strip, held in enumerate(strips):
-                        if twin is not None:
-                            a_s[group] = held
-                            plgpu.commit_smem()
-                            held = a_s.at[group]
-                        block = x_s.at[place(i), :, pl.ds(strip * STRIP, STRIP)]
-                        plgpu.wgmma(acc, held, block.transpose((1, 0)))
-                        if twin is not None:
-                            plgpu.wgmma_wait(0)
+                def multiply(i, acc, held):
+                    if twin is not None:
+                        a_s[group] = held
+                        plgpu.commit_smem()
+                        held = a_s.at[group]
+                    plgpu.wgmma(acc, held, x_s.at[place(i)].transpose((1, 0)))
+                    if twin is not None:
+                        plgpu.wgmma_wait(0)
 
                 def finished(i):
                     plgpu.wgmma_wait(0)
@@ -204,6 +207,7 @@ def kernel(
 
                 total = pl.run_scoped(product, plgpu.ACC((64, c.rows), F32))
                 if c.split > 1:
+                    exchange.meet()
                     parts.send(total, slots, arrived)
                 elif c.teams > 1:
                     parts.meet()  # the first team has taken what was left for it before
@@ -251,7 +255,7 @@ def kernel(
     if c.split > 1:
         scratch["arrived"] = plgpu.SMEM((1, 2), i32)
     if twin is not None:
-        scratch["a_s"] = plgpu.SMEM((warpgroups, 64, STRIP), jnp.bfloat16, transforms=tiled(2))
+        scratch["a_s"] = plgpu.SMEM((warpgroups, 64, wide), jnp.bfloat16, transforms=tiled(2))
     options: dict[str, Any] = {}
     if clustered:
         options = {"cluster": (c.split * c.shared,), "cluster_names": ("cluster",)}
