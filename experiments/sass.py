@@ -62,7 +62,11 @@ WEIGHTS = {
 }
 CONFIGS = {1: (4, 4, 1, 2, 1, 0), 16: (2, 2, 2, 2, 4, 64)}  # m -> config
 LIMITS = {"int4": 1.0, "nf4": 2.7, "int8": 1.9, "fp8": 1.4}  # integer instructions per code, m = 1
-WIDE = [(1024, (256, 1, 3)), (64, (64, 1, 4, 1, 1, 8, 64, 2))]  # m, config
+WIDE = [  # m, config
+    (1024, (256, 1, 3)),
+    (64, (64, 1, 4, 1, 1, 8, 64, 2)),
+    (64, (64, 1, 8, 2, 1, 8, 128, 2)),
+]
 WIDE_LIMITS = {"int4": 35, "nf4": 120, "int8": 47, "fp8": 43}  # instructions of a warp, 16 along k
 INTEGER = ("LOP3", "SHF", "PRMT")
 OTHERS = ("HMMA", "HADD2", "HMUL2", "HFMA2", "FFMA", "FADD", "FMUL", "LDS", "IMAD", "SYNCS")

@@ -114,7 +114,10 @@ def configs(problem: Problem) -> Iterator[tuple[float, Config]]:
             continue
         if shared > 1 and weight.n <= cut[0]:
             continue
-        strips = 1 if rows > 64 or hopper_layout.code_words(weight) > 256 else 2
+        deep = rows > 64 or hopper_layout.code_words(weight) > 256
+        # a codebook's values leave no registers for two operands of two strips: products would wait
+        crowded = weight.values is not None and rows == 64 and cut == (128, 2)
+        strips = 1 if deep or crowded else 2
         for steps in (12, 10, 8, 7, 6, 5, 4, 3):
             config = Config(rows, strips, steps, split, shared, 8, *cut)
             if fits(problem, config) is None:
