@@ -1,6 +1,7 @@
 """What does the Hopper kernel cost in instructions? Compiled to SASS without a GPU, and counted.
 
-Exits with 1 where a kernel spills or takes more integer instructions per code than LIMITS says; for
+Exits with 1 where a kernel spills, waits for all of its memory operations (a `MEMBAR` of the GPU,
+as a release to a cluster is), or takes more integer instructions per code than LIMITS says; for
 m > 16, where the compiler makes `wgmma` wait for what follows it, or a product of 16 along k costs
 a warp more instructions than WIDE_LIMITS: its scheduler has 128 cycles for each while the tensor
 cores multiply a tile of 256 rows, fewer in proportion for smaller ones. As to m <= 16: at
@@ -67,7 +68,7 @@ WIDE = [  # m, config
     (64, (64, 1, 4, 1, 1, 8, 64, 2)),
     (64, (64, 1, 8, 2, 1, 8, 128, 2)),
 ]
-WIDE_LIMITS = {"int4": 35, "nf4": 120, "int8": 47, "fp8": 43}  # instructions of a warp, 16 along k
+WIDE_LIMITS = {"int4": 35, "nf4": 135, "int8": 47, "fp8": 43}  # instructions of a warp, 16 along k
 INTEGER = ("LOP3", "SHF", "PRMT")
 OTHERS = ("HMMA", "HADD2", "HMUL2", "HFMA2", "FFMA", "FADD", "FMUL", "LDS", "IMAD", "SYNCS")
 
@@ -104,6 +105,11 @@ def counts(text: str) -> collections.Counter:
     return collections.Counter(re.findall(code, text))
 
 
+def fenced(text: str) -> bool:
+    """Whether something waits until all memory operations are seen by the whole GPU."""
+    return re.search(r"MEMBAR\.\w+\.GPU", text) is not None
+
+
 def loop(text: str) -> list[str]:
     """The lines of the innermost loop that has matrix products of warpgroups."""
     code = [v for v in text.splitlines() if re.search(r"/\*[0-9a-f]{4,}\*/\s|^\s*\.L_", v)]
@@ -132,7 +138,7 @@ def wide(name: str, weight: Weight, m: int, cut: tuple[int, ...]) -> list[str]:
         f"each, spilled {spilled[1] if spilled else '?'}, {'serial' if waits else 'overlapping'}",
         flush=True,
     )
-    bad = waits or (spilled and int(spilled[1])) or each > WIDE_LIMITS[name]
+    bad = waits or (spilled and int(spilled[1])) or each > WIDE_LIMITS[name] or fenced(text)
     return [f"{name}, m = {m}"] if bad else []
 
 
@@ -161,7 +167,7 @@ def main() -> None:
                 f"{per_code:16.2f}  {sum(found.values())}  {others}",
                 flush=True,
             )
-            if bytes_spilled or (m == 1 and per_code > LIMITS[name]):
+            if bytes_spilled or (m == 1 and per_code > LIMITS[name]) or fenced(text):
                 bad.append(f"{name}, m = {m}")
     for name, weight in WEIGHTS.items():
         for m, cut in WIDE:
