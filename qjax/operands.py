@@ -10,7 +10,7 @@ from jax import lax
 
 from qjax import _compat
 from qjax.algorithms.base import Stats
-from qjax.ops import is_rows_by_experts
+from qjax.products import is_rows_by_experts
 from qjax.statistics import ragged_totals, totals
 from qjax.tagged import Axes, Tagged, Values, array_of
 from qjax.token_masks import Mask

@@ -2,185 +2,20 @@
 
 import dataclasses
 import functools
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
 
-from pallas_kernels.dispatch import choose
-from pallas_kernels.quantized_matmul.op import joined_matmul, joins, quantized_matmul
-from pallas_kernels.quantized_matmul.partition import part as check_part
-from pallas_kernels.quantized_matmul.problem import Problem
-from qjax import _compat, activation, blocks, prepared, structural
+from qjax import activation, blocks, prepared, prepared_products, structural
 from qjax.activation import Activation
 from qjax.formats import FORMATS, join_planes, split_planes
 from qjax.prepared import Prepared
+from qjax.products import Conv, Dot, Op, RaggedDot, on_output
 from qjax.qtensor import QTensor, Quantized, dequantize
 from qjax.spec import Spec
-
-Axes = tuple[int, ...]
-
-
-class Dot(NamedTuple):
-    """A `lax.dot_general` with a QTensor on side 0 or 1; hashable."""
-
-    dimension_numbers: Any
-    weight_side: int
-    precision: Any
-    out_dtype: np.dtype
-    out_sharding: Any = None
-
-    def axes(self, side: int) -> tuple[Axes, Axes]:
-        """(contracted, batch) axes of the operand on `side`."""
-        contract, batch = self.dimension_numbers
-        return tuple(contract[side]), tuple(batch[side])
-
-    def contracted(self) -> Axes:
-        return self.axes(self.weight_side)[0]
-
-    def features(self, axes: Axes) -> Axes | None:
-        """The axes of x that these contracted axes of the weight meet; None if there are others."""
-        w, x = self.contracted(), self.axes(1 - self.weight_side)[0]
-        return tuple(x[w.index(a)] for a in axes) if set(axes) == set(w) else None
-
-    def stacked(self, count: int) -> Axes | None:
-        """The axes of x that run in parallel with the first `count` of the weight, if all do."""
-        w, x = self.axes(self.weight_side)[1], self.axes(1 - self.weight_side)[1]
-        return tuple(x[w.index(a)] for a in range(count)) if set(range(count)) <= set(w) else None
-
-    def rows(self, x: jax.Array) -> Axes:
-        """The axes of x that are neither contracted nor parallel."""
-        contracted, batch = self.axes(1 - self.weight_side)
-        return tuple(a for a in range(x.ndim) if a not in contracted and a not in batch)
-
-    def per_row(self, leaf: jax.Array, x: jax.Array, extra: tuple) -> jax.Array:
-        return leaf
-
-    def __call__(self, x: jax.Array, w: jax.Array, extra: tuple, preferred: Any) -> jax.Array:
-        operands = (w, x) if self.weight_side == 0 else (x, w)
-        return lax.dot_general(
-            *operands,
-            self.dimension_numbers,
-            precision=self.precision,
-            preferred_element_type=preferred,
-            out_sharding=self.out_sharding,
-        )
-
-    def token(self, x: jax.Array) -> blocks.Block:
-        contracted, _ = self.axes(1 - self.weight_side)
-        return tuple(s if a in contracted else 1 for a, s in enumerate(x.shape))
-
-    def place_weight_scale(self, scale: jax.Array, q: QTensor, x: jax.Array, extra: tuple) -> Any:
-        return _on_output(scale, q.shape, q.block, self, self.weight_side, x.ndim)
-
-    def place_x_scale(self, scale: jax.Array, x: jax.Array, q: Quantized) -> jax.Array:
-        return _on_output(scale, x.shape, self.token(x), self, 1 - self.weight_side, q.ndim)
-
-
-class RaggedDot(NamedTuple):
-    """`lax.ragged_dot`: rows `[m, k]` by experts `[g, k, n]`; `extra` holds the group sizes."""
-
-    precision: Any
-    out_dtype: np.dtype
-
-    def contracted(self) -> Axes:
-        return (1,)
-
-    def features(self, axes: Axes) -> Axes | None:
-        return (1,) if axes == (1,) else None
-
-    def stacked(self, count: int) -> Axes | None:
-        return (0,) * count if count < 2 else None
-
-    def rows(self, x: jax.Array) -> Axes:
-        return (0,)
-
-    def per_row(self, leaf: jax.Array, x: jax.Array, extra: tuple) -> jax.Array:
-        """What every row of x sees of `leaf` `[experts, ...]`."""
-        ends = jnp.cumsum(extra[0])
-        rows = jnp.arange(x.shape[0], dtype=ends.dtype)
-        expert = jnp.searchsorted(ends, rows, side="right").astype(jnp.int32)
-        return jnp.take(leaf, expert, axis=0, mode="clip")
-
-    def __call__(self, x: jax.Array, w: jax.Array, extra: tuple, preferred: Any) -> jax.Array:
-        return lax.ragged_dot(
-            x, w, extra[0], precision=self.precision, preferred_element_type=preferred
-        )
-
-    def token(self, x: jax.Array) -> blocks.Block:
-        return (1, x.shape[1])
-
-    def place_weight_scale(self, scale: jax.Array, q: QTensor, x: jax.Array, extra: tuple) -> Any:
-        groups, _, n = q.shape
-        return self.per_row(blocks.expand(scale, (groups, 1, n), q.block)[:, 0], x, extra)
-
-    def place_x_scale(self, scale: jax.Array, x: jax.Array, q: Quantized) -> jax.Array:
-        return scale
-
-
-def is_rows_by_experts(params: Mapping[str, Any]) -> bool:
-    """Whether a `ragged_dot_general` is one of rows `[m, k]` by experts `[g, k, n]`."""
-    plain = lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), (0,), (0,))
-    return params["ragged_dot_dimension_numbers"] == plain and not params["group_offset"]
-
-
-class Conv(NamedTuple):
-    """A `lax.conv_general_dilated` whose kernel is a QTensor; a token is one of the batch."""
-
-    dimension_numbers: lax.ConvDimensionNumbers
-    options: tuple[tuple[str, Any], ...]
-    out_dtype: np.dtype
-
-    def contracted(self) -> Axes:
-        return tuple(sorted(self.dimension_numbers.rhs_spec[1:]))
-
-    def features(self, axes: Axes) -> Axes | None:
-        channels = axes == (self.dimension_numbers.rhs_spec[1],)
-        whole = dict(self.options)["feature_group_count"] == 1
-        return (self.dimension_numbers.lhs_spec[1],) if channels and whole else None
-
-    def stacked(self, count: int) -> Axes | None:
-        return None if count else ()
-
-    def rows(self, x: jax.Array) -> Axes:
-        return tuple(a for a in range(x.ndim) if a != self.dimension_numbers.lhs_spec[1])
-
-    def per_row(self, leaf: jax.Array, x: jax.Array, extra: tuple) -> jax.Array:
-        return leaf
-
-    def __call__(self, x: jax.Array, w: jax.Array, extra: tuple, preferred: Any) -> jax.Array:
-        return lax.conv_general_dilated(
-            x,
-            w,
-            dimension_numbers=self.dimension_numbers,
-            preferred_element_type=preferred,
-            **dict(self.options),
-        )
-
-    def token(self, x: jax.Array) -> blocks.Block:
-        batch = self.dimension_numbers.lhs_spec[0]
-        return tuple(1 if a == batch else s for a, s in enumerate(x.shape))
-
-    def place_weight_scale(self, scale: jax.Array, q: QTensor, x: jax.Array, extra: tuple) -> Any:
-        out = self.dimension_numbers.rhs_spec[0]
-        full = [s if a == out else 1 for a, s in enumerate(q.shape)]
-        flat = blocks.expand(scale, full, q.block).reshape(-1)
-        return self._along(flat, self.dimension_numbers.out_spec[1], x.ndim)
-
-    def place_x_scale(self, scale: jax.Array, x: jax.Array, q: Quantized) -> jax.Array:
-        return self._along(scale.reshape(-1), self.dimension_numbers.out_spec[0], x.ndim)
-
-    @staticmethod
-    def _along(flat: jax.Array, axis: int, ndim: int) -> jax.Array:
-        return flat.reshape([-1 if a == axis else 1 for a in range(ndim)])
-
-
-Op = Dot | RaggedDot | Conv
 
 
 def linear(x: jax.Array, q: Quantized, op: Op, extra: tuple = ()) -> tuple[jax.Array, str]:
@@ -266,153 +101,17 @@ def times(y: jax.Array, scale: jax.Array) -> jax.Array:
     return lax.mul(y, lax.broadcast_in_dim(scale, y.shape, range(y.ndim)))
 
 
-def _on_output(
-    scale: jax.Array,
-    shape: Sequence[int],
-    block: blocks.Block,
-    dot: Dot,
-    side: int,
-    other_ndim: int,
-    groups: Axes = (),
-) -> jax.Array:
-    """Per-block scales of the operand on `side`, shaped to broadcast against the result of `dot`.
-
-    The batch axes of the result are followed by the axes `groups` of the operand; along its other
-    contracted axes it must have one block.
-    """
-    contracted, batch = dot.axes(side)
-    rest = [a for a in contracted if a not in groups]
-    free = [a for a in range(len(shape)) if a not in contracted and a not in batch]
-    scale = blocks.expand(scale, [1 if a in contracted else s for a, s in enumerate(shape)], block)
-    order = (*batch, *groups, *free)
-    if list(order) != sorted(order):
-        scale = lax.transpose(scale, (*order, *rest))
-        order = tuple(range(len(order)))
-    sizes = [scale.shape[a] for a in order]
-    first = len(batch) + len(groups)
-    ones = (1,) * (other_ndim - len(contracted) - len(batch))
-    after = (*sizes[first:], *ones) if side == 0 else (*ones, *sizes[first:])
-    return lax.reshape(scale, (*sizes[:first], *after))
-
-
 def _prepared_linear(x: jax.Array, p: Prepared, op: Op, extra: tuple) -> tuple[jax.Array, str]:
-    reason = _unfit(x, p, op)
+    reason = prepared_products.unfit(x, p, op)
     if reason is None and isinstance(op, RaggedDot):
-        return _prepared_experts(x, p, op, extra)
+        return prepared_products.experts(x, p, op, extra)
     if reason is not None or not isinstance(op, Dot):
         y = op(x, dequantize(p), extra, op.out_dtype)
         return lax.convert_element_type(y, op.out_dtype), f"dequantized in the call: {reason}"
-    how = _path(_problem(x, p, op), p)
+    how = prepared_products.path(prepared_products.problem_of(x, p, op), p)
     if p.activation is not None and p.activation.spec is not None:
         return _dynamic(x, p, extra, op), f"{_rounding(p.activation)}, {how}"
-    return _prepared_dot(x, p, op, op.out_dtype), how
-
-
-def alike(x: jax.Array, products: Sequence[tuple[Quantized, Dot]]) -> list[int]:
-    """Which of these products with x can be one op with the first: prepared weights without layers
-    that differ in their channels only.
-    """
-
-    def kind(q: Quantized, dot: Dot) -> Any:
-        if not isinstance(q, Prepared) or q.lead or q.activation is not None:
-            return None
-        if _unfit(x, q, dot) is not None or _out_sharding(x, q, dot) is not None:
-            return None
-        weight = q.local().weight._replace(n=0)
-        return q.layout, weight, _order(x, q, dot), dot.out_dtype
-
-    kinds = [kind(q, dot) for q, dot in products]
-    return [i for i, k in enumerate(kinds) if k is not None and k == kinds[0]]
-
-
-def joined(x: jax.Array, products: Sequence[tuple[Any, Dot]]) -> tuple[list[jax.Array], str, bool]:
-    """Products that are `alike`, the name of their path, and whether they are one launch."""
-    parts = [(p.local(), dot) for p, dot in products]
-    problems = [_problem(x, p, dot) for p, dot in parts]
-    first, dot = parts[0]
-    ys = joined_matmul(
-        _as_rows(x, first, dot),
-        [p.operands() for p, _ in parts],
-        [p.weight for p, _ in parts],
-        first.layout,
-        out=dot.out_dtype,
-    )
-    shaped = [_as_result(y, x, p, dot) for y, (p, dot) in zip(ys, parts, strict=True)]
-    return shaped, _path(problems[0], first), joins(problems) is None
-
-
-def _unfit(x: jax.Array, p: Prepared, op: Op) -> str | None:
-    """Why a prepared weight cannot be multiplied as it lies."""
-    lead = len(p.lead)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        return f"the other operand is {x.dtype}"
-    if isinstance(op, RaggedDot):
-        if p.activation is not None or p.explicit_sharding() is not None or lead != 1:
-            return "kernels run experts of plain activations on Auto mesh axes only"
-        return None if p.k_axes == (0,) else "it was prepared for another contraction"
-    if not isinstance(op, Dot):
-        return "kernels run plain matmuls only"
-    contracted, batch = op.axes(op.weight_side)
-    if any(a >= lead for a in batch):
-        return "the matmul runs in parallel over an axis that was prepared as k or n"
-    if sorted(contracted) != sorted(lead + a for a in p.k_axes):
-        return "it was prepared for another contraction"
-    return None
-
-
-def _problem(x: jax.Array, p: Prepared, dot: Dot) -> Problem:
-    """What the kernel is asked for, of one layer."""
-    weight, lead = p.local().weight, math.prod(p.lead)
-    spec = None if p.activation is None else p.activation.spec
-    dtype = x.dtype if spec is None else "int8" if spec.format == "int8" else "float32"
-    m = math.prod(x.shape) // max(weight.k * lead, 1)
-    return Problem(m, weight, p.layout, jnp.dtype(dtype).name, jnp.dtype(dot.out_dtype).name)
-
-
-def _path(problem: Problem, p: Prepared) -> str:
-    """The implementation and the layout; and what of the weight is packed anew in every call."""
-    opened = ", its quantized scales opened in the call" if p.nested else ""
-    return f"{choose('quantized_matmul', problem)} on {p.layout}{opened}"
-
-
-def _prepared_experts(
-    x: jax.Array, p: Prepared, op: RaggedDot, extra: tuple
-) -> tuple[jax.Array, str]:
-    """Rows `[m, k]` by the experts that they belong to; rows beyond the last group are zeros.
-
-    With fewer rows than experts each row is multiplied with its own expert's arrays; else each
-    expert that has rows is multiplied with all of them, and its own are kept.
-    """
-    (sizes,), p = extra, p.local()
-    (m, _), (experts,), arrays = x.shape, p.lead, p.operands()
-    ends = jnp.cumsum(sizes)
-    rows = jnp.arange(m, dtype=ends.dtype)
-    owner = jnp.searchsorted(ends, rows, side="right").astype(jnp.int32)
-    one = lambda x, held: quantized_matmul(x, held, p.weight, p.layout, out=op.out_dtype)
-    if m < experts:
-
-        def row(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
-            cut = lambda v: lax.dynamic_index_in_dim(v, pair[1], keepdims=False)
-            y = one(pair[0][None], jax.tree.map(cut, arrays))[0]
-            return jnp.where(pair[1] < experts, y, jnp.zeros_like(y))
-
-        y = lax.map(row, (x, owner))
-    else:
-
-        def step(y: jax.Array, expert: Any) -> tuple[jax.Array, None]:
-            number, size, held = expert
-            run = lambda: jnp.where((owner == number)[:, None], one(x, held), y)
-            return lax.cond(size > 0, run, lambda: y), None
-
-        start = jnp.zeros((m, p.weight.n), op.out_dtype)
-        y, _ = lax.scan(step, start, (jnp.arange(experts, dtype=jnp.int32), sizes, arrays))
-    order = [p.n_axes.index(a) for a in sorted(p.n_axes)]
-    y = lax.transpose(y.reshape(m, *(p.inner[a] for a in p.n_axes)), [0, *(1 + a for a in order)])
-    problem = Problem(
-        1 if m < experts else m, p.weight, p.layout, x.dtype.name, np.dtype(op.out_dtype).name
-    )
-    by = "row by row" if m < experts else "expert by expert"
-    return y, f"{_path(problem, p)}, {by}"
+    return prepared_products.product(x, p, op, op.out_dtype), how
 
 
 def _rounding(act: Activation) -> str:
@@ -421,89 +120,6 @@ def _rounding(act: Activation) -> str:
     tensor = "token" if act.spec.block is None else "tensor"
     scaled = "static" if act.scale is not None else tensor
     return f"{act.spec.format}_{scaled}"
-
-
-def _prepared_dot(x: jax.Array, p: Prepared, dot: Dot, out: Any) -> jax.Array:
-    """`dot` on the kernel: x as `[*layers, m, k]`, and the result's axes back where they belong.
-
-    An axis of layers that x does not have is mapped over with all of x.
-    """
-
-    def run(x: jax.Array, p: Prepared) -> jax.Array:
-        of_w, weight = _meets(p, dot), p.weight
-        call: Any = lambda x, arrays: quantized_matmul(x, arrays, weight, p.layout, out=out)
-        for a in reversed(range(len(p.lead))):
-            call = jax.vmap(call, (0 if a in of_w else None, 0))
-        return _as_result(call(_as_rows(x, p, dot), p.operands()), x, p, dot)
-
-    where = _out_sharding(x, p, dot)
-    if where is None:
-        return run(x, p.local())
-    _check_cut(x, p, dot)
-    under_auto: Any = jax.sharding.auto_axes(run, out_sharding=where)
-    return under_auto(x, p.local())
-
-
-def _meets(p: Prepared, dot: Dot) -> dict[int, int]:
-    """The axis of x that each contracted or parallel axis of the weight meets."""
-    (w_contract, w_batch), (x_contract, x_batch) = (
-        dot.axes(side) for side in (dot.weight_side, 1 - dot.weight_side)
-    )
-    return dict(zip((*w_contract, *w_batch), (*x_contract, *x_batch), strict=True))
-
-
-def _order(x: jax.Array, p: Prepared, dot: Dot) -> tuple[Axes, Axes, Axes]:
-    """The axes of x that are layers, rows and k."""
-    of_w, lead = _meets(p, dot), len(p.lead)
-    layers = tuple(of_w[a] for a in range(lead) if a in of_w)
-    return layers, dot.rows(x), tuple(of_w[lead + a] for a in p.k_axes)
-
-
-def _as_rows(x: jax.Array, p: Prepared, dot: Dot) -> jax.Array:
-    """`[*layers, m, k]`."""
-    layers, rows, k = _order(x, p, dot)
-    sizes = [x.shape[a] for a in layers]
-    m = math.prod(x.shape[a] for a in rows)
-    return lax.transpose(x, [*layers, *rows, *k]).reshape(*sizes, m, p.weight.k)
-
-
-def _as_result(y: jax.Array, x: jax.Array, p: Prepared, dot: Dot) -> jax.Array:
-    """`[*lead, m, n]` as `dot` orders its result."""
-    side, of_w, lead = dot.weight_side, _meets(p, dot), len(p.lead)
-    rows = [x.shape[a] for a in dot.rows(x)]
-    y = y.reshape(*p.lead, *rows, *(p.inner[a] for a in p.n_axes))
-    first = lead + len(rows)
-    channels = [a for a in range(lead) if a not in of_w]
-    channels += [first + p.n_axes.index(a) for a in sorted(p.n_axes)]
-    middle = list(range(lead, first))
-    after = [*channels, *middle] if side == 0 else [*middle, *channels]
-    return lax.transpose(y, [*dot.axes(side)[1], *after])
-
-
-def _check_cut(x: jax.Array, p: Prepared, dot: Dot) -> None:
-    """Raises ValueError if Explicit mesh axes cut k or n elsewhere than between tiles."""
-    of_x, (k, n) = _compat.explicit_shards(x), p.explicit_cut()
-    of_k = math.prod(of_x[a] for a in _order(x, p, dot)[2])
-    check_part(_problem(x, p, dot), max(k, of_k), n)
-
-
-def _out_sharding(x: jax.Array, p: Prepared, dot: Dot) -> Any:
-    """The sharding of the result where the mesh has Explicit axes: kernels run under Auto ones."""
-    of_x, of_p = _compat.explicit_sharding(x), p.explicit_sharding()
-    if of_x is None and of_p is None:
-        return None
-    if dot.out_sharding is not None:
-        return dot.out_sharding
-    parts = []
-    for side, v, where in ((dot.weight_side, p, of_p), (1 - dot.weight_side, x, of_x)):
-        spec = [None] * v.ndim if where is None else [*where.spec, *[None] * v.ndim]
-        contracted, batch = dot.axes(side)
-        free = [spec[a] for a in range(v.ndim) if a not in (*contracted, *batch)]
-        parts.append(([spec[a] for a in batch], free))
-    layers = [a or b for a, b in zip(parts[0][0], parts[1][0], strict=True)]
-    frees = parts if dot.weight_side == 0 else parts[::-1]
-    mesh = (of_x or of_p).mesh  # pyright: ignore[reportOptionalMemberAccess]
-    return NamedSharding(mesh, PartitionSpec(*layers, *frees[0][1], *frees[1][1]))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
@@ -528,7 +144,7 @@ def _dynamic(x: jax.Array, q: Any, extra: tuple, op: Op) -> jax.Array:
     if on_kernel:
         assert isinstance(op, Dot)
         x_codes = x_codes if x_codes.dtype == jnp.int8 else x_codes.astype(jnp.float32)
-        y = _prepared_dot(x_codes, q, op, jnp.float32)
+        y = prepared_products.product(x_codes, q, op, jnp.float32)
     elif way == "on dequantized weights":
         y = op(x_codes.astype(jnp.float32), dequantize(q).astype(jnp.float32), extra, jnp.float32)
     else:
@@ -660,7 +276,7 @@ def _grouped_dot(x: Any, w: jax.Array, q: QTensor, dot: Dot, accumulator: Any) -
     numbers = tuple(s if side == 0 else s[::-1] for s in sides)
     y = dot._replace(dimension_numbers=numbers)(x, w, (), accumulator).astype(jnp.float32)
     groups = tuple(wa for wa in w_contract if wa in cut)
-    y = times(y, _on_output(_scale(q), q.shape, q.block, dot, side, x.ndim - len(groups), groups))
+    y = times(y, on_output(_scale(q), q.shape, q.block, dot, side, x.ndim - len(groups), groups))
     return y.sum(range(len(w_batch), len(w_batch) + len(groups)))
 
 

@@ -10,9 +10,10 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding
 
-from qjax import _compat, ops, prepared, sharding, structural, tracing
+from qjax import _compat, ops, prepared, prepared_products, sharding, structural, tracing
 from qjax.interpret import Decline, Table, interpret
 from qjax.prepared import Prepared
+from qjax.products import Conv, Dot, RaggedDot, is_rows_by_experts
 from qjax.qtensor import Quantized, dequantize, is_qtensor
 
 
@@ -295,12 +296,12 @@ def _dot_general(note: Record, eqn: _compat.JaxprEqn, inputs: list[Any]) -> list
     return [y]
 
 
-def _dot(eqn: _compat.JaxprEqn, inputs: list[Any]) -> tuple[Any, Box, ops.Dot]:
+def _dot(eqn: _compat.JaxprEqn, inputs: list[Any]) -> tuple[Any, Box, Dot]:
     """The other operand, the weight, and how they are multiplied."""
     side = 0 if isinstance(inputs[0], Box) else 1
     params = eqn.params
     numbers, where = params["dimension_numbers"], params["out_sharding"]
-    dot = ops.Dot(numbers, side, params["precision"], _dtype(eqn), where)
+    dot = Dot(numbers, side, params["precision"], _dtype(eqn), where)
     return inputs[1 - side], inputs[side], dot
 
 
@@ -309,11 +310,13 @@ def _joint_dots(
 ) -> list[list[Any] | None]:
     """Products of one x with prepared weights that are alike but for their channels."""
     dots = [_dot(eqn, held) for eqn, held in zip(eqns, inputs, strict=True)]
-    taken = ops.alike(dots[0][0], [(box.tensor, dot) for _, box, dot in dots])
+    taken = prepared_products.alike(dots[0][0], [(box.tensor, dot) for _, box, dot in dots])
     if len(taken) < 2:
         return [None] * len(eqns)
     boxes = [dots[i][1] for i in taken]
-    ys, how, is_one = ops.joined(dots[0][0], [(dots[i][1].tensor, dots[i][2]) for i in taken])
+    ys, how, is_one = prepared_products.joined(
+        dots[0][0], [(dots[i][1].tensor, dots[i][2]) for i in taken]
+    )
     out: list[list[Any] | None] = [None] * len(eqns)
     for i, box, y in zip(taken, boxes, ys, strict=True):
         others = ", ".join(b.path or "" for b in boxes if b is not box)
@@ -325,13 +328,13 @@ def _joint_dots(
 def _ragged_dot(note: Record, eqn: _compat.JaxprEqn, inputs: list[Any]) -> list[Any] | Decline:
     x, box, group_sizes = inputs
     params = eqn.params
-    if not ops.is_rows_by_experts(params):
+    if not is_rows_by_experts(params):
         return Decline("the ragged dot is not rows by experts")
     if params["out_sharding"] is not None:
         return Decline("the ragged dot has an out_sharding")
     if not isinstance(box, Box) or isinstance(x, Box) or isinstance(group_sizes, Box):
         return Decline("it is not the experts of the ragged dot")
-    op = ops.RaggedDot(params["precision"], _dtype(eqn))
+    op = RaggedDot(params["precision"], _dtype(eqn))
     y, how = ops.linear(x, box.tensor, op, (group_sizes,))
     note(box, eqn, how)
     return [y]
@@ -346,9 +349,7 @@ def _conv(note: Record, eqn: _compat.JaxprEqn, inputs: list[Any]) -> list[Any] |
     names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "precision")
     names += ("feature_group_count", "batch_group_count")
     options = tuple((n, eqn.params[n]) for n in names)
-    y, how = ops.linear(
-        x, box.tensor, ops.Conv(eqn.params["dimension_numbers"], options, _dtype(eqn))
-    )
+    y, how = ops.linear(x, box.tensor, Conv(eqn.params["dimension_numbers"], options, _dtype(eqn)))
     note(box, eqn, how)
     return [y]
 

@@ -36,7 +36,17 @@ FLOORS = (
         "trees",
     }
     | {"structural", "tracing"},
-    {"algorithms", "matrices", "ops", "prepared", "sites", "statistics", "token_masks"},
+    {
+        "algorithms",
+        "matrices",
+        "ops",
+        "prepared",
+        "prepared_products",
+        "products",
+        "sites",
+        "statistics",
+        "token_masks",
+    },
     {"exporting", "recipe", "recipes", "run", "solving"},
     {
         "calibration",
@@ -51,7 +61,7 @@ FLOORS = (
     {"evaluate", "io", "models", "sequential"},
     {"__main__", "cli"},
 )
-KERNEL_IMPORTERS = {"models", "ops", "prepared", "training"}
+KERNEL_IMPORTERS = {"models", "prepared", "prepared_products", "training"}
 
 
 class Import(NamedTuple):
@@ -214,7 +224,8 @@ def tree(tmp_path: Path) -> Path:
         "qjax/formats/__init__.py": "from qjax.formats.base import Format as Format\n",
         "qjax/formats/base.py": "import jax\nclass Format: pass\n",
         "qjax/qtensor.py": "from qjax.formats import Format\nclass QTensor: pass\n",
-        "qjax/ops.py": "import pallas_kernels\nfrom qjax import qtensor\n",
+        "qjax/ops.py": "from qjax import qtensor\n",
+        "qjax/prepared.py": "import pallas_kernels\n",
         "qjax/run.py": "from qjax.ops import qtensor\n",
         "pallas_kernels/__init__.py": "import functools\nimport jax.numpy as jnp\n",
     }

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import qjax
 from pallas_kernels.frame import Device
-from qjax import ops
+from qjax import prepared_products
 from qjax.formats import FORMATS
 from qjax.io.folder import write_folder
 from qjax.prepared import why_not
@@ -450,7 +450,9 @@ def test_products_of_one_x_are_one_op_with_the_same_numbers():
 
 
 def test_explain_names_a_launch_that_weights_share(monkeypatch):
-    monkeypatch.setattr(ops, "joins", lambda problems: None)  # as on a device that has one
+    monkeypatch.setattr(
+        prepared_products, "joins", lambda problems: None
+    )  # as on a device that has one
     p = {n: qjax.prepare(qjax.quantize(weight((64, 24)), "int4_g32", 0)) for n in "abc"}
     fn = lambda p, x: (x @ p["a"], x @ p["b"].T.T, (2 * x) @ p["c"])
     hows = {u.path: u.how for u in qjax.explain(fn, p, weight((3, 64))).uses}

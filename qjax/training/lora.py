@@ -14,7 +14,7 @@ from jax import lax
 
 from qjax import _compat, run, tracing
 from qjax.interpret import Decline, Table, Thread, interpret
-from qjax.ops import is_rows_by_experts
+from qjax.products import is_rows_by_experts
 from qjax.qtensor import dequantize, is_qtensor
 from qjax.recipe import Recipe
 from qjax.recipes import ROUTER

@@ -10,8 +10,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from qjax import _compat, blocks, ops
-from qjax.ops import Axes
+from qjax import _compat, blocks, ops, products
+from qjax.products import Axes
 from qjax.qtensor import QTensor, dequantize
 from qjax.training import casting, kernels
 from qjax.training.recipes import Recipe
@@ -111,7 +111,7 @@ class RaggedDot(NamedTuple):
         return y.astype(dtype)
 
     def _rows(self, x: Operand, w: Operand, extra: tuple, dtype: Any) -> jax.Array:
-        op = ops.RaggedDot(None, np.dtype(np.float32))
+        op = products.RaggedDot(None, np.dtype(np.float32))
         after = all(isinstance(v, QTensor) and _is_constant(v, (1,)) for v in (x, w))
         a, b = (_codes(v) if after else _opened(v, x, w) for v in (x, w))
         y = op(a, b, extra, jnp.float32)
@@ -153,7 +153,7 @@ def _dot(a: Operand, b: Operand, numbers: Any, dtype: Any, where: Any, scaled: i
     float32. That shall be the one that several products share: XLA joins products that share an
     operand, which would then be none of FP8.
     """
-    of_a = ops.Dot(numbers, 0, None, np.dtype(dtype), where)
+    of_a = products.Dot(numbers, 0, None, np.dtype(dtype), where)
     of_b = of_a._replace(weight_side=1)
     pair = ((a, numbers[0][0]), (b, numbers[0][1]))
     if not all(isinstance(q, QTensor) and _is_constant(q, axes) for q, axes in pair):

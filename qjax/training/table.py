@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax import _compat, ops, run, sharding, structural
+from qjax import _compat, products, run, sharding, structural
 from qjax.interpret import Decline, Table, Thread
 from qjax.qtensor import QTensor
 from qjax.training import kernels
@@ -149,7 +149,7 @@ def _ragged_dot(
     inputs: list[Any],
 ) -> list[Any] | Decline:
     x, box, sizes = inputs
-    if not ops.is_rows_by_experts(eqn.params):
+    if not products.is_rows_by_experts(eqn.params):
         return Decline("the ragged dot is not rows by experts")
     if not isinstance(box, Weight) or isinstance(x, Weight):
         return Decline("it is not the experts of the ragged dot")
