@@ -5,6 +5,7 @@ This file stands at the root so that the doctests of qjax/ run under it too.
 
 import gc
 import pathlib
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +22,13 @@ collect_ignore_glob = ["tests/golden/*.py"]  # how the golden files were made, w
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)
+
+# Many tests compile the same programs: if no cache is asked for, one lasts as long as the process.
+if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
+    CACHE = tempfile.TemporaryDirectory(prefix="qjax-tests-")  # removed when the process ends
+    jax.config.update("jax_compilation_cache_dir", CACHE.name)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
