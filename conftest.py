@@ -4,6 +4,7 @@ This file stands at the root so that the doctests of qjax/ run under it too.
 """
 
 import gc
+import os
 import pathlib
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+# Most of the suite's time is compiling. This shortens LLVM's part of it, XLA's own is as for users.
+# $XLA_FLAGS may say otherwise; it is read when JAX first needs a device.
+LESS = "--xla_backend_optimization_level=1"
+os.environ["XLA_FLAGS"] = f"{LESS} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 # Each program that JAX holds maps some regions; Linux allows 65,530, and JAX dies at the next one.
 MAPPED = 40_000
