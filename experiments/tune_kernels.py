@@ -244,13 +244,13 @@ def random_arrays(weight: Weight, count: int) -> list[dict[str, jax.Array]]:
 
 
 def candidates(m: int, weight: Weight) -> list[mosaic_gpu.Config]:
-    """What the table has, and the best guesses: of the first two also longer and shorter rings."""
+    """What the table has, and the best guesses: of the first three longer and shorter rings too."""
     guesses = [c for _, c in sorted(mosaic_gpu.configs(m, weight), reverse=True)]
     known = mosaic_gpu.choose_config(m, weight, jax.devices()[0].device_kind)
     first = ([known] if known is not None else []) + guesses[:CANDIDATES]
-    rings = [c._replace(steps=c.steps + more) for c in first[:3] for more in (-1, 1) if c.steps > 1]
+    rings = [c._replace(steps=c.steps + more) for c in first[:3] for more in (-1, 1)]
     early = [c._replace(early=2) for c in first[:1]]
-    plans = [(c, mosaic_gpu.plan(m, weight, c)) for c in (*rings, *early)]
+    plans = [(c, mosaic_gpu.plan(m, weight, c)) for c in (*rings, *early) if c.steps]
     fits = [c for c, p in plans if not isinstance(p, str) and c.steps <= p.turns * c.rows]
     return list(dict.fromkeys([*first, *fits]))
 
