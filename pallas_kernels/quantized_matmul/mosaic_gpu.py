@@ -111,6 +111,9 @@ def configs(m: int, weight: Weight, bias: bool = False) -> Iterator[tuple[float,
         at_once = usable * resident // cluster
         turns = -(-(n // rows) // at_once)
         blocks = -(-(n // rows) // turns)
+        least = Config(depth, warpgroups, cluster, rows, 1, blocks)
+        if isinstance(plan(m, weight, least, bias), str):
+            continue
         for steps in (16, 12, 8, 6, 5, 4, 3, 2, 1):
             config = Config(depth, warpgroups, cluster, rows, steps, blocks)
             sized = plan(m, weight, config, bias)
