@@ -72,9 +72,14 @@ def lane() -> tuple[ir.Value, ir.Value]:
     return arith.shrui(thread(), number(5)), arith.andi(thread(), number(31))
 
 
+def begin(ref: ir.Value) -> ir.Value:
+    """A pointer to a ref, or to what is one already: for a ref it takes ten operations."""
+    return ref if isinstance(ref.type, llvm.PointerType) else utils.memref_ptr(ref)
+
+
 def at(ref: ir.Value, offset: ir.Value, unit: ir.Type) -> ir.Value:
-    """A pointer `offset` units into a ref."""
-    return past(utils.memref_ptr(ref), offset, unit)
+    """A pointer `offset` units behind a ref or pointer."""
+    return past(begin(ref), offset, unit)
 
 
 def past(base: ir.Value, offset: ir.Value, unit: ir.Type) -> ir.Value:

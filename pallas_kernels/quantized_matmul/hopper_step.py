@@ -33,6 +33,7 @@ def step(shape: Shape, config: Config, row: int) -> Any:
     def multiply(ctx, w_s, sums_s, kept):
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
         warp, lane = ptx.lane()
+        w_s, sums_s = ptx.begin(w_s), ptx.begin(sums_s)
         x_of, *rest = (
             [llvm.extractelement(v, ptx.number(0)) for v in held.registers.flat] for held in kept
         )

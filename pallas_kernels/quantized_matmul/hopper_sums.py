@@ -55,6 +55,7 @@ def _each_total(
     f32 = ir.F32Type.get()
     lines, warps = config.rows * 2 * shape.columns, 4 * config.warpgroups
     warp, lane = ptx.lane()
+    sums = ptx.begin(sums)
     quad, place = arith.shrui(warp, ptx.number(2)), arith.andi(warp, ptx.number(3))
     turned = arith.andi(arith.subi(place, quad), ptx.number(3))
     warp = arith.addi(arith.muli(turned, ptx.number(config.warpgroups)), quad)

@@ -40,6 +40,7 @@ def load_x(shape: Shape, config: Config) -> Any:
         i32, i64 = (ir.IntegerType.get_signless(n) for n in (32, 64))
         four = llvm.StructType.get_literal([i32] * 4)
         warp, lane = ptx.lane()
+        x = ptx.begin(x)
         rank = ptx.rank(config.cluster > 1)
         part = arith.addi(
             arith.muli(rank, ptx.number(config.warpgroups)), arith.shrui(warp, ptx.number(2))
