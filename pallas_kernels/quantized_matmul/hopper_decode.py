@@ -32,9 +32,12 @@ def _left(word: ir.Value, bits: int) -> ir.Value:
     return arith.shli(word, ptx.number(bits)) if bits else word
 
 
-def _and_or(word: ir.Value, mask: int, bits: int) -> ir.Value:
-    """`word & mask | bits`, one instruction."""
-    return _word(f"lop3.b32 $0, $1, {mask:#x}, {bits:#x}, 0xEA;", word)
+def _and_or(word: ir.Value, right: int, mask: int, bits: int) -> ir.Value:
+    """`word >> right & mask | bits`, two instructions."""
+    return _word(
+        f"{{ .reg .b32 s; shr.u32 s, $1, {right}; lop3.b32 $0, s, {mask:#x}, {bits:#x}, 0xEA; }}",
+        word,
+    )
 
 
 def _choose(mask: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
@@ -52,7 +55,7 @@ def _int4(values: None) -> Operand:
 
     def operand(words: Words) -> list[ir.Value]:
         (word,) = words
-        return [_and_or(_right(word, 4 * p), 0xF * PAIRS, 0x4300 * PAIRS) for p in range(4)]
+        return [_and_or(word, 4 * p, 0xF * PAIRS, 0x4300 * PAIRS) for p in range(4)]
 
     return operand
 
@@ -66,8 +69,8 @@ def _int8(values: None) -> Operand:
         out, minus = [], ptx.number(0xC510 * PAIRS)  # -2304
         for word in words:
             for low in (0, 8):
-                high = _and_or(_right(word, low + 4), 0xF * PAIRS, 0x4500 * PAIRS)
-                small = _and_or(_right(word, low), 0xF * PAIRS, 0x4300 * PAIRS)
+                high = _and_or(word, low + 4, 0xF * PAIRS, 0x4500 * PAIRS)
+                small = _and_or(word, low, 0xF * PAIRS, 0x4300 * PAIRS)
                 high = _word("add.rn.bf16x2 $0, $1, $2;", high, minus)
                 out.append(_word("add.rn.bf16x2 $0, $1, $2;", high, small))
         return out

@@ -197,4 +197,4 @@ def _quotient(value: jax.Array, by: int) -> jax.Array:
 
 def _thread_wide(scalar: jax.Array) -> jax.Array:
     """A scalar as `SCALAR`, the one form in which inline code takes it."""
-    return jnp.broadcast_to(scalar, (128,))
+    return lax.broadcast(scalar, (128,))
