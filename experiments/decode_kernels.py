@@ -41,11 +41,6 @@ def wide(x: Any) -> np.ndarray:
     return np.asarray(jnp.asarray(x, jnp.float32)).astype(np.float64)
 
 
-def poison() -> None:
-    """Leaves NaN in memory that the next results get."""
-    jax.block_until_ready([jnp.full((2**20,), jnp.nan, BF16) for _ in range(8)])
-
-
 def error(y: Any, truth: np.ndarray) -> float:
     """The largest difference over the largest value."""
     return float(np.abs(wide(y) - truth).max() / np.abs(truth).max())
@@ -90,7 +85,7 @@ def attention(p: Problem, first: int, last: int) -> bool:
     truth = np.einsum("bkgt,btkd->bkgd", weights, full_v[:, seen]).reshape(q.shape)
 
     def run(name: str, given: Any = given) -> Any:
-        poison()
+        ceilings.poison()
         return jax.jit(lambda *a: decode_attention(*a, p.scale, implementation=name))(*given)
 
     y, new_k, new_v = run("mosaic_gpu")
@@ -113,7 +108,7 @@ def check() -> bool:
         x, y, scale = normal(0, p.rows, p.width), normal(1, p.rows, p.width), normal(2, p.width)
         total = wide((x.astype(jnp.float32) + y.astype(jnp.float32)).astype(BF16))
         root = np.sqrt((total * total).mean(-1, keepdims=True) + p.epsilon)
-        poison()
+        ceilings.poison()
         s, ours = add_norm(x, y, scale, p.epsilon, implementation="mosaic_gpu")
         xla = add_norm(x, y, scale, p.epsilon, implementation="reference")[1]
         truth = total / root * wide(scale)
@@ -124,7 +119,7 @@ def check() -> bool:
         g = wide(gate)
         cubic = 1.5957691216057308 * (g + 0.044715 * g**3)
         truth = g / (1 + np.exp(-(g if p.activation == "silu" else cubic))) * wide(up)
-        poison()
+        ceilings.poison()
         ours = gated(gate, up, p.activation, implementation="mosaic_gpu")
         xla = gated(gate, up, p.activation, implementation="reference")
         good.append(judge(f"gated {tuple(p)}", error(ours, truth), error(xla, truth)))

@@ -106,6 +106,7 @@ def check(name: str, pool: concurrent.futures.Executor) -> bool:
             if xla is None:
                 xla = decode.worst(decode.plain(x, arrays, problem), truth)
             try:
+                ceilings.poison()
                 error = decode.worst(job.result()(x, arrays), truth)
             except Exception as why:  # noqa: BLE001
                 print(f"FAILED {name}, m {m}, {tuple(config)}: {str(why)[:300]}", flush=True)

@@ -1,16 +1,20 @@
-"""Launches the Hopper kernels of quantized matmuls on random weights, for tools that watch it.
+"""Launches the Hopper kernels on small problems, for tools that watch them.
 
-Small problems of every kind of weight, m on both sides of 16; or one problem of int4, g = 128.
+Quantized matmuls of every kind of weight, m on both sides of 16, the kernels between the matmuls of
+a decode step and those of FP8 training; or one quantized matmul (m k n format) as a model runs it.
 
     export XLA_PYTHON_CLIENT_ALLOCATOR=platform    # so that each array is an allocation
     compute-sanitizer --tool memcheck python experiments/smoke_kernels.py
-    ncu -k regex:quantized_matmul -c 1 python experiments/smoke_kernels.py 64 8192 8192    # m k n
+    compute-sanitizer --tool racecheck python experiments/smoke_kernels.py training
+    ncu -k regex:quantized_matmul -c 1 python experiments/smoke_kernels.py 64 8192 8192 int4
 
 """
 
 import sys
 
 import ceilings
+import decode_kernels
+import fp8_kernels
 import jax
 import jax.numpy as jnp
 import tune_kernels as decode
@@ -30,7 +34,7 @@ WIDE = [
 
 
 def launch(m: int, weight: Weight, config: Config | None) -> None:
-    """Once; scales are near 1."""
+    """Once; scales are near 1. Without a config as `supports` would have it run."""
     layout = decode.layout_of(weight)
     problem = Problem(m, weight, layout, "bfloat16", "bfloat16")
     arrays = {
@@ -39,30 +43,45 @@ def launch(m: int, weight: Weight, config: Config | None) -> None:
     }
     arrays["codes"] = ceilings.random_words(9, arrays["codes"].shape)
     x = jnp.ones((m, weight.k), jnp.bfloat16)
-    if m <= mosaic_gpu.MAX_ROWS:
-        narrow = max(mosaic_gpu.configs(m, weight))[1]
-        y = mosaic_gpu.launch(problem, narrow, (weight.n,), x, [arrays])
+    if config is not None:
+        y = mosaic_wgmma.launch(problem, config, (weight.n,), x, [arrays])
     else:
-        wide = config or min(mosaic_wgmma.configs(problem))[1]
-        y = mosaic_wgmma.launch(problem, wide, (weight.n,), x, [arrays])
+        y = (mosaic_gpu if m <= mosaic_gpu.MAX_ROWS else mosaic_wgmma).run(x, arrays, problem)
     jax.block_until_ready(y)
     print(m, weight, config or "", flush=True)
 
 
-def main() -> None:
-    """All, or what is asked for."""
-    if len(sys.argv) > 1:
-        m, k, n = map(int, sys.argv[1:])
-        launch(m, Weight(k, n, 128, "int4", "bfloat16"), None)
-        return
+def matmuls() -> None:
+    """Of every kind of weight."""
     small = [w for w, _ in decode.CHECKS.values() if w.k * w.n <= LARGEST]
     for i, weight in enumerate(small):
         for m in (3, 16):
             launch(m, weight, None)
         problem = Problem(70, weight, decode.layout_of(weight), "bfloat16", "bfloat16")
         fits = [c for c in WIDE if mosaic_wgmma.fits(problem, c) is None]
-        for config in (fits[i % len(fits)], fits[(i + 1) % len(fits)]):
+        for config in dict.fromkeys((*fits, *fits)[i % len(fits) :][:2]):
             launch(70, weight, config)
+
+
+def training() -> None:
+    """Casts, maxima and products."""
+    for measure, small, _ in fp8_kernels.OPS.values():
+        for problem in small:
+            print(fp8_kernels.text(measure(problem, False)), flush=True)
+
+
+KINDS = {"matmuls": matmuls, "decoding": decode_kernels.check, "training": training}
+
+
+def main() -> None:
+    """All, some kinds, or one matmul."""
+    asked = sys.argv[1:]
+    if asked and asked[0] not in KINDS:
+        m, k, n = map(int, asked[:3])
+        launch(m, decode.FORMATS[asked[3]][0](k, n), None)
+        return
+    for kind in asked or KINDS:
+        KINDS[kind]()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ bytes is the median of ratios of neighbors in one program, kernel and reader tak
 
     python experiments/tune_kernels.py                  # check, tune, write the table, report
     python experiments/tune_kernels.py check            # correctness only
-    python experiments/tune_kernels.py check zeros nf4  # of these only
+    python experiments/tune_kernels.py check zeros nf4  # of these only; "problems" are the tests'
     python experiments/tune_kernels.py tune             # without it
     python experiments/tune_kernels.py tune int8 nf4    # these formats only; other rows are kept
 
@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.dispatch import choose
 from pallas_kernels.quantized_matmul import (
     epilogue,
     hopper_layout,
@@ -39,6 +40,7 @@ from pallas_kernels.quantized_matmul import (
     reference,
 )
 from pallas_kernels.quantized_matmul.layouts import LAYOUTS
+from pallas_kernels.quantized_matmul.op import quantized_matmul
 from pallas_kernels.quantized_matmul.problem import Problem, Weight
 
 SQUARE = [(4096, 4096), (8192, 8192), (16384, 16384)]  # k, n
@@ -101,7 +103,7 @@ def operands(m: int, weight: Weight, seed: int = 0) -> tuple[jax.Array, dict[str
             values = np.asarray(weight.values, np.float64)[np.asarray(codes)]
     spread = jnp.exp2(jax.random.randint(keys[1], per_group, -12, 4).astype(jnp.float32))
     scale = spread * jax.random.uniform(keys[4], per_group, jnp.float32, 0.5, 1.0)
-    scale = scale.at[:, 0].set(0)  # a channel of zeros
+    scale = scale.at[:, : weight.n > 1].set(0)  # a channel of zeros
     held = {"scale": scale.astype(weight.scale)}
     if weight.zero is not None:
         held["zero"] = jax.random.randint(keys[2], per_group, 0, 16, jnp.int8)
@@ -166,6 +168,7 @@ def check(name: str, m: int, weight: Weight, activation: str | None, which: int)
     config = guesses[which][1]
     run = lambda x, a: mosaic_gpu.launch(problem, config, (weight.n,), x, [a])[0]
     began = time.time()
+    ceilings.poison()
     ours = worst(jax.jit(run)(x, arrays), truth)
     print(
         f"      {name}, m {m}, {tuple(config)} came back in {time.time() - began:.1f} s", flush=True
@@ -196,14 +199,36 @@ def check_joined(m: int) -> bool:
     return good
 
 
+def check_problem(name: str, m: int) -> bool:
+    """One of the tests' problems, by whatever the op takes for it."""
+    weight = problems.WEIGHTS[name]
+    if all(LAYOUTS[layout].supports(weight) for layout in mosaic_gpu.LAYOUTS):
+        print(f"      {name}: no layout for Hopper")
+        return True
+    x, arrays, w = operands(m, weight)
+    problem = Problem(m, weight, layout_of(weight), "bfloat16", "bfloat16")
+    how, truth = choose("quantized_matmul", problem), np.asarray(x, np.float64) @ w
+    run = lambda x, a: quantized_matmul(x, a, weight, problem.layout)
+    ceilings.poison()
+    ours, xla = worst(jax.jit(run)(x, arrays), truth), worst(plain(x, arrays, problem), truth)
+    good = ours <= 2 * xla
+    verdict = "ok   " if good else "WRONG"
+    print(f"{verdict} problem {name}, m {m}, {how}: error {ours:.5f}, XLA {xla:.5f}", flush=True)
+    return good
+
+
 def check_all(names: Sequence[str]) -> bool:
     """Those of CHECKS, with the best guess and for m = 16 the worst."""
     cases = [
         (name, m, *CHECKS[name], which)
         for name, (m, which) in itertools.product(names, ((1, 0), (3, 0), (16, 0), (16, -1)))
+        if name in CHECKS
     ]
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
         good = list(pool.map(lambda case: check(*case), cases))
+        if "problems" in names:
+            small = itertools.product(problems.WEIGHTS, problems.ROWS)
+            good += list(pool.map(lambda case: check_problem(*case), small))
     return all(good) and all(check_joined(m) for m in (1, 16))
 
 
@@ -280,7 +305,7 @@ def main() -> None:
     print(card, "jax", jax.__version__)
     only = sys.argv[1] if len(sys.argv) > 1 else None
     names = sys.argv[2:]
-    checked = list(CHECKS) if only is None else names or list(CHECKS)
+    checked = names if only and names else [*CHECKS, "problems"]
     if only != "tune" and not check_all(checked):
         raise SystemExit("the kernel is wrong: nothing was timed")
     if only == "check":

@@ -169,7 +169,11 @@ class Exchange:
                     ptx.near(barriers, 8 * i),
                     ptx.flag(live),
                 )
-            ptx.run("barrier.cluster.arrive.release.aligned;", "~{memory}")
+            # not .release: that waits for all that the thread has under way, the rings' copies too
+            ptx.run(
+                "fence.mbarrier_init.release.cluster; barrier.cluster.arrive.relaxed.aligned;",
+                "~{memory}",
+            )
 
         @plgpu.inline_mgpu(arg_types=())
         def meet(ctx):
