@@ -106,14 +106,13 @@ def configs(m: int, weight: Weight, bias: bool = False) -> Iterator[tuple[float,
     for depth, warpgroups, cluster, rows, resident in sizes:
         if depth * columns(m) > FAST_REGISTERS or not 2 <= warpgroups * resident <= 4 or n % rows:
             continue
+        if not 4 * depth <= k <= cluster * warpgroups * 4 * depth:  # each matmul asks: be quick
+            continue
         # clusters of 4 and 8 do not fill every processing cluster of the chip
         usable = MULTIPROCESSORS - {1: 0, 2: 0, 4: 16, 8: 12}[cluster]
         at_once = usable * resident // cluster
         turns = -(-(n // rows) // at_once)
         blocks = -(-(n // rows) // turns)
-        least = Config(depth, warpgroups, cluster, rows, 1, blocks)
-        if isinstance(plan(m, weight, least, bias), str):
-            continue
         for steps in (16, 12, 8, 6, 5, 4, 3, 2, 1):
             config = Config(depth, warpgroups, cluster, rows, steps, blocks)
             sized = plan(m, weight, config, bias)
