@@ -24,6 +24,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -89,19 +90,19 @@ def kernel(
         count = len(shape.pieces)
         weights = [list(refs[i * count : (i + 1) * count]) for i in range(len(ends))]
         block = lax.axis_index("n")
-        rank = lax.axis_index("k") if c.cluster > 1 else jnp.int32(0)
-        wg = lax.axis_index("wg") if c.warpgroups > 1 else jnp.int32(0)
+        rank = lax.axis_index("k") if c.cluster > 1 else np.int32(0)
+        wg = lax.axis_index("wg") if c.warpgroups > 1 else np.int32(0)
         part = _quotient((rank * c.warpgroups + wg) * shape.tiles_k, parts)
-        first = lax.min(part, jnp.int32(shape.tiles_k - sizes.box))
+        along = _thread_wide(lax.min(part, np.int32(shape.tiles_k - sizes.box)))
         turns = _quotient(shape.tiles_n // c.rows - block + sizes.grid - 1, sizes.grid)
 
         def channel(turn):
             return _thread_wide((block + turn * sizes.grid) * c.rows * layout.ROWS)
 
         def fetch(tile):
-            turn, row = _quotient(tile, c.rows), lax.rem(tile, jnp.int32(c.rows))
+            turn, row = _quotient(tile, c.rows), lax.rem(tile, np.int32(c.rows))
             row = (block + turn * sizes.grid) * c.rows + row
-            ring.fetch(weights, w_s, full, *map(_thread_wide, (tile, row, first)))
+            ring.fetch(weights, w_s, full, _thread_wide(tile), _thread_wide(row), along)
 
         def collect(turn):
             """Adds the blocks' sums of a turn, in the block that owns it."""
@@ -111,7 +112,7 @@ def kernel(
                 exchange.wait(arrived.at[own])
                 write_blocks(outs, slots.at[own], channel(turn))
 
-            _when((turn >= 0) & (lax.rem(turn, jnp.int32(c.cluster)) == rank), add)
+            _when((turn >= 0) & (lax.rem(turn, np.int32(c.cluster)) == rank), add)
 
         def begin(tile, _):
             fetch(tile)
@@ -120,7 +121,7 @@ def kernel(
         ring.open(full)
         if shape.has("bias"):  # its words are made in the call, by the kernel before perhaps
             follow()
-        lax.fori_loop(0, c.steps, begin, jnp.int32(0))
+        lax.fori_loop(0, c.steps, begin, np.int32(0))
         if c.cluster > 1:
             exchange.open(arrived)
         if not shape.has("bias"):
@@ -130,11 +131,11 @@ def kernel(
             exchange.meet()
 
         def one_turn(turn, _):
-            mine = sums.at[lax.rem(turn, jnp.int32(buffers))]
+            mine = sums.at[lax.rem(turn, np.int32(buffers))]
             for row in range(c.rows):
                 tile = turn * c.rows + row
-                at = lax.rem(tile, jnp.int32(c.steps))
-                ring.wait(full.at[:, at], _thread_wide(lax.rem(_quotient(tile, c.steps), jnp.int32(2))))
+                at = lax.rem(tile, np.int32(c.steps))
+                ring.wait(full.at[:, at], _thread_wide(lax.rem(_quotient(tile, c.steps), np.int32(2))))
                 multiply[row](w_s.at[:, at], mine, kept)
                 fetch(tile + c.steps)
             meet()  # also: whoever comes here has read the sums of the turn before
@@ -142,12 +143,12 @@ def kernel(
                 write_warps(outs, mine, channel(turn))
                 return _
             own = _quotient(turn, c.cluster)
-            owner = _thread_wide(lax.rem(turn, jnp.int32(c.cluster)))
+            owner = _thread_wide(lax.rem(turn, np.int32(c.cluster)))
             send(slots.at[own, rank], arrived.at[own], mine, owner)
             collect(turn - LAG)
             return _
 
-        lax.fori_loop(0, turns, one_turn, jnp.int32(0))
+        lax.fori_loop(0, turns, one_turn, np.int32(0))
         if c.cluster > 1:
             for back in range(LAG, 0, -1):
                 collect(turns - back)
@@ -187,12 +188,12 @@ def _when(condition: jax.Array, act: Callable[[], None]) -> None:
     """Acts where a condition holds. `pl.when` converts it to an integer, for which Mosaic GPU asks
     ptxas for its version each time.
     """
-    lax.switch(lax.select(condition, jnp.int32(1), jnp.int32(0)), [lambda: None, act])
+    lax.switch(lax.select(condition, np.int32(1), np.int32(0)), [lambda: None, act])
 
 
 def _quotient(value: jax.Array, by: int) -> jax.Array:
     """`value // by` of what is not negative."""
-    return lax.div(value, jnp.int32(by))
+    return lax.div(value, np.int32(by))
 
 
 def _thread_wide(scalar: jax.Array) -> jax.Array:
