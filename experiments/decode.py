@@ -8,6 +8,7 @@ as soon as it is measured; one that fails says why, and the others go on.
     python experiments/decode.py --preset tiny --formats bf16 int4_g128 --batches 1
     python experiments/decode.py --workers 4    # compiles that many rows at a time
     python experiments/decode.py --formats int8 --batches 1 --profile   # where a step goes, instead
+    python experiments/decode.py --formats int8 --batches 1 --compile-only    # its processor time
 
 `share` is steps/s times the bytes that a step must read (weights of matmuls, keys and values) over
 the rate at which the card reads 1 GiB. `error` is the largest difference of the logits from those
@@ -20,6 +21,8 @@ import argparse
 import collections
 import concurrent.futures
 import dataclasses
+import gc
+import itertools
 import json
 import os
 import pathlib
@@ -136,12 +139,34 @@ def compiled(
     config: Config, fmt: str, batch: int, context: int
 ) -> tuple[Any, float, dict[str, int]]:
     """The program for a format, the seconds that it took to compile, and its paths."""
+    given = operands(config, fmt, batch, context)
+    began = time.perf_counter()
+    done = jax.jit(program(config), donate_argnums=1).lower(*given).compile(OPTIONS)
+    return done, time.perf_counter() - began, paths(config, given[0], batch, context)
+
+
+def operands(config: Config, fmt: str, batch: int, context: int) -> tuple[Any, Any, Any]:
+    """The shapes of what the program of a format takes."""
     params = jax.eval_shape(lambda: weights(config, FORMATS[fmt]))
     cache = jax.eval_shape(lambda: init_cache(config, batch, context))
-    tokens = jax.ShapeDtypeStruct((min(NEW, context), batch), jnp.int32)
-    began = time.perf_counter()
-    done = jax.jit(program(config), donate_argnums=1).lower(params, cache, tokens).compile(OPTIONS)
-    return done, time.perf_counter() - began, paths(config, params, batch, context)
+    return params, cache, jax.ShapeDtypeStruct((min(NEW, context), batch), jnp.int32)
+
+
+def compile_time(config: Config, fmt: str, batch: int, context: int) -> dict[str, float]:
+    """Seconds of processor time, of the assemblers that are started too, by stage. What a process
+    compiles first pays for what the others find done: compare first ones.
+    """
+    given, used = operands(config, fmt, batch, context), lambda: sum(os.times()[:4])
+    gc.collect()  # what the shapes left behind
+    stamps = [used()]
+    traced = jax.jit(program(config), donate_argnums=1).trace(*given)
+    stamps.append(used())
+    lowered = traced.lower()
+    stamps.append(used())
+    lowered.compile(OPTIONS)
+    stamps.append(used())
+    stages = ("trace", "lower", "compile")
+    return {n: round(b - a, 2) for n, a, b in zip(stages, stamps, stamps[1:], strict=False)}
 
 
 def paths(config: Config, params: Any, batch: int, context: int) -> dict[str, int]:
@@ -287,12 +312,19 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--layers", type=int, help="of the preset; all by default")
     parser.add_argument("--profile", action="store_true", help="where a step's time goes, instead")
+    parser.add_argument("--compile-only", action="store_true", help="processor time, instead")
     parser.add_argument("--out", type=pathlib.Path, help="a JSON file in place of results/")
     args = parser.parse_args(argv)
     config, context = PRESETS[args.preset]
     if args.layers:
         config = dataclasses.replace(config, num_layers=args.layers)
     console, card = Console(), jax.devices()[0].device_kind
+    if args.compile_only:
+        for fmt, batch in itertools.product(args.formats, args.batches):
+            with console.status(f"{fmt}, batch {batch}"):
+                took = compile_time(config, fmt, batch, context)
+            console.print({"format": fmt, "batch": batch, "card": card} | took, soft_wrap=True)
+        return []
     name = f"decode_{card.replace(' ', '_')}.json"
     folder = pathlib.Path(os.environ.get("OUT", pathlib.Path(__file__).parent / "results"))
     out = args.out or folder / name

@@ -26,7 +26,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.chained import follow
@@ -135,7 +134,8 @@ def kernel(
             for row in range(c.rows):
                 tile = turn * c.rows + row
                 at = lax.rem(tile, np.int32(c.steps))
-                ring.wait(full.at[:, at], _thread_wide(lax.rem(_quotient(tile, c.steps), np.int32(2))))
+                phase = lax.rem(_quotient(tile, c.steps), np.int32(2))
+                ring.wait(full.at[:, at], _thread_wide(phase))
                 multiply[row](w_s.at[:, at], mine, kept)
                 fetch(tile + c.steps)
             meet()  # also: whoever comes here has read the sums of the turn before
