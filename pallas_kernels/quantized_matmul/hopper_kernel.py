@@ -27,7 +27,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.chained import follow
@@ -83,7 +82,7 @@ def kernel(
     keep_x, meet = load_x(shape, config), ptx.meet()
     add_up = sum_x(shape, config) if shape.start else None
     multiply = [step(shape, config, row) for row in range(c.rows)]
-    ring = Ring(shape, config)
+    ring = Ring(shape, config, ends)
     send, exchange = push(shape, config), Exchange(c.cluster * sums_shape[0] * 256)
     write_warps = write(shape, config, warps, widths)
     write_blocks = write(shape, config, c.cluster, widths)
@@ -91,35 +90,21 @@ def kernel(
     def quantized_matmul(x, *refs, w_s, full, sums, slots=None, arrived=None):
         refs, outs = refs[: -len(ends)], list(refs[-len(ends) :])
         count = len(shape.pieces)
-        weights = [refs[i * count : (i + 1) * count] for i in range(len(ends))]
+        weights = [list(refs[i * count : (i + 1) * count]) for i in range(len(ends))]
         block = lax.axis_index("n")
         rank = lax.axis_index("k") if c.cluster > 1 else np.int32(0)
         wg = lax.axis_index("wg") if c.warpgroups > 1 else np.int32(0)
         part = _quotient((rank * c.warpgroups + wg) * shape.tiles_k, parts)
-        first = lax.min(part, np.int32(shape.tiles_k - sizes.box))
+        along = _thread_wide(lax.min(part, np.int32(shape.tiles_k - sizes.box)))
         turns = _quotient(shape.tiles_n // c.rows - block + sizes.grid - 1, sizes.grid)
 
         def channel(turn):
             return _thread_wide((block + turn * sizes.grid) * c.rows * layout.ROWS)
 
         def fetch(tile):
-            at = lax.rem(tile, np.int32(c.steps))
-            turn = _quotient(tile, c.rows)
-            row = (block + turn * sizes.grid) * c.rows + lax.rem(tile, np.int32(c.rows))
-
-            def take(held, row):
-                places = [
-                    (row, pl.ds(first, sizes.box)) if p.per_tile else row for p in shape.pieces
-                ]
-                pairs = zip(held, places, strict=True)
-                ring.fetch([w.at[place] for w, place in pairs], w_s.at[:, at], full.at[:, at])
-
-            if len(ends) == 1:
-                take(weights[0], row)
-                return
-            for held, begin, end in zip(weights, [0, *ends], ends, strict=False):
-                here = (row >= begin) & (row < end)
-                _when(here, lambda held=held, begin=begin: take(held, row - begin))
+            turn, row = _quotient(tile, c.rows), lax.rem(tile, np.int32(c.rows))
+            row = (block + turn * sizes.grid) * c.rows + row
+            ring.fetch(weights, w_s, full, _thread_wide(tile), _thread_wide(row), along)
 
         def collect(turn):
             """Adds the blocks' sums of a turn, in the block that owns it."""
@@ -132,7 +117,7 @@ def kernel(
             _when((turn >= 0) & (lax.rem(turn, np.int32(c.cluster)) == rank), add)
 
         def begin(tile, _):
-            _when(tile < turns * c.rows, lambda: fetch(tile))
+            fetch(tile)
             return _
 
         ring.open(full)
@@ -155,12 +140,10 @@ def kernel(
             for row in range(c.rows):
                 tile = turn * c.rows + row
                 at = lax.rem(tile, np.int32(c.steps))
-                ring.wait(
-                    full.at[:, at], _thread_wide(lax.rem(_quotient(tile, c.steps), np.int32(2)))
-                )
+                phase = lax.rem(_quotient(tile, c.steps), np.int32(2))
+                ring.wait(full.at[:, at], _thread_wide(phase))
                 multiply[row](w_s.at[:, at], mine, kept)
-                ahead = tile + c.steps
-                _when(ahead < turns * c.rows, lambda ahead=ahead: fetch(ahead))
+                fetch(tile + c.steps)
             meet()  # also: whoever comes here has read the sums of the turn before
             if c.cluster == 1:
                 write_warps(outs, mine, channel(turn))

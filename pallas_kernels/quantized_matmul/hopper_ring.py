@@ -3,9 +3,11 @@
 # The decorator of inline code keeps the type of what it wraps, which takes one argument more.
 # pyright: reportCallIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false
 
+from collections.abc import Sequence
+
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith
+from jaxlib.mlir.dialects import arith, scf
 
 from pallas_kernels.quantized_matmul import hopper_asm as ptx
 from pallas_kernels.quantized_matmul.hopper_shape import Shape
@@ -13,9 +15,17 @@ from pallas_kernels.quantized_matmul.mosaic_gpu import Config
 
 
 class Ring:
-    """Each warp's own stages of weights, `[warp, step]`, and barriers that say they are full."""
+    """Each warp's own stages of weights, `[warp, step]`, and barriers that say they are full.
 
-    def __init__(self, shape: Shape, config: Config) -> None:
+    `fetch` brings the tile number `tile` of the block, which lies at `row` of all weights, into its
+    stage, or nothing if `row` is beyond them; of k, it begins at the tile `first`.
+
+    Args:
+      shape, config: of the kernel.
+      ends: where the rows of each weight end.
+    """
+
+    def __init__(self, shape: Shape, config: Config, ends: Sequence[int]) -> None:
         ref = plgpu.RefType()
         count = shape.words(config.depth)
 
@@ -32,14 +42,35 @@ class Ring:
                 ptx.flag(live),
             )
 
-        @plgpu.inline_mgpu(arg_types=([ref] * len(shape.pieces), ref, ref))
-        def fetch(ctx, weights, w_s, full):
-            i64 = ir.IntegerType.get_signless(64)
+        @plgpu.inline_mgpu(
+            arg_types=([[ref] * len(shape.pieces)] * len(ends), ref, ref, *[ptx.SCALAR] * 3)
+        )
+        def fetch(ctx, weights, w_s, full, tile, row, first):
+            tile, row, first = (v.registers.item() for v in (tile, row, first))
             warp, lane = ptx.lane()
-            barrier = ptx.add_bytes(ptx.near(full), warp, config.steps * 8)
-            to = ptx.add_bytes(ptx.near(w_s), warp, config.steps * count * 4)
-            part = arith.andi(warp, ptx.number(3))
+            place = arith.addi(
+                arith.muli(warp, ptx.number(config.steps)),
+                arith.remui(tile, ptx.number(config.steps)),
+            )
+            barrier = ptx.add_bytes(ptx.near(full), place, 8)
+            to = ptx.add_bytes(ptx.near(w_s), place, count * 4)
+            along = arith.addi(
+                first, arith.muli(arith.andi(warp, ptx.number(3)), ptx.number(config.depth))
+            )
             live = ptx.flag(arith.cmpi(arith.CmpIPredicate.eq, lane, ptx.number(0)))
+            for held, begin, end in zip(weights, [0, *ends], ends, strict=False):
+                here = arith.cmpi(arith.CmpIPredicate.ult, row, ptx.number(end))
+                if begin:
+                    after = arith.cmpi(arith.CmpIPredicate.uge, row, ptx.number(begin))
+                    here = arith.andi(after, here)
+                branch = scf.IfOp(here)
+                with ir.InsertionPoint(branch.then_block):
+                    copy(held, ptx.add(row, -begin), along, to, barrier, live)
+                    scf.yield_([])
+
+        def copy(held, row, along, to, barrier, live):
+            """The pieces of a row of tiles, from the tile `along` k on."""
+            i32, i64 = (ir.IntegerType.get_signless(n) for n in (32, 64))
             ptx.run(
                 "{ .reg .pred p; bar.warp.sync 0xFFFFFFFF; setp.ne.b32 p, $1, 0; "
                 f"@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {count * 4}; }}",
@@ -48,16 +79,19 @@ class Ring:
                 live,
             )
             done = 0
-            for w, piece in zip(weights, shape.pieces, strict=True):
+            for w, piece in zip(held, shape.pieces, strict=True):
                 size = piece.length(config.depth)
-                source = arith.muli(part, ptx.number(size)) if piece.per_tile else ptx.number(0)
-                source = arith.extui(i64, source)
+                tiles = shape.tiles_k if piece.per_tile else 1
+                source = arith.extui(i64, arith.muli(row, ptx.number(tiles)))
+                if piece.per_tile:
+                    source = arith.addi(source, arith.extui(i64, along))
+                words = arith.constant(i64, ir.IntegerAttr.get(i64, piece.words))
                 ptx.run(
                     "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p cp.async.bulk.shared::cluster.global"
                     f".mbarrier::complete_tx::bytes [$0], [$1], {size * 4}, [$2]; }}",
                     "r,l,r,r,~{memory}",
                     ptx.add(to, done * 4),
-                    ptx.at(w, source, ir.IntegerType.get_signless(32)),
+                    ptx.at(w, arith.muli(source, words), i32),
                     barrier,
                     live,
                 )
