@@ -50,68 +50,101 @@ def timed(program: Any, *args: Any, runs: int = RUNS) -> list[list[tuple[str, fl
     return [[(name, 1e3 * ms) for name, ms in call] for call in calls]
 
 
-def reader(words: int, blocks: int, unroll: int) -> Callable[[jax.Array], jax.Array]:
-    """A kernel that reads int32 `[words]` once: 128 threads a block, `unroll` loads at once."""
+def reader(words: int, blocks: int, unroll: int) -> Callable[..., jax.Array]:
+    """A kernel that reads int32 `[words]` once: 128 threads a block, `unroll` loads at once.
+
+    `read(data)` returns nothing of use. `read(data, x, y)` returns a copy of x: what takes that
+    runs behind it, as it runs behind what made y. So launches of one program keep an order.
+    """
     chunk = 128 * 4 * unroll
     if words % chunk:
         raise ValueError(f"{words} words are no multiple of {chunk}")
 
-    def read_bytes(data: Any, out: Any) -> None:
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
-        def read(ctx: Any, data: Any, out: Any) -> None:
-            i32, i64 = (ir.IntegerType.get_signless(n) for n in (32, 64))
-            number = lambda v, kind: arith.constant(kind, ir.IntegerAttr.get(kind, v))
-            source, sink = utils.memref_ptr(data), utils.memref_ptr(out)
-            block, thread = utils.block_idx(), utils.thread_idx()
-            left = arith.addi(
-                arith.subi(number(words // chunk, i32), block), number(blocks - 1, i32)
-            )
-            four = llvm.StructType.get_literal([i32] * 4)
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+    def read(ctx: Any, data: Any, out: Any) -> None:
+        i32, block, thread = ir.IntegerType.get_signless(32), utils.block_idx(), utils.thread_idx()
+        left = arith.addi(arith.subi(number(words // chunk), block), number(blocks - 1))
+        four = llvm.StructType.get_literal([i32] * 4)
 
-            @utils.fori(arith.divui(left, number(blocks, i32)), [number(0, i32)])
-            def loop(i: Any, carry: Any) -> list[Any]:
-                (seen,) = carry
-                at = arith.addi(arith.muli(i, number(blocks, i32)), block)
-                at = arith.addi(arith.muli(at, number(128 * unroll, i32)), thread)
-                at = arith.muli(arith.extui(i64, at), number(16, i64))
-                here = llvm.getelementptr(
-                    source.type,
-                    source,
-                    [at],
-                    [-2147483648],
-                    ir.IntegerType.get_signless(8),
-                    llvm.GEPNoWrapFlags.none,
+        @utils.fori(arith.divui(left, number(blocks)), [number(0)])
+        def loop(i: Any, carry: Any) -> list[Any]:
+            (seen,) = carry
+            at = arith.addi(arith.muli(i, number(blocks)), block)
+            here = piece(data, arith.addi(arith.muli(at, number(128 * unroll)), thread))
+            got = [
+                llvm.inline_asm(
+                    four,
+                    [here],
+                    f"ld.global.nc.L1::no_allocate.v4.b32 {{$0, $1, $2, $3}}, [$4+{k * 2048}];",
+                    "=r,=r,=r,=r,l",
+                    has_side_effects=True,
                 )
-                got = [
-                    llvm.inline_asm(
-                        four,
-                        [here],
-                        f"ld.global.nc.L1::no_allocate.v4.b32 {{$0, $1, $2, $3}}, [$4+{k * 2048}];",
-                        "=r,=r,=r,=r,l",
-                        has_side_effects=True,
-                    )
-                    for k in range(unroll)
-                ]
-                for load, k in itertools.product(got, range(4)):
-                    seen = arith.xori(seen, llvm.extractvalue(i32, load, [k]))
-                return [seen]
+                for k in range(unroll)
+            ]
+            for load, k in itertools.product(got, range(4)):
+                seen = arith.xori(seen, llvm.extractvalue(i32, load, [k]))
+            return [seen]
 
-            llvm.inline_asm(
-                ir.Type.parse("!llvm.void"),
-                [sink, loop.results[0]],
-                "{ .reg .pred p; setp.eq.u32 p, $1, 0x12345; @p st.global.b32 [$0], $1; }",
-                "l,r",
-                has_side_effects=True,
-            )
+        llvm.inline_asm(
+            ir.Type.parse("!llvm.void"),
+            [utils.memref_ptr(out), loop.results[0]],
+            "{ .reg .pred p; setp.eq.u32 p, $1, 0x12345; @p st.global.b32 [$0], $1; }",
+            "l,r",
+            has_side_effects=True,
+        )
 
-        read(data, out)
+    def copy(pieces: int) -> Callable[..., None]:
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+        def copy(ctx: Any, x: Any, out: Any) -> None:
+            first = arith.muli(utils.block_idx(), number(128))
+            first = arith.addi(first, utils.thread_idx())
+            for begin in range(0, pieces, 128 * blocks):
+                at = arith.addi(first, number(begin))
+                live = arith.cmpi(arith.CmpIPredicate.ult, at, number(pieces))
+                llvm.inline_asm(
+                    ir.Type.parse("!llvm.void"),
+                    [piece(x, at), piece(out, at), arith.extui(number(0).type, live)],
+                    "{ .reg .pred p; .reg .b32 v<4>; setp.ne.b32 p, $2, 0; "
+                    "@p ld.global.v4.b32 {v0, v1, v2, v3}, [$0]; "
+                    "@p st.global.v4.b32 [$1], {v0, v1, v2, v3}; }",
+                    "l,l,r",
+                    has_side_effects=True,
+                )
 
-    return plgpu.kernel(
-        read_bytes,
-        out_type=jax.ShapeDtypeStruct((128,), jnp.int32),
-        grid=(blocks,),
-        grid_names=("n",),
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        return copy
+
+    def call(data: jax.Array, *order: jax.Array) -> jax.Array:
+        def read_bytes(data: Any, *refs: Any) -> None:
+            read(data, refs[-1])
+            if order:
+                copy(order[0].nbytes // 16)(refs[0], refs[-1])
+
+        out = order[0] if order else jax.ShapeDtypeStruct((128,), jnp.int32)
+        semantics = plgpu.LoweringSemantics.Warpgroup
+        kernel = plgpu.kernel(
+            read_bytes,
+            out_type=jax.ShapeDtypeStruct(out.shape, out.dtype),
+            grid=(blocks,),
+            grid_names=("n",),
+            compiler_params=plgpu.CompilerParams(lowering_semantics=semantics),
+        )
+        return kernel(data, *order)
+
+    return call
+
+
+def number(value: int, bits: int = 32) -> ir.Value:
+    """A constant."""
+    kind = ir.IntegerType.get_signless(bits)
+    return arith.constant(kind, ir.IntegerAttr.get(kind, value))
+
+
+def piece(ref: ir.Value, at: ir.Value) -> ir.Value:
+    """A pointer to 16 bytes of what a reference holds."""
+    byte = arith.muli(arith.extui(ir.IntegerType.get_signless(64), at), number(16, 64))
+    start, unit = utils.memref_ptr(ref), ir.IntegerType.get_signless(8)
+    return llvm.getelementptr(
+        start.type, start, [byte], [-2147483648], unit, llvm.GEPNoWrapFlags.none
     )
 
 

@@ -11,10 +11,14 @@ bytes is the median of ratios of neighbors in one program, kernel and reader tak
     python experiments/tune_kernels.py tune             # without it
     python experiments/tune_kernels.py tune int8 nf4    # these formats only; other rows are kept
 
+Several may run at once, each with its formats: they compile beside each other and take turns at the
+card and at the table.
 """
 
 import concurrent.futures
+import contextlib
 import datetime
+import fcntl
 import functools
 import itertools
 import json
@@ -22,8 +26,9 @@ import os
 import pathlib
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ceilings
@@ -265,10 +270,12 @@ def grouped(configs: list[mosaic_gpu.Config]) -> list[list[mosaic_gpu.Config]]:
 
 
 def compiled(m: int, weight: Weight, configs: Sequence[mosaic_gpu.Config], count: int) -> Any:
-    """`(x, weights, data) -> results`: each weight by each config, a reader behind each launch.
+    """`(x, weights, data) -> x`: each weight by a config, then by the next one, and a reader behind
+    each launch.
 
     A kernel starts before the one in front of it is done, and its waiting would count; readers do
-    not. There are as many as configs, since XLA joins equal calls.
+    not. Each takes what the one before it gives, or XLA would choose the order. All weights come
+    before one comes again: by then the L2 cache has lost it.
     """
     problem = Problem(m, weight, layout_of(weight), "bfloat16", "bfloat16")
     shapes = LAYOUTS[problem.layout].shapes(weight)
@@ -278,11 +285,10 @@ def compiled(m: int, weight: Weight, configs: Sequence[mosaic_gpu.Config], count
     launch = lambda config, x, a: mosaic_gpu.launch(problem, config, (weight.n,), x, [a])[0]
 
     def turns(x: jax.Array, weights: Any, data: Any) -> Any:
-        return [
-            (launch(config, x, a), read(d))
-            for a, d in zip(weights, data, strict=True)
-            for config, read in zip(configs, readers, strict=False)
-        ]
+        for config, read in zip(configs, readers, strict=False):
+            for a, d in zip(weights, data, strict=True):
+                x = read(d, x, launch(config, x, a))
+        return x
 
     one = jax.ShapeDtypeStruct((words,), jnp.int32)
     x = jax.ShapeDtypeStruct((m, weight.k), jnp.bfloat16)
@@ -307,18 +313,23 @@ def measure(
     buffers, rows = random_arrays(weight, count), []
     for configs, program in zip(groups, programs, strict=True):
         calls = ceilings.timed(program, x, buffers, data, runs=RUNS // count + 1)
-        flat = [event for call in calls for event in call]
-        mine = [us for name, us in flat if "quantized_matmul" in name]
-        theirs = [us for name, us in flat if "read_bytes" in name]
-        reads = [theirs[i :: len(configs)] for i in range(len(configs))]
+        mine, reads = (by_config(calls, name, count) for name in ("quantized_matmul", "read_bytes"))
         read = min(reads, key=statistics.median)
-        for i, config in enumerate(configs):
-            us = mine[i :: len(configs)]
+        for config, us in zip(configs, mine, strict=False):
             ratio = statistics.median(a / b for a, b in zip(us, read, strict=True))
             row = {"m": m, "k": weight.k, "n": weight.n, "words": mosaic_gpu.tile_words(weight)}
             row |= {"config": list(config), "us": statistics.median(us)}
             rows.append(row | {"read_us": statistics.median(read), "ratio": ratio})
     return min(rows, key=lambda row: row["us"])
+
+
+def by_config(calls: Sequence[Any], kernel: str, count: int) -> list[list[float]]:
+    """The times of a kernel in `calls`, in each of which a config's `count` follow each other."""
+    each = [[us for name, us in call if kernel in name] for call in calls]
+    return [
+        [us for times in each for us in times[start : start + count]]
+        for start in range(0, len(each[0]), count)
+    ]
 
 
 def main() -> None:
@@ -355,9 +366,10 @@ def main() -> None:
                 print("out of time")
                 pool.shutdown(cancel_futures=True)
                 return
-            row = measure(m, weight, groups, programs)
-            if (m, k, n) not in dots:
-                dots[m, k, n] = round(ceilings.dot(m, k, n), 2)
+            with alone():
+                row = measure(m, weight, groups, programs)
+                if (m, k, n) not in dots:
+                    dots[m, k, n] = round(ceilings.dot(m, k, n), 2)
             row["bf16_dot_us"] = dots[m, k, n]
             row = {key: round(v, 3) if isinstance(v, float) else v for key, v in row.items()}
             print(
@@ -366,12 +378,21 @@ def main() -> None:
                 flush=True,
             )
             rows.append({"format": name} | row)
-            write(card, rows)
+            with alone():
+                write(card, rows)
 
 
-def table(card: str) -> list[dict[str, Any]]:
-    """The rows that the package has of it."""
-    path = mosaic_gpu.TABLES / f"{card.replace(' ', '_')}.json"
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """While no other process of this user is in here."""
+    with open(pathlib.Path(tempfile.gettempdir()) / f"tune_kernels_{os.getuid()}", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def table(card: str, folder: pathlib.Path = mosaic_gpu.TABLES) -> list[dict[str, Any]]:
+    """The rows that a folder has of it, by default the package."""
+    path = folder / f"{card.replace(' ', '_')}.json"
     return json.loads(path.read_text())["rows"] if path.exists() else []
 
 
@@ -382,14 +403,14 @@ def write(card: str, rows: Sequence[dict[str, Any]]) -> None:
     """
     name = f"{card.replace(' ', '_')}.json"
     key = lambda row: (row.get("format", "int4"), row["k"], row["n"], row["m"])
-    kept = table(card)
+    out = pathlib.Path(os.environ.get("OUT", mosaic_gpu.TABLES))
+    out.mkdir(exist_ok=True)
+    kept = table(card, out) or table(card)
     date = {"date": str(datetime.date.today()), "jax": jax.__version__}
     merged = {key(row): row for row in kept} | {key(row): row | date for row in rows}
     head = {"device": card, "command": "python experiments/tune_kernels.py tune"}
     lines = ",\n".join(f"  {json.dumps(row)}" for row in merged.values())
     text = json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{lines}\n ]\n}}\n'
-    out = pathlib.Path(os.environ.get("OUT", mosaic_gpu.TABLES))
-    out.mkdir(exist_ok=True)
     (out / name).write_text(text)
 
 
