@@ -140,14 +140,22 @@ def configs(m: int, weight: Weight, bias: bool = False) -> Iterator[tuple[float,
             break
 
 
+def family(weight: Weight) -> str:
+    """What a row of a table calls its codes."""
+    if weight.values is not None:
+        return "nf4"
+    return {"int8": "int8", "int4": "int4", "uint4": "int4"}.get(weight.code, "fp8")
+
+
 def choose_config(m: int, weight: Weight, kind: str, bias: bool = False) -> Config | None:
     """An exact row of the device's table, else the row of the next larger m, else the best guess;
     None if no config can run.
     """
+    mine = family(weight), weight.k, weight.n, tile_words(weight)
     fits = [
         r
         for r in TUNED.get(kind.replace(" ", "_"), [])
-        if (r["k"], r["n"], r["words"]) == (weight.k, weight.n, tile_words(weight)) and r["m"] >= m
+        if (r["format"], r["k"], r["n"], r["words"]) == mine and r["m"] >= m
     ]
     for row in sorted(fits, key=lambda r: r["m"]):
         config = Config(*row["config"])
