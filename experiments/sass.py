@@ -1,12 +1,12 @@
 """What does the Hopper kernel cost in instructions? Compiled to SASS without a GPU, and counted.
 
-Exits with 1 where a kernel spills, waits for all of its memory operations (a `MEMBAR` of the GPU,
-as a release to a cluster is), or takes more integer instructions per code than LIMITS says; for
-m > 16, where the compiler makes `wgmma` wait for what follows it, or a product of 16 along k costs
-a warp more instructions than WIDE_LIMITS: its scheduler has 128 cycles for each while the tensor
-cores multiply a tile of 256 rows, fewer in proportion for smaller ones. As to m <= 16: at
-3.3 TB/s a scheduler of an H100 has time for about 4.2 of them (two cycles each) per byte of weight
-of a lane: 2.1 per 4-bit code, 4.2 per 8-bit code.
+Exits with 1 where a kernel spills (with a norm and a gate: for m up to 8), waits for all of its
+memory operations (a `MEMBAR` of the GPU, as a release to a cluster is), or takes more integer
+instructions per code than LIMITS says; for m > 16, where the compiler makes `wgmma` wait for what
+follows it, or a product of 16 along k costs a warp more instructions than WIDE_LIMITS: its
+scheduler has 128 cycles for each while the tensor cores multiply a tile of 256 rows, fewer in
+proportion for smaller ones. As to m <= 16: at 3.3 TB/s a scheduler of an H100 has time for about
+4.2 of them (two cycles each) per byte of weight of a lane: 2.1 per 4-bit code, 4.2 per 8-bit code.
 
     make sass                  # an environment with the compiler's wheels, then this
     python experiments/sass.py
@@ -14,6 +14,7 @@ of a lane: 2.1 per 4-bit code, 4.2 per 8-bit code.
 """
 
 import collections
+import itertools
 import os
 import pathlib
 import re
@@ -62,6 +63,7 @@ WEIGHTS = {
     "fp8": Weight(4096, 4096, 4096, "float8_e4m3fn"),
 }
 CONFIGS = {1: (4, 4, 1, 2, 1, 0), 16: (2, 2, 2, 2, 4, 64)}  # m -> config
+FUSED = {1: (4, 2, 1, 2, 3, 128), 8: (2, 4, 1, 2, 2, 128), 16: (2, 4, 1, 2, 2, 128)}
 LIMITS = {"int4": 1.0, "nf4": 2.7, "int8": 1.9, "fp8": 1.4}  # integer instructions per code, m = 1
 WIDE = [  # m, config
     (1024, (256, 1, 3)),
@@ -73,8 +75,12 @@ INTEGER = ("LOP3", "SHF", "PRMT")
 OTHERS = ("HMMA", "HADD2", "HMUL2", "HFMA2", "FFMA", "FADD", "FMUL", "LDS", "IMAD", "SYNCS")
 
 
-def sass(m: int, weight: Weight, cut: tuple[int, ...], folder: str) -> tuple[str, str]:
-    """The disassembly and the compiler's report of one kernel."""
+def sass(
+    m: int, weight: Weight, cut: tuple[int, ...], folder: str, norm: Any = None
+) -> tuple[str, str]:
+    """The disassembly and the compiler's report of one kernel; with a norm, whose scale has that
+    dtype, and a gate for two such weights.
+    """
     layout = next(n for n in mosaic_gpu.LAYOUTS if LAYOUTS[n].supports(weight) is None)
     topology = topologies.get_topology_desc(
         platform="cuda", topology_name="", target_config=HOPPER, topology="1x1x1"
@@ -85,14 +91,18 @@ def sass(m: int, weight: Weight, cut: tuple[int, ...], folder: str) -> tuple[str
         name: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=on)
         for name, v in LAYOUTS[layout].shapes(weight).items()
     }
-    x = jax.ShapeDtypeStruct((m, weight.k), jnp.bfloat16, sharding=on)
-    problem = Problem(m, weight, layout, "bfloat16", "bfloat16")
+    x: Any = jax.ShapeDtypeStruct((m, weight.k), jnp.bfloat16, sharding=on)
+    problem, count = Problem(m, weight, layout, "bfloat16", "bfloat16"), 1
+    if norm is not None:
+        whole, count = weight._replace(n=2 * weight.n), 2
+        problem = problem._replace(weight=whole, norm=1e-5, gate="silu")
+        x = x, x, jax.ShapeDtypeStruct((weight.k,), norm, sharding=on)
     if m > mosaic_gpu.MAX_ROWS:
         config, launch = mosaic_wgmma.Config(*cut), mosaic_wgmma.launch
     else:
         config, launch = mosaic_gpu.Config(*cut), mosaic_gpu.launch
     os.environ["MOSAIC_GPU_DUMP_TO"] = folder
-    call = jax.jit(lambda x, a: launch(problem, config, (weight.n,), x, [a]))
+    call = jax.jit(lambda x, a: launch(problem, config, (weight.n,) * count, x, [a] * count))
     with jax.sharding.use_abstract_mesh(Mesh([device], ("x",)).abstract_mesh):
         call.lower(x, shapes).compile()
     newest = lambda end: max(pathlib.Path(folder).glob(end), key=os.path.getmtime).read_text()
@@ -142,6 +152,22 @@ def wide(name: str, weight: Weight, m: int, cut: tuple[int, ...]) -> list[str]:
     return [f"{name}, m = {m}"] if bad else []
 
 
+def fused(name: str, weight: Weight, m: int, norm: Any) -> list[str]:
+    """Prints the row of the kernel with a norm and a gate; what is wrong with it."""
+    with tempfile.TemporaryDirectory() as folder:
+        text, report = sass(m, weight, FUSED[m], folder, norm)
+    registers = re.search(r"Used (\d+) registers", report)
+    spilled = re.search(r"(\d+) bytes spill stores", report)
+    print(
+        f"{name:6} {m:2d}, norm by {jnp.dtype(norm).name} and gate: "
+        f"{registers[1] if registers else '?'} registers, spilled {spilled[1] if spilled else 0}, "
+        f"{sum(counts(text).values())} instructions",
+        flush=True,
+    )
+    bad = (m <= 8 and spilled and int(spilled[1])) or fenced(text)
+    return [f"{name}, m = {m}, fused"] if bad else []
+
+
 def main() -> None:
     """Prints a row per kernel; exits with 1 if one is over its limit."""
     root = pathlib.Path(next(iter(nvidia.__path__))) / "cu13"  # bin/nvdisasm and bin/ptxas
@@ -169,6 +195,9 @@ def main() -> None:
             )
             if bytes_spilled or (m == 1 and per_code > LIMITS[name]) or fenced(text):
                 bad.append(f"{name}, m = {m}")
+    for name, weight in WEIGHTS.items():
+        for m, norm in itertools.product(FUSED, (jnp.bfloat16, jnp.float32)):
+            bad += fused(name, weight, m, norm)
     for name, weight in WEIGHTS.items():
         for m, cut in WIDE:
             bad += wide(name, weight, m, cut)

@@ -16,6 +16,8 @@ from pallas_kernels.decode_attention import reference as attention_reference
 from pallas_kernels.frame import Device, Implementation
 from pallas_kernels.gated import mosaic_gpu as gated_mosaic_gpu
 from pallas_kernels.gated import reference as gated_reference
+from pallas_kernels.norm_matmul import mosaic_gpu as norm_matmul_mosaic_gpu
+from pallas_kernels.norm_matmul import reference as norm_matmul_reference
 from pallas_kernels.quantized_matmul import mosaic_gpu, mosaic_wgmma, reference, xla_cpu
 
 # op -> name -> implementation, best first; the reference is last and takes everything.
@@ -53,6 +55,10 @@ IMPLEMENTATIONS: Mapping[str, Mapping[str, Implementation]] = {
     "gated": {
         "mosaic_gpu": Implementation(gated_mosaic_gpu.run, gated_mosaic_gpu.supports),
         "reference": Implementation(gated_reference.run, gated_reference.supports),
+    },
+    "norm_matmul": {
+        "mosaic_gpu": Implementation(norm_matmul_mosaic_gpu.run, norm_matmul_mosaic_gpu.supports),
+        "reference": Implementation(norm_matmul_reference.run, norm_matmul_reference.supports),
     },
     "block_scaled_matmul": {
         "mosaic_gpu": Implementation(block_mosaic_gpu.run, block_mosaic_gpu.supports),

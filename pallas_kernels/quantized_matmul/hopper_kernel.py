@@ -19,6 +19,7 @@ x is asked for before they are full, or it would wait in line behind all of thei
 # The decorator of inline code keeps the type of what it wraps, which takes one argument more.
 # pyright: reportCallIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -32,6 +33,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.chained import follow
 from pallas_kernels.quantized_matmul import hopper_asm as ptx
 from pallas_kernels.quantized_matmul import hopper_layout as layout
+from pallas_kernels.quantized_matmul.hopper_norm import Norm, operands
 from pallas_kernels.quantized_matmul.hopper_ring import Ring
 from pallas_kernels.quantized_matmul.hopper_shape import shape_of
 from pallas_kernels.quantized_matmul.hopper_step import step
@@ -49,8 +51,11 @@ def kernel(
 ) -> Callable[..., list[jax.Array]]:
     """`f(x [m, k], [arrays of each weight]) -> [[m, n] of each]` for one problem.
 
+    With a norm in front x is the operands of `add_norm`, and their sum is the first result.
+
     Args:
-      problem: that of all weights side by side.
+      problem: that of all weights side by side; of a gate and what it multiplies: in turn, each to
+        whole tiles.
       config: how the work is cut.
       channels: of each weight; None for one weight.
 
@@ -58,7 +63,8 @@ def kernel(
       ValueError: if the config cannot run it.
     """
     weight = problem.weight
-    sizes = plan(problem.m, weight, config, problem.bias)
+    norm, gate = problem.norm is not None, problem.gate is not None
+    sizes = plan(problem.m, weight, config, problem.bias, norm, gate)
     if isinstance(sizes, str):
         raise ValueError(f"{config} cannot run {problem}: {sizes}")
     shape = shape_of(problem, sizes)
@@ -70,6 +76,7 @@ def kernel(
     warps = 4 * c.warpgroups
     widths = list(channels or [weight.n])
     ends = list(itertools.accumulate(-(-n // layout.ROWS) for n in widths))
+    results = widths[:1] if gate else widths
     scratch = {
         "w_s": plgpu.SMEM((warps, c.steps, words), jnp.int32),
         "full": plgpu.SMEM((warps, c.steps, 2), jnp.int32),
@@ -78,17 +85,24 @@ def kernel(
     if c.cluster > 1:
         scratch["slots"] = plgpu.SMEM((owned, c.cluster, *sums_shape), F32)
         scratch["arrived"] = plgpu.SMEM((owned, 2), jnp.int32)
+    if norm:
+        scratch["squares"] = plgpu.SMEM((warps, 8 * shape.columns), F32)
 
     keep_x, meet = load_x(shape, config), ptx.meet()
     add_up = sum_x(shape, config) if shape.start else None
     multiply = [step(shape, config, row) for row in range(c.rows)]
     ring = Ring(shape, config, ends)
     send, exchange = push(shape, config), Exchange(c.cluster * sums_shape[0] * 256)
-    write_warps = write(shape, config, warps, widths)
-    write_blocks = write(shape, config, c.cluster, widths)
+    write_warps = write(shape, config, warps, results)
+    write_blocks = write(shape, config, c.cluster, results)
 
-    def quantized_matmul(x, *refs, w_s, full, sums, slots=None, arrived=None):
-        refs, outs = refs[: -len(ends)], list(refs[-len(ends) :])
+    def quantized_matmul(*refs, w_s, full, sums, slots=None, arrived=None, squares=None):
+        refs, outs = refs[: -len(results)], list(refs[-len(results) :])
+        if norm:
+            x, y, factor, *refs, total = refs
+            front = Norm(shape, config, factor.dtype)
+        else:
+            x, *refs = refs
         count = len(shape.pieces)
         weights = [list(refs[i * count : (i + 1) * count]) for i in range(len(ends))]
         block = lax.axis_index("n")
@@ -99,7 +113,8 @@ def kernel(
         turns = _quotient(shape.tiles_n // c.rows - block + sizes.grid - 1, sizes.grid)
 
         def channel(turn):
-            return _thread_wide((block + turn * sizes.grid) * c.rows * layout.ROWS)
+            rows = c.rows // 2 if gate else c.rows
+            return _thread_wide((block + turn * sizes.grid) * rows * layout.ROWS)
 
         def fetch(tile):
             turn, row = _quotient(tile, c.rows), lax.rem(tile, np.int32(c.rows))
@@ -112,7 +127,7 @@ def kernel(
             def add():
                 own = _quotient(turn, c.cluster)
                 exchange.wait(arrived.at[own])
-                write_blocks(outs, slots.at[own], channel(turn))
+                write_blocks(outs, slots.at[own], channel(turn), [])
 
             _when((turn >= 0) & (lax.rem(turn, np.int32(c.cluster)) == rank), add)
 
@@ -121,6 +136,7 @@ def kernel(
             return _
 
         ring.open(full)
+        factor = front.weight(factor) if norm else None
         if shape.has("bias"):  # its words are made in the call, by the kernel before perhaps
             follow()
         lax.fori_loop(0, early, begin, np.int32(0))
@@ -128,8 +144,12 @@ def kernel(
             exchange.open(arrived)
         if not shape.has("bias"):
             follow()
-        kept = (keep_x(x),)
-        lax.fori_loop(early, c.steps, begin, np.int32(0))
+        rest = functools.partial(lax.fori_loop, early, c.steps, begin, np.int32(0))
+        if norm:
+            kept = (front.run(x, y, factor, squares, total, _thread_wide(block), rest),)
+        else:
+            kept = (keep_x(x),)
+            rest()
         if add_up is not None:
             kept += (add_up(kept[0]),)
         if c.cluster > 1:
@@ -146,7 +166,7 @@ def kernel(
                 fetch(tile + c.steps)
             meet()  # also: whoever comes here has read the sums of the turn before
             if c.cluster == 1:
-                write_warps(outs, mine, channel(turn))
+                write_warps(outs, mine, channel(turn), [squares] if norm else [])
                 return _
             own = _quotient(turn, c.cluster)
             owner = _thread_wide(lax.rem(turn, np.int32(c.cluster)))
@@ -166,7 +186,10 @@ def kernel(
         options |= {"num_threads": c.warpgroups, "thread_name": "wg"}
     run = plgpu.kernel(
         quantized_matmul,
-        out_type=[jax.ShapeDtypeStruct((shape.m, n), shape.out) for n in widths],
+        out_type=[
+            *([jax.ShapeDtypeStruct((shape.m, shape.k), jnp.bfloat16)] if norm else []),
+            *(jax.ShapeDtypeStruct((shape.m, n), shape.out) for n in results),
+        ],
         scratch_types=scratch,
         grid=(sizes.grid,),
         grid_names=("n",),
@@ -176,7 +199,8 @@ def kernel(
 
     def call(x, arrays):
         held = [{**one, "bias": _bias_words(one.get("bias"))} for one in arrays]
-        return run(x, *(one[piece.name] for one in held for piece in shape.pieces))
+        first = operands(x) if norm else [x]
+        return run(*first, *(one[piece.name] for one in held for piece in shape.pieces))
 
     return call
 

@@ -18,7 +18,8 @@ class Ring:
     """Each warp's own stages of weights, `[warp, step]`, and barriers that say they are full.
 
     `fetch` brings the tile number `tile` of the block, which lies at `row` of all weights, into its
-    stage, or nothing if `row` is beyond them; of k, it begins at the tile `first`.
+    stage, or nothing if `row` is beyond them; of k, it begins at the tile `first`. Of a gate and
+    what it multiplies rows are taken in turn.
 
     Args:
       shape, config: of the kernel.
@@ -58,15 +59,26 @@ class Ring:
                 first, arith.muli(arith.andi(warp, ptx.number(3)), ptx.number(config.depth))
             )
             live = ptx.flag(arith.cmpi(arith.CmpIPredicate.eq, lane, ptx.number(0)))
-            for held, begin, end in zip(weights, [0, *ends], ends, strict=False):
-                here = arith.cmpi(arith.CmpIPredicate.ult, row, ptx.number(end))
-                if begin:
-                    after = arith.cmpi(arith.CmpIPredicate.uge, row, ptx.number(begin))
-                    here = arith.andi(after, here)
+            for i, held in enumerate(weights):
+                here, own = in_turn(row, i) if shape.gate else side_by_side(row, i)
                 branch = scf.IfOp(here)
                 with ir.InsertionPoint(branch.then_block):
-                    copy(held, ptx.add(row, -begin), along, to, barrier, live)
+                    copy(held, own(), along, to, barrier, live)
                     scf.yield_([])
+
+        def side_by_side(row, i):
+            """Whether a row of all weights is of weight i, and which of its rows it is."""
+            begin = ends[i - 1] if i else 0
+            here = arith.cmpi(arith.CmpIPredicate.ult, row, ptx.number(ends[i]))
+            if begin:
+                after = arith.cmpi(arith.CmpIPredicate.uge, row, ptx.number(begin))
+                here = arith.andi(after, here)
+            return here, lambda: ptx.add(row, -begin)
+
+        def in_turn(row, i):
+            known = arith.cmpi(arith.CmpIPredicate.ult, row, ptx.number(ends[-1]))
+            its = arith.cmpi(arith.CmpIPredicate.eq, arith.andi(row, ptx.number(1)), ptx.number(i))
+            return arith.andi(known, its), lambda: arith.shrui(row, ptx.number(1))
 
         def copy(held, row, along, to, barrier, live):
             """The pieces of a row of tiles, from the tile `along` k on."""

@@ -33,6 +33,7 @@ class Shape(NamedTuple):
         operands are the codes themselves.
       scale, offset: dtype names.
       out, activation: what is written.
+      norm, gate: as of the problem.
       tiles_n, tiles_k: 16 channels, 128 of k.
       pieces: what a stage holds, in order.
     """
@@ -51,6 +52,8 @@ class Shape(NamedTuple):
     tiles_n: int
     tiles_k: int
     pieces: tuple[Piece, ...]
+    norm: float | None
+    gate: str | None
 
     @property
     def columns(self) -> int:
@@ -113,4 +116,6 @@ def shape_of(problem: Problem, sizes: Plan) -> Shape:
         sizes.tiles_n,
         sizes.tiles_k,
         tuple(pieces),
+        problem.norm,
+        problem.gate,
     )

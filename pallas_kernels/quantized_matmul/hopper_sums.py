@@ -44,18 +44,13 @@ ACTIVATIONS: Mapping[str | None, Callable[[ir.Value], ir.Value]] = {
 }
 
 
-def _each_total(
-    shape: Shape, config: Config, sums: ir.Value, count: int, use: Callable[..., None]
-) -> None:
-    """Adds `count` sums `[count, line, 64]` in order; warps take turns at the lines.
+def _each_line(lines: int, config: Config, use: Callable[..., None]) -> None:
+    """Warps take turns at the lines: `use` is given the line and the lane.
 
-    `use` is given the line, the lane and the pair of totals. Where there are fewer lines than
-    warps, they go to warps of different warpgroups and schedulers.
+    Where there are fewer lines than warps, they go to warps of different warpgroups and schedulers.
     """
-    f32 = ir.F32Type.get()
-    lines, warps = config.rows * 2 * shape.columns, 4 * config.warpgroups
+    warps = 4 * config.warpgroups
     warp, lane = ptx.lane()
-    sums = ptx.begin(sums)
     quad, place = arith.shrui(warp, ptx.number(2)), arith.andi(warp, ptx.number(3))
     turned = arith.andi(arith.subi(place, quad), ptx.number(3))
     warp = arith.addi(arith.muli(turned, ptx.number(config.warpgroups)), quad)
@@ -64,38 +59,78 @@ def _each_total(
         live = arith.cmpi(arith.CmpIPredicate.ult, line, ptx.number(lines))
         branch = scf.IfOp(live)
         with ir.InsertionPoint(branch.then_block):
-            place = arith.addi(arith.muli(line, ptx.number(64)), arith.muli(lane, ptx.number(2)))
-            got = [
-                ptx.load(sums, ptx.add(place, part * lines * 64), 2, f32) for part in range(count)
-            ]
-            total = got[0]
-            for part in got[1:]:
-                total = [arith.addf(t, v) for t, v in zip(total, part, strict=True)]
-            use(line, lane, total)
+            use(line, lane)
             scf.yield_([])
+
+
+def _total(
+    sums: ir.Value, place: ir.Value, count: int, stride: int, start: int = 0
+) -> list[ir.Value]:
+    """The pair at word `place + start` of each `stride` words, `count` times, added in order."""
+    got = [
+        ptx.load(sums, ptx.add(place, start + part * stride), 2, ir.F32Type.get())
+        for part in range(count)
+    ]
+    total: Any = got[0]
+    for part in got[1:]:
+        total = [arith.addf(t, v) for t, v in zip(total, part, strict=True)]
+    return total
+
+
+def _pair(line: ir.Value, lane: ir.Value) -> ir.Value:
+    """The word of a lane's pair in sums `[line, 64]`."""
+    return arith.addi(arith.muli(line, ptx.number(64)), arith.muli(lane, ptx.number(2)))
 
 
 def write(shape: Shape, config: Config, count: int, widths: Sequence[int]) -> Any:
     """Adds `count` sums and writes them from the channel `first` on: the results `[m, width]` of
     the weights lie side by side in channels.
+
+    With a gate there is one result, of tiles of the two weights in turn. With a norm in front
+    `squares [warp, 8 columns]` are what `hopper_norm` leaves.
     """
     half_word = shape.out == jnp.dtype(jnp.bfloat16)
-    activate = ACTIVATIONS[shape.activation]
     begins = [0, *itertools.accumulate(widths)]
+    lines, per_row = config.rows * 2 * shape.columns, 2 * shape.columns
+    known_channels = shape.n if shape.gate is None else widths[0]
+    of_norm = [] if shape.norm is None else [plgpu.RefType()]
 
-    @plgpu.inline_mgpu(arg_types=([plgpu.RefType()] * len(widths), plgpu.RefType(), ptx.SCALAR))
-    def add_and_write(ctx, outs, sums, first):
+    @plgpu.inline_mgpu(
+        arg_types=([plgpu.RefType()] * len(widths), plgpu.RefType(), ptx.SCALAR, of_norm)
+    )
+    def add_and_write(ctx, outs, sums, first, squares):
         i64 = ir.IntegerType.get_signless(64)
         kind = ir.BF16Type.get() if half_word else ir.F32Type.get()
+        sums, squares = ptx.begin(sums), [ptx.begin(v) for v in squares]
 
-        def put(line, lane, total):
+        def ends(place, m):
+            """The values that are written, of the totals at a place."""
+            totals = [_total(sums, place, count, lines * 64)]
+            if shape.gate is not None:
+                totals.append(_total(sums, place, count, lines * 64, per_row * 64))
+            for of_warp in squares:
+                roots = root(of_warp, m)
+                totals = [[arith.mulf(*v) for v in zip(t, roots, strict=True)] for t in totals]
+            gates = [ACTIVATIONS[shape.gate or shape.activation](v) for v in totals[0]]
+            if shape.gate is None:
+                return gates
+            return [arith.mulf(*v) for v in zip(gates, totals[1], strict=True)]
+
+        def root(squares, m):
+            """1 / sqrt(mean of squares + epsilon) of row m and the next."""
+            f32, total = ir.F32Type.get(), _total(squares, m, count, 8 * shape.columns)
+            mean = [arith.mulf(v, ptx.real(1 / shape.k)) for v in total]
+            above = [arith.addf(v, ptx.real(shape.norm)) for v in mean]
+            return [ptx.asm(f32, "rsqrt.approx.ftz.f32 $0, $1;", "=f,f", v) for v in above]
+
+        def put(line, lane):
             rest = arith.shrui(line, ptx.number(1))
             column, row = (f(rest, ptx.number(shape.columns)) for f in (arith.remui, arith.divui))
             half = arith.muli(arith.andi(line, ptx.number(1)), ptx.number(8))
             inner = arith.addi(half, arith.shrui(lane, ptx.number(2)))
             tile = arith.addi(first.registers.item(), arith.muli(row, ptx.number(layout.ROWS)))
             known = arith.cmpi(
-                arith.CmpIPredicate.ult, arith.addi(tile, inner), ptx.number(shape.n)
+                arith.CmpIPredicate.ult, arith.addi(tile, inner), ptx.number(known_channels)
             )
             out, width, begin = utils.memref_ptr(outs[0]), ptx.number(widths[0]), ptx.number(0)
             for ref, n, start in zip(outs[1:], widths[1:], begins[1:], strict=False):
@@ -106,8 +141,9 @@ def write(shape: Shape, config: Config, count: int, widths: Sequence[int]) -> An
             channel = arith.addi(arith.subi(tile, begin), inner)
             pair = arith.muli(arith.andi(lane, ptx.number(3)), ptx.number(2))
             m = arith.addi(arith.muli(column, ptx.number(8)), pair)
-            for i, value in enumerate(total):
-                value = activate(value)
+            if shape.gate is not None:  # the line of the first of the two rows
+                line = arith.addi(line, arith.muli(row, ptx.number(per_row)))
+            for i, value in enumerate(ends(_pair(line, lane), m)):
                 there = ptx.add(m, i)
                 offset = arith.addi(arith.muli(there, width), channel)
                 live = arith.andi(
@@ -124,7 +160,7 @@ def write(shape: Shape, config: Config, count: int, widths: Sequence[int]) -> An
                     ptx.flag(live),
                 )
 
-        _each_total(shape, config, sums, count, put)
+        _each_line(lines if shape.gate is None else lines // 2, config, put)
 
     return add_and_write
 
@@ -137,7 +173,10 @@ def push(shape: Shape, config: Config) -> Any:
         rank = owner.registers.item()
         barrier, start = ptx.far(ptx.near(arrived), rank), ptx.far(ptx.near(slot), rank)
 
-        def send(line, lane, total):
+        lines, sums = config.rows * 2 * shape.columns, ptx.begin(sums)
+
+        def send(line, lane):
+            total = _total(sums, _pair(line, lane), 4 * config.warpgroups, lines * 64)
             byte = arith.addi(arith.muli(line, ptx.number(256)), arith.muli(lane, ptx.number(8)))
             ptx.run(
                 "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 "
@@ -148,7 +187,7 @@ def push(shape: Shape, config: Config) -> Any:
                 *total,
             )
 
-        _each_total(shape, config, sums, 4 * config.warpgroups, send)
+        _each_line(lines, config, send)
 
     return add_and_send
 

@@ -3,6 +3,7 @@
 # The decorator of inline code keeps the type of what it wraps, which takes one argument more.
 # pyright: reportCallIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -24,7 +25,6 @@ def load_x(shape: Shape, config: Config) -> Any:
 
     Beyond the rows of x, and where the tiles belong to another warpgroup, it is 0.
     """
-    box, parts = 4 * config.depth, config.cluster * config.warpgroups
     count, held = layouts(shape, config)[0]
 
     @plgpu.inline_mgpu(
@@ -32,55 +32,71 @@ def load_x(shape: Shape, config: Config) -> Any:
         return_type=plgpu.ShapeDtypeStruct((count, 128), jnp.int32, layout=held),
     )
     def keep(ctx, x):
-        i32, i64 = (ir.IntegerType.get_signless(n) for n in (32, 64))
-        four = llvm.StructType.get_literal([i32] * 4)
-        warp, lane = ptx.lane()
-        x = ptx.begin(x)
-        rank = ptx.rank(config.cluster > 1)
-        part = arith.addi(
-            arith.muli(rank, ptx.number(config.warpgroups)), arith.shrui(warp, ptx.number(2))
-        )
-        begin, end = (
-            arith.divui(arith.muli(ptx.add(part, i), ptx.number(shape.tiles_k)), ptx.number(parts))
-            for i in (0, 1)
-        )
-        first = arith.minui(begin, ptx.number(shape.tiles_k - box))
-        tile = arith.addi(
-            first, arith.muli(arith.andi(warp, ptx.number(3)), ptx.number(config.depth))
-        )
-        r, c = arith.shrui(lane, ptx.number(2)), arith.andi(lane, ptx.number(3))
-        out = []
-        for j in range(config.depth):
-            own = ptx.add(tile, j)
-            mine = arith.andi(
-                arith.cmpi(arith.CmpIPredicate.uge, own, begin),
-                arith.cmpi(arith.CmpIPredicate.ult, own, end),
-            )
-            start = arith.addi(
-                arith.muli(own, ptx.number(layout.DEPTH)), arith.muli(c, ptx.number(8))
-            )
-            for b in range(4):
-                k = ptx.add(start, 32 * b)
-                inside = arith.cmpi(arith.CmpIPredicate.ult, k, ptx.number(shape.k))
-                for column in range(shape.columns):
-                    row = ptx.add(r, 8 * column)
-                    there = arith.cmpi(arith.CmpIPredicate.ult, row, ptx.number(shape.m))
-                    live = ptx.flag(arith.andi(arith.andi(mine, inside), there))
-                    offset = arith.addi(arith.muli(row, ptx.number(shape.k)), k)
-                    got = ptx.asm(
-                        four,
-                        "{ .reg .pred p; setp.ne.b32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; "
-                        "mov.b32 $2, 0; mov.b32 $3, 0; "
-                        "@p ld.global.v4.b32 {$0, $1, $2, $3}, [$4]; }",
-                        "=&r,=&r,=&r,=&r,l,r,~{memory}",
-                        ptx.at(x, arith.extui(i64, offset), ir.BF16Type.get()),
-                        live,
-                        effects=True,
-                    )
-                    out += [llvm.extractvalue(i32, got, [q]) for q in range(4)]
-        return ptx.registers(out, i32)
+        x, bf16 = ptx.begin(x), ir.BF16Type.get()
+        out = [v for offset, live in eights(shape, config) for v in take(x, offset, bf16, live)]
+        return ptx.registers(out, ir.IntegerType.get_signless(32))
 
     return keep
+
+
+def along_k(shape: Shape, config: Config) -> Iterator[tuple[ir.Value, ir.Value]]:
+    """Of each eight numbers along k that a lane keeps, in order: where they begin, and whether they
+    are the warp's and not beyond the end.
+    """
+    box, parts = 4 * config.depth, config.cluster * config.warpgroups
+    warp, lane = ptx.lane()
+    rank = ptx.rank(config.cluster > 1)
+    part = arith.addi(
+        arith.muli(rank, ptx.number(config.warpgroups)), arith.shrui(warp, ptx.number(2))
+    )
+    begin, end = (
+        arith.divui(arith.muli(ptx.add(part, i), ptx.number(shape.tiles_k)), ptx.number(parts))
+        for i in (0, 1)
+    )
+    first = arith.minui(begin, ptx.number(shape.tiles_k - box))
+    tile = arith.addi(first, arith.muli(arith.andi(warp, ptx.number(3)), ptx.number(config.depth)))
+    c = arith.andi(lane, ptx.number(3))
+    for j in range(config.depth):
+        own = ptx.add(tile, j)
+        mine = arith.andi(
+            arith.cmpi(arith.CmpIPredicate.uge, own, begin),
+            arith.cmpi(arith.CmpIPredicate.ult, own, end),
+        )
+        start = arith.addi(arith.muli(own, ptx.number(layout.DEPTH)), arith.muli(c, ptx.number(8)))
+        for b in range(4):
+            k = ptx.add(start, 32 * b)
+            inside = arith.cmpi(arith.CmpIPredicate.ult, k, ptx.number(shape.k))
+            yield k, arith.andi(mine, inside)
+
+
+def eights(shape: Shape, config: Config) -> Iterator[tuple[ir.Value, ir.Value]]:
+    """Of each four registers that a lane keeps, in order: where they lie in x `[m, k]`, and 1 if
+    they are there, else 0.
+    """
+    _, lane = ptx.lane()
+    r = arith.shrui(lane, ptx.number(2))
+    for k, live in along_k(shape, config):
+        for column in range(shape.columns):
+            row = ptx.add(r, 8 * column)
+            there = arith.cmpi(arith.CmpIPredicate.ult, row, ptx.number(shape.m))
+            offset = arith.addi(arith.muli(row, ptx.number(shape.k)), k)
+            yield offset, ptx.flag(arith.andi(live, there))
+
+
+def take(start: ir.Value, offset: ir.Value, unit: ir.Type, live: ir.Value) -> list[ir.Value]:
+    """Four words of memory, `offset` units behind `start`; 0 where they are not there."""
+    i32, i64 = (ir.IntegerType.get_signless(n) for n in (32, 64))
+    got = ptx.asm(
+        llvm.StructType.get_literal([i32] * 4),
+        "{ .reg .pred p; setp.ne.b32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; "
+        "mov.b32 $2, 0; mov.b32 $3, 0; "
+        "@p ld.global.v4.b32 {$0, $1, $2, $3}, [$4]; }",
+        "=&r,=&r,=&r,=&r,l,r,~{memory}",
+        ptx.at(start, arith.extui(i64, offset), unit),
+        live,
+        effects=True,
+    )
+    return [llvm.extractvalue(i32, got, [q]) for q in range(4)]
 
 
 def sum_x(shape: Shape, config: Config) -> Any:

@@ -76,13 +76,24 @@ def columns(m: int) -> int:
     return -(-m // 8)
 
 
-def plan(m: int, weight: Weight, config: Config, bias: bool = False) -> Plan | str:
+def plan(
+    m: int,
+    weight: Weight,
+    config: Config,
+    bias: bool = False,
+    norm: bool = False,
+    gate: bool = False,
+) -> Plan | str:
     """The sizes that follow from a config, or why it cannot run."""
     c = config
     n, k = -(-weight.n // hopper_layout.ROWS), -(-weight.k // hopper_layout.DEPTH)
     parts, box = c.cluster * c.warpgroups, 4 * c.depth
     if n % c.rows:
         return f"{n} tiles of 16 channels do not divide into turns of {c.rows}"
+    if c.cluster > 1 and (norm or gate):
+        return "blocks of a cluster have sums of a part of k: no norm and no gate there"
+    if gate and c.rows % 2:
+        return f"a gate and what it multiplies are in one turn, not in turns of {c.rows}"
     if -(-k // parts) > box or k < box:
         return f"{parts} warpgroups of {box} tiles do not cover {k} along k"
     grid = min(c.blocks or n // c.rows, n // c.rows)
@@ -93,12 +104,16 @@ def plan(m: int, weight: Weight, config: Config, bias: bool = False) -> Plan | s
     shared += min(2, turns) * c.warpgroups * 4 * sums
     if c.cluster > 1:
         shared += -(-turns // c.cluster) * c.cluster * sums
+    if norm:
+        shared += c.warpgroups * 4 * 8 * columns(m) * 4
     if shared > SHARED_MEMORY:
         return f"needs {shared} bytes of shared memory, has {SHARED_MEMORY}"
     return Plan(n, k, grid, turns, box, shared)
 
 
-def configs(m: int, weight: Weight, bias: bool = False) -> Iterator[tuple[float, Config]]:
+def configs(
+    m: int, weight: Weight, bias: bool = False, norm: bool = False, gate: bool = False
+) -> Iterator[tuple[float, Config]]:
     """Configs that can run, each with a guess at its worth (the share of the peak).
 
     The guess multiplies how evenly the work falls on the multiprocessors, how much of k is padding,
@@ -118,7 +133,7 @@ def configs(m: int, weight: Weight, bias: bool = False) -> Iterator[tuple[float,
         blocks = -(-(n // rows) // turns)
         for steps in (16, 12, 8, 6, 5, 4, 3, 2, 1):
             config = Config(depth, warpgroups, cluster, rows, steps, blocks)
-            sized = plan(m, weight, config, bias)
+            sized = plan(m, weight, config, bias, norm, gate)
             if isinstance(sized, str) or steps > turns * rows:
                 continue
             if sized.shared > (SHARED_MEMORY + 4096) // resident - 4096:
@@ -147,7 +162,14 @@ def family(weight: Weight) -> str:
     return {"int8": "int8", "int4": "int4", "uint4": "int4"}.get(weight.code, "fp8")
 
 
-def choose_config(m: int, weight: Weight, kind: str, bias: bool = False) -> Config | None:
+def choose_config(
+    m: int,
+    weight: Weight,
+    kind: str,
+    bias: bool = False,
+    norm: bool = False,
+    gate: bool = False,
+) -> Config | None:
     """An exact row of the device's table, else the row of the next larger m, else the best guess;
     None if no config can run.
     """
@@ -159,9 +181,9 @@ def choose_config(m: int, weight: Weight, kind: str, bias: bool = False) -> Conf
     ]
     for row in sorted(fits, key=lambda r: r["m"]):
         config = Config(*row["config"])
-        if not isinstance(plan(m, weight, config, bias), str):
+        if not isinstance(plan(m, weight, config, bias, norm, gate), str):
             return config
-    return max(configs(m, weight, bias), default=(0.0, None))[1]
+    return max(configs(m, weight, bias, norm, gate), default=(0.0, None))[1]
 
 
 def unfit(problem: Problem, device: Device) -> str | None:
@@ -248,10 +270,12 @@ def launch(
     whole: Problem,
     config: Config,
     channels: tuple[int, ...],
-    x: jax.Array,
+    x: jax.Array | tuple[jax.Array, ...],
     arrays: list[dict[str, jax.Array]],
 ) -> list[jax.Array]:
-    """`[m, n]` of each weight."""
+    """`[m, n]` of each weight. With a norm in front x is the operands of `add_norm`, whose sum is
+    the first result; with a gate there is one.
+    """
     from pallas_kernels.quantized_matmul import hopper_kernel  # needs a jax with Mosaic GPU
 
     return hopper_kernel.kernel(whole, config, channels)(x, arrays)

@@ -122,7 +122,7 @@ def _joined(
         out = jnp.float32 if x.dtype == jnp.int8 else x.dtype
     out, problems = jnp.dtype(out).name, []
     for held, weight in zip(arrays, weights, strict=True):
-        _check(x, held, weight, layout)
+        check(x, held, weight, layout)
         problem = Problem(x.shape[0], weight, layout, x.dtype.name, out, "bias" in held, activation)
         choose("quantized_matmul", problem, *options)
         problems.append(problem)
@@ -138,22 +138,29 @@ def _once(
     return _matmul(x, arrays, problems, options)
 
 
-def _check(x: jax.Array, arrays: Arrays, weight: Weight, layout: str) -> None:
+def check(
+    x: jax.Array, arrays: Arrays, weight: Weight, layout: str, op: str = "quantized_matmul"
+) -> None:
+    """Whether the operands of a product fit together.
+
+    Raises:
+      ValueError: if not, in the name of `op`.
+    """
     if layout not in LAYOUTS:
-        raise ValueError(f"quantized_matmul: layout {layout!r} is none of {', '.join(LAYOUTS)}")
+        raise ValueError(f"{op}: layout {layout!r} is none of {', '.join(LAYOUTS)}")
     reason = LAYOUTS[layout].supports(weight)
     if reason is not None:
-        raise ValueError(f"quantized_matmul: {weight} cannot lie in layout {layout}: {reason}")
+        raise ValueError(f"{op}: {weight} cannot lie in layout {layout}: {reason}")
     if x.ndim != 2 or x.shape[1] != weight.k:
         raise ValueError(
-            f"quantized_matmul: x must be [m, {weight.k}] for {weight}, is {x.shape}; reshape it, "
+            f"{op}: x must be [m, {weight.k}] for {weight}, is {x.shape}; reshape it, "
             "or map over what is in front with vmap"
         )
     for name, wanted in LAYOUTS[layout].shapes(weight).items():
         got = arrays.get(name)
         if got is None or (got.shape, got.dtype.name) != (wanted.shape, wanted.dtype.name):
             raise ValueError(
-                f"quantized_matmul: {name!r} of {weight} in layout {layout} must be "
+                f"{op}: {name!r} of {weight} in layout {layout} must be "
                 f"{wanted.dtype}{list(wanted.shape)}, is "
                 f"{None if got is None else f'{got.dtype}{list(got.shape)}'}; pack it with the "
                 "layout's pack_codes and pack_scale"

@@ -43,6 +43,10 @@ class Problem(NamedTuple):
       out: dtype name of the result; sums are in float32 or better.
       bias: whether a bias `[n]` is added to the float32 sums.
       activation: a name in `epilogue.ACTIVATIONS` for what follows the bias; None for nothing.
+      norm: epsilon, where x is an RMSNorm that the kernel computes; None where it is given. This
+        and what follows belong to `norm_matmul` and are None in `quantized_matmul`.
+      gate: a name in `gated.reference.ACTIVATIONS`, where the weight is two, tiles of channels in
+        turn, and the result `[m, n / 2]` is activation(x @ first) * (x @ second).
     """
 
     m: int
@@ -52,6 +56,8 @@ class Problem(NamedTuple):
     out: str
     bias: bool = False
     activation: str | None = None
+    norm: float | None = None
+    gate: str | None = None
 
     @property
     def plain(self) -> "Problem":

@@ -1,0 +1,1 @@
+"""The RMSNorm of a sum, and products of it with quantized weights."""
