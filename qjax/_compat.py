@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.core
+from jax._src import core as internal_core
 from jax._src import source_info_util
 from jax.extend import core
 
@@ -26,6 +27,11 @@ def bind(eqn: JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
     functions, params = params if isinstance(params, tuple) else ((), params)
     outputs = eqn.primitive.bind(*functions, *inputs, **params)
     return list(outputs) if eqn.primitive.multiple_results else [outputs]
+
+
+def outermost() -> bool:
+    """Whether nothing is being traced: only there does `jax.jit` take options of the compiler."""
+    return internal_core.trace_state_clean()
 
 
 @contextlib.contextmanager

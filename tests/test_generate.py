@@ -10,7 +10,7 @@ from tiny_models import CONFIGS, make, run, some_tokens, stacked
 
 import qjax
 from qjax.models import Decoder, generator
-from qjax.models.generate import truncate
+from qjax.models.generate import GPU_OPTIONS, truncate
 
 NEW = 9
 
@@ -113,6 +113,18 @@ def test_a_second_call_traces_nothing():
     assert before >= 2
     generate(params, (some_tokens() + 1) % config.vocab_size, jax.random.key(1), length=7)
     assert len(traces) == before
+
+
+def test_options_of_the_compiler_are_given_where_it_takes_them(monkeypatch):
+    """For a GPU, and not under another jit, which would refuse them."""
+    config = CONFIGS["llama"]
+    model, params = make(config)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    generate = generator(model.apply, config, max_new_tokens=2)
+    alone = generate(params, some_tokens()).tokens
+    np.testing.assert_array_equal(jax.jit(generate)(params, some_tokens()).tokens, alone)
+    with pytest.raises(ValueError, match="top-level"):
+        jax.jit(jax.jit(jnp.sin, compiler_options=GPU_OPTIONS))(1.0)
 
 
 def test_sampling_follows_the_distribution():

@@ -9,8 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from qjax import _compat
 from qjax.models.architecture import Config
 from qjax.models.cache import init_cache
+
+# Kernels that XLA captures into a graph do not start before the one in front of them is done.
+GPU_OPTIONS = {"xla_gpu_enable_command_buffer": ""}
 
 
 class Generation(NamedTuple):
@@ -111,7 +115,7 @@ def generator(
         _, _, _, out, lengths, _ = jax.lax.while_loop(unfinished, advance, start)
         return Generation(out, lengths)
 
-    compiled = jax.jit(run)
+    compiled, alone = jax.jit(run), jax.jit(run, compiler_options=GPU_OPTIONS)
 
     def generate(params: Any, tokens: Any, key: Any = None, length: Any = None) -> Generation:
         tokens = jnp.asarray(tokens, jnp.int32)
@@ -125,7 +129,8 @@ def generator(
         if temperature > 0 and key is None:
             raise ValueError("generate: sampling needs a key, such as jax.random.key(0)")
         length = tokens.shape[1] if length is None else length
-        return compiled(params, tokens, key if temperature > 0 else None, jnp.int32(length))
+        call = alone if jax.default_backend() == "gpu" and _compat.outermost() else compiled
+        return call(params, tokens, key if temperature > 0 else None, jnp.int32(length))
 
     return generate
 
