@@ -5,6 +5,7 @@ rule, or when the rule declines, the box is opened into the array that it stands
 equation runs as it was traced. An equation that meets no box is bound unchanged, whatever it is.
 """
 
+import ast
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
@@ -65,6 +66,8 @@ class Table(NamedTuple):
         and returns the outputs of each that it took, None for the others.
       early: primitives that may run before their turn, to bring the box of a later such equation.
       joins: whether a box is one that a joint rule may take; the others are not searched for mates.
+      calls: name of a jitted function -> rule for a call of it that meets a box: (equation, inputs,
+        *static arguments) -> outputs, or `Decline`, and the call is entered. See `call_name`.
     """
 
     is_box: Callable[[Any], bool]
@@ -77,6 +80,14 @@ class Table(NamedTuple):
     joint: Mapping[str, JointRule] = MappingProxyType({})
     early: Collection[str] = ()
     joins: Callable[[Any], bool] = lambda box: False
+    calls: Mapping[str, Callable[..., "list[Any] | Decline"]] = MappingProxyType({})
+
+
+def call_name(name: str, *static: Any) -> str:
+    """What a jitted function must be called for the rule `name` of `Table.calls`; `static` is what
+    its body was traced with, Python literals.
+    """
+    return f"{name}{static!r}"
 
 
 def interpret(table: Table, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
@@ -235,6 +246,11 @@ def _open(table: Table, value: Any, eqn: _compat.JaxprEqn, reason: str) -> Any:
 def _jit(table: Table, eqn: _compat.JaxprEqn, inputs: list[Any], jits: dict) -> list[Any]:
     """One function per inner jaxpr and structure of boxes: layers called n times lower once."""
     params = eqn.params
+    name, parenthesis, static = params["name"].partition("(")
+    if parenthesis and name in table.calls:
+        outputs = table.calls[name](eqn, inputs, *ast.literal_eval(parenthesis + static))
+        if not isinstance(outputs, Decline):
+            return outputs
     inner = params["jaxpr"]
     key = (id(inner), jax.tree.structure(inputs))
     if key not in jits:

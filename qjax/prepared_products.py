@@ -11,6 +11,8 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels.dispatch import choose
+from pallas_kernels.norm_matmul.op import norm_matmul
+from pallas_kernels.norm_matmul.problem import Problem as NormMatmul
 from pallas_kernels.quantized_matmul.op import joined_matmul, joins, quantized_matmul
 from pallas_kernels.quantized_matmul.partition import part as check_part
 from pallas_kernels.quantized_matmul.problem import Problem
@@ -51,6 +53,36 @@ def joined(x: jax.Array, products: Sequence[tuple[Any, Dot]]) -> tuple[list[jax.
     )
     shaped = [_as_result(y, x, p, dot) for y, (p, dot) in zip(ys, parts, strict=True)]
     return shaped, path(problems[0], first), joins(problems) is None
+
+
+def normed(
+    x: jax.Array,
+    y: jax.Array,
+    scale: jax.Array,
+    epsilon: float,
+    weights: Sequence[Quantized],
+    gate: str | None,
+) -> tuple[list[jax.Array], str] | None:
+    """`x + y` and its RMSNorm by each weight `[k, n]` (`gate(first) * second` of two with a gate),
+    and the name of their path; None where that is no launch of its own.
+
+    x and y are `[..., k]`, scale is `[k]`.
+    """
+    held = [q for q in weights if isinstance(q, Prepared)]
+    last = Dot((((x.ndim - 1,), (0,)), ((), ())), 1, None, x.dtype)
+    if len(held) < len(weights) or len(alike(x, [(q, last) for q in held])) < len(held):
+        return None
+    parts, rows = [q.local() for q in held], x.size // x.shape[-1]
+    layout, kinds = parts[0].layout, tuple(p.weight for p in parts)
+    problem = NormMatmul(rows, epsilon, kinds, layout, x.dtype.name, x.dtype.name, gate)
+    name = choose("norm_matmul", problem)
+    if name == "reference":
+        return None
+    x_rows, y_rows = x.reshape(rows, -1), y.reshape(rows, -1)
+    arrays = [p.operands() for p in parts]
+    total, ys = norm_matmul(x_rows, y_rows, scale, epsilon, arrays, kinds, layout, gate=gate)
+    results = [v.reshape(*x.shape[:-1], -1) for v in (total, *ys)]
+    return results, f"{name} on {layout} behind its norm{' and before its gate' if gate else ''}"
 
 
 def unfit(x: jax.Array, p: Prepared, op: Op) -> str | None:

@@ -195,7 +195,10 @@ def run_table(record: Record | None) -> Table:
     is_box = lambda v: isinstance(v, Box)
     early = frozenset(STRUCTURAL)
     joins = lambda box: isinstance(box.tensor, Prepared)
-    return Table(is_box, rules, open_box, slice_leading, shard, None, None, joint, early, joins)
+    calls = {name: functools.partial(rule, note) for name, rule in CALLS.items()}
+    return Table(
+        is_box, rules, open_box, slice_leading, shard, None, None, joint, early, joins, calls
+    )
 
 
 def carry(
@@ -325,6 +328,23 @@ def _joint_dots(
     return out
 
 
+def _normed_products(
+    note: Record, eqn: _compat.JaxprEqn, inputs: list[Any], epsilon: float, gate: str | None
+) -> list[Any] | Decline:
+    """The sum of x and y, its RMSNorm by each weight, and what a gate makes of two."""
+    x, y, scale, *boxes = inputs
+    if [isinstance(v, Box) for v in inputs] != [False] * 3 + [True] * len(boxes):
+        return Decline("it is not the kernels alone that are quantized")
+    done = prepared_products.normed(x, y, scale, epsilon, [b.tensor for b in boxes], gate)
+    if done is None:
+        return Decline("they have no launch of their own")
+    outputs, how = done
+    for box in boxes:
+        others = ", ".join(b.path or "" for b in boxes if b is not box)
+        note(box, eqn, f"{how}, in one launch with {others}" if others else how)
+    return outputs
+
+
 def _ragged_dot(note: Record, eqn: _compat.JaxprEqn, inputs: list[Any]) -> list[Any] | Decline:
     x, box, group_sizes = inputs
     params = eqn.params
@@ -382,3 +402,7 @@ COMPUTING: Mapping[str, Callable[[Record, _compat.JaxprEqn, list[Any]], list[Any
     "conv_general_dilated": _conv,
     "gather": _gather,
 }
+
+# Functions that are run as a whole where they meet quantized operands: name -> (note, equation,
+# inputs, *static arguments) -> outputs or Decline.
+CALLS: Mapping[str, Callable[..., list[Any] | Decline]] = {"normed_products": _normed_products}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from tiny_models import CONFIGS, make, some_tokens
 
+import qjax
 from pallas_kernels import hopper
 from pallas_kernels.add_norm.op import add_norm
 from pallas_kernels.decode_attention import problems
@@ -13,6 +14,7 @@ from pallas_kernels.decode_attention.op import decode_attention
 from pallas_kernels.dispatch import IMPLEMENTATIONS, choose
 from pallas_kernels.frame import Device
 from pallas_kernels.gated.op import gated
+from qjax import prepared_products
 from qjax.models import fused, init_cache
 
 HOPPER = Device("gpu", "NVIDIA H100 80GB HBM3")
@@ -96,6 +98,46 @@ def test_a_decoder_on_these_ops_is_itself(name, monkeypatch):
     assert set(used) == {"add_norm", "decode_attention", "gated"}
     for a, b in zip(*map(jax.tree.leaves, ((ours, cache), (plain, plain_cache))), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+def test_prepared_weights_of_a_decoder_are_one_launch_with_their_norm_and_gate(monkeypatch):
+    """Names and results of the launches, and that a step is what it was without them."""
+    config = CONFIGS["llama"]
+    model, params = make(config)
+    token = some_tokens()[:, 5:6]
+    apply = lambda params, cache: model.apply(params, token, cache=cache)[0]
+    sites = qjax.find_sites(lambda params: model.apply(params, token), params)
+    qparams = qjax.quantize_params(params, "int8", sites)
+    fast = qjax.prepare(qparams, sites)
+    cache = init_cache(config, 2, 8)
+    plain = jax.jit(qjax.quantized(apply))(fast, cache)
+
+    monkeypatch.setattr(fused, "_runs", lambda op, problem: op != "decode_attention")
+    monkeypatch.setattr(prepared_products, "choose", lambda op, problem: "kernel")
+    monkeypatch.setattr(prepared_products, "joins", lambda problems: None)
+    ours = jax.jit(qjax.quantized(apply))(fast, cache)
+    # float32 sums in another order
+    np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-5 * float(jnp.abs(plain).max()))
+    uses = {
+        use.path.removeprefix("params/"): use.how for use in qjax.explain(apply, fast, cache).uses
+    }
+    behind = "kernel on bytes behind its norm"
+    assert uses["layers_1/attention/q/kernel"].startswith(f"{behind}, in one launch with params/")
+    assert uses["layers_0/mlp/up/kernel"] == (
+        f"{behind} and before its gate, in one launch with params/layers_0/mlp/gate/kernel"
+    )
+    assert uses["layers_0/attention/q/kernel"].startswith(f"{behind}, in one launch with params/")
+    assert uses["layers_0/mlp/down/kernel"] == "kernel on bytes"
+    assert uses["head/kernel"] == behind
+
+    # weights without such a launch, and a scale that is quantized itself: the call is entered
+    entered = jax.jit(qjax.quantized(apply))(qparams, cache)
+    np.testing.assert_allclose(entered, plain, rtol=0, atol=1e-5 * float(jnp.abs(plain).max()))
+    odd = jax.tree.map(lambda v: v, fast, is_leaf=qjax.is_qtensor)
+    odd["params"]["norm"]["scale"] = qjax.quantize(params["params"]["norm"]["scale"], "int8", 0)
+    found = {use.path: use.how for use in qjax.explain(apply, odd, cache).uses}
+    assert found["params/head/kernel"] == "kernel on bytes"
+    assert found["params/norm/scale"].startswith("dequantized")
 
 
 def test_what_hopper_takes_and_refuses():

@@ -24,6 +24,7 @@ With ``scan=True`` the layers are one ``layers/block/...`` whose arrays carry a 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -31,7 +32,7 @@ import jax
 import jax.numpy as jnp
 
 from qjax.models import fused
-from qjax.models.architecture import ACTIVATIONS, Config
+from qjax.models.architecture import Config
 from qjax.models.cache import Cache, read, write
 from qjax.models.experts import Experts
 
@@ -66,47 +67,94 @@ def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
-class RMSNorm(nn.Module):
-    """``x / sqrt(mean(x ** 2) + epsilon) * scale`` over the last axis, in float32.
+def _rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    """``x / sqrt(mean(x ** 2) + epsilon) * scale`` over the last axis, in float32."""
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
+    shape = (1,) * (x.ndim - 1) + scale.shape
+    return (wide * scale.astype(jnp.float32).reshape(shape)).astype(x.dtype)
 
-    With `y` it is that of ``x + y``, and returns the sum too.
+
+class RMSNorm(nn.Module):
+    """``x / sqrt(mean(x ** 2) + epsilon) * scale`` over the last axis, in float32."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],))
+        return _rms_norm(x, scale, self.epsilon)
+
+
+class StreamNorm(nn.Module):
+    """The residual stream ``x + y`` (y None: x) and its RMSNorm; where `defer` is set and there are
+    kernels for it, both are left to what multiplies them.
     """
 
     epsilon: float
 
     @nn.compact
-    def __call__(self, x: jax.Array, y: jax.Array | None = None) -> Any:
+    def __call__(self, x: jax.Array, y: jax.Array | None, defer: bool = False) -> Any:
         scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],))
+        if defer:
+            more = jnp.zeros_like(x) if y is None else y
+            later = fused.deferred(x, more, scale, self.epsilon)
+            if later is not None:
+                return later
         if y is not None:
             both = fused.add_norm(x, y, scale, self.epsilon)
             if both is not None:
                 return both
             x = x + y
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
-        shape = (1,) * (x.ndim - 1) + scale.shape
-        normed = (wide * scale.astype(jnp.float32).reshape(shape)).astype(x.dtype)
-        return normed if y is None else (x, normed)
+        return x, _rms_norm(x, scale, self.epsilon)
+
+
+class _Kernel(nn.Module):
+    """The kernel of a `Dense` of that name."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, width: int) -> jax.Array:
+        return self.param("kernel", nn.initializers.lecun_normal(), (width, self.features))
+
+
+def _project(
+    stream: Any, features: Mapping[str, int], dtype: Any, bias: bool = False, gate: Any = None
+) -> tuple[jax.Array, list[jax.Array]]:
+    """The residual stream, and what Dense layers of these names and features make of its norm.
+
+    `stream` is the pair of both, or deferred. With `gate`, an activation, two layers make one:
+    ``activation(first) * second``.
+    """
+    if isinstance(stream, fused.Deferred):
+        width = stream.x.shape[-1]
+        kernels = [_Kernel(n, name=name)(width) for name, n in features.items()]
+        return fused.normed_products(stream, kernels, gate)
+    x, normed = stream
+    layers = [nn.Dense(n, use_bias=bias, dtype=dtype, name=name) for name, n in features.items()]
+    ys = [layer(normed) for layer in layers]
+    return x, ys if gate is None else [fused.gated(ys[0], ys[1], gate)]
 
 
 class Attention(nn.Module):
-    """Causal attention with grouped key and value heads and rotary positions."""
+    """Causal attention with grouped key and value heads and rotary positions.
+
+    Takes the residual stream and its norm, and returns the stream and what is to be added to it.
+    """
 
     config: Config
 
     @nn.compact
-    def __call__(self, x, positions: _Positions, keys, values, start):
+    def __call__(self, stream, positions: _Positions, keys, values, start):
         c = self.config
-        b, s, _ = x.shape
+        heads = {"q": c.num_heads, "k": c.num_kv_heads, "v": c.num_kv_heads}
         groups = c.num_heads // c.num_kv_heads
-
-        def project(name: str, heads: int) -> jax.Array:
-            dense = nn.Dense(heads * c.head_dim, use_bias=c.qkv_bias, dtype=c.dtype, name=name)
-            return dense(x).reshape(b, s, heads, c.head_dim)
-
-        q = project("q", c.num_heads)
-        k = project("k", c.num_kv_heads)
-        v = project("v", c.num_kv_heads)
+        features = {name: count * c.head_dim for name, count in heads.items()}
+        x, projected = _project(stream, features, c.dtype, c.qkv_bias)
+        b, s, _ = x.shape
+        pairs = zip(projected, heads.values(), strict=True)
+        q, k, v = (p.reshape(b, s, count, c.head_dim) for p, count in pairs)
         if c.qk_norm:
             q = RMSNorm(c.norm_epsilon, name="q_norm")(q)
             k = RMSNorm(c.norm_epsilon, name="k_norm")(k)
@@ -115,7 +163,7 @@ class Attention(nn.Module):
         done = fused.attention(q, k, v, turn, span, (keys, values), scale)
         if done is not None:
             y, keys, values = done
-            return self._output(y.reshape(b, s, -1)), keys, values
+            return x, self._output(y.reshape(b, s, -1)), keys, values
         q = _rotate(q, *turn)
         k = _rotate(k, *turn)
         if keys is not None:
@@ -127,7 +175,7 @@ class Attention(nn.Module):
         scores = jnp.where(positions.mask[None, None, None], scores, -jnp.inf)
         weights = jax.nn.softmax(scores, axis=-1).astype(c.dtype)
         y = jnp.einsum("bkgst,btkd->bskgd", weights, v).reshape(b, s, c.num_heads * c.head_dim)
-        return self._output(y), keys, values
+        return x, self._output(y), keys, values
 
     def _output(self, y: jax.Array) -> jax.Array:
         c = self.config
@@ -135,21 +183,16 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """``down(activation(gate(x)) * up(x))``."""
+    """``down(activation(gate(x)) * up(x))`` of the norm of a stream; returns the stream too."""
 
     config: Config
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, stream) -> tuple[jax.Array, jax.Array]:
         c = self.config
-
-        def dense(name: str, features: int) -> nn.Dense:
-            return nn.Dense(features, use_bias=False, dtype=c.dtype, name=name)
-
-        gate, up = dense("gate", c.intermediate_size)(x), dense("up", c.intermediate_size)(x)
-        y = fused.gated(gate, up, c.activation)
-        y = ACTIVATIONS[c.activation](gate) * up if y is None else y
-        return dense("down", c.hidden_size)(y)
+        features = {"gate": c.intermediate_size, "up": c.intermediate_size}
+        x, (y,) = _project(stream, features, c.dtype, gate=c.activation)
+        return x, nn.Dense(c.hidden_size, use_bias=False, dtype=c.dtype, name="down")(y)
 
 
 class Block(nn.Module):
@@ -165,16 +208,23 @@ class Block(nn.Module):
     def __call__(self, x, y, positions: _Positions, keys, values, start):
         c = self.config
 
-        def norm(name: str, *xy):
-            return RMSNorm(c.norm_epsilon, name=name)(*xy)
+        def stream(name: str, *xy, **options):
+            return StreamNorm(c.norm_epsilon, name=name)(*xy, **options)
 
-        x, normed = (x, norm("attention_norm", x)) if y is None else norm("attention_norm", x, y)
-        y, keys, values = Attention(c, name="attention")(normed, positions, keys, values, start)
-        y = norm("attention_post_norm", y) if c.post_norms else y
-        x, normed = norm("mlp_norm", x, y)
-        y = (Experts(c, name="mlp") if c.num_experts else MLP(c, name="mlp"))(normed)
-        y = norm("mlp_post_norm", y) if c.post_norms else y
-        return x, y, keys, values
+        def post(name: str, y: jax.Array) -> jax.Array:
+            return RMSNorm(c.norm_epsilon, name=name)(y) if c.post_norms else y
+
+        before = stream("attention_norm", x, y, defer=not c.qkv_bias)
+        attention = Attention(c, name="attention")
+        x, y, keys, values = attention(before, positions, keys, values, start)
+        y = post("attention_post_norm", y)
+        before = stream("mlp_norm", x, y, defer=not c.num_experts)
+        if c.num_experts:
+            x, normed = before
+            y = Experts(c, name="mlp")(normed)
+        else:
+            x, y = MLP(c, name="mlp")(before)
+        return x, post("mlp_post_norm", y), keys, values
 
 
 class _ScannedBlock(nn.Module):
@@ -235,14 +285,14 @@ class Decoder(nn.Module):
         run = self._scanned if c.scan else self._unrolled
         x, y, keys, values = run(x, positions, cache, start)
 
-        norm = RMSNorm(c.norm_epsilon, name="norm")
-        x = norm(x) if y is None else norm(x, y)[1]
+        norm = StreamNorm(c.norm_epsilon, name="norm")
+        stream = norm(x, y, defer=last is None and not c.tied)
         if last is not None:
-            x = jax.lax.dynamic_slice_in_dim(x, last, 1, axis=1)
+            stream = (x, jax.lax.dynamic_slice_in_dim(stream[1], last, 1, axis=1))
         if c.tied:
-            logits = embed.attend(x)
+            logits = embed.attend(stream[1])
         else:
-            logits = nn.Dense(c.vocab_size, use_bias=False, dtype=c.dtype, name="head")(x)
+            _, (logits,) = _project(stream, {"head": c.vocab_size}, c.dtype)
         logits = logits.astype(jnp.float32)
         return logits if cache is None else (logits, Cache(keys, values, start + s))
 
