@@ -148,7 +148,11 @@ class Inline:
         with context, ir.Location.unknown(context):
             module, kinds = ir.Module.create(), []
             of = {"int32": ir.IntegerType.get_signless(32), "float32": ir.F32Type.get()}
-            of |= {"uint32": of["int32"], "bfloat16": ir.BF16Type.get()}
+            of |= {
+                "uint32": of["int32"],
+                "bfloat16": ir.BF16Type.get(),
+                "float16": ir.F16Type.get(),
+            }
             for v in flat:
                 if isinstance(v, Ref):
                     kinds.append(ir.MemRefType.get(v.shape, of[v.dtype.name]))

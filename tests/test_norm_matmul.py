@@ -102,7 +102,7 @@ CUTS = (
     (np.float32, (2, 4, 1, 1, 1, 1)),  # the scale after the ring; warps without any k
     (BF16, None),
     (BF16, (2, 2, 1, 4, 4, 1)),
-    (np.float32, None),
+    (np.float16, None),
     (BF16, None),
     (np.float32, (2, 4, 1, 2, 2, 1)),  # no registers for both x and y
 )

@@ -15,6 +15,8 @@ from pallas_kernels.norm_matmul.problem import Problem
 from pallas_kernels.quantized_matmul.op import Arrays, check
 from pallas_kernels.quantized_matmul.problem import Weight
 
+SCALES = ("bfloat16", "float16", "float32")  # dtypes of a norm's scale
+
 
 def norm_matmul(
     x: jax.Array,
@@ -41,7 +43,7 @@ def norm_matmul(
 
     Args:
       x, y: floating point `[m, k]` of one dtype.
-      scale: floats `[k]`.
+      scale: `[k]` of one of SCALES.
       epsilon: as above.
       arrays, weights, layout: as for `joined_matmul`; weights have no bias.
       gate: a name in `gated.reference.ACTIVATIONS`, for two weights of equal n; None for neither.
@@ -57,10 +59,11 @@ def norm_matmul(
       ValueError: if shapes, dtypes or names do not fit, or the implementation cannot run this.
     """
     fits = x.ndim == 2 and x.shape == y.shape and scale.shape == x.shape[1:]
-    floats = all(jnp.issubdtype(v.dtype, jnp.floating) for v in (x, scale))
-    if not fits or x.dtype != y.dtype or not floats:
+    known = jnp.issubdtype(x.dtype, jnp.floating) and scale.dtype.name in SCALES
+    if not fits or x.dtype != y.dtype or not known:
         raise ValueError(
-            "norm_matmul: x and y must be floats [m, k] of one dtype and scale floats [k], are "
+            "norm_matmul: x and y must be floats [m, k] of one dtype and scale [k] of "
+            f"{', '.join(SCALES)}, are "
             f"{x.dtype}{list(x.shape)}, {y.dtype}{list(y.shape)} and "
             f"{scale.dtype}{list(scale.shape)}"
         )

@@ -33,7 +33,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.chained import follow
 from pallas_kernels.quantized_matmul import hopper_asm as ptx
 from pallas_kernels.quantized_matmul import hopper_layout as layout
-from pallas_kernels.quantized_matmul.hopper_norm import Norm, operands
+from pallas_kernels.quantized_matmul.hopper_norm import Norm
 from pallas_kernels.quantized_matmul.hopper_ring import Ring
 from pallas_kernels.quantized_matmul.hopper_shape import shape_of
 from pallas_kernels.quantized_matmul.hopper_step import step
@@ -199,8 +199,9 @@ def kernel(
 
     def call(x, arrays):
         held = [{**one, "bias": _bias_words(one.get("bias"))} for one in arrays]
-        first = operands(x) if norm else [x]
-        return run(*first, *(one[piece.name] for one in held for piece in shape.pieces))
+        return run(
+            *(x if norm else [x]), *(one[piece.name] for one in held for piece in shape.pieces)
+        )
 
     return call
 

@@ -11,7 +11,6 @@ diagonal is the sums of squares. The blocks' first one that has a warp's k write
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
@@ -36,13 +35,14 @@ class Norm:
 
     Args:
       shape, config: of the kernel, whose blocks have all of k.
-      dtype: of the scale `[k]`, bfloat16 or float32.
+      dtype: of the scale `[k]`, bfloat16, float16 or float32.
     """
 
     def __init__(self, shape: Shape, config: Config, dtype: Any) -> None:
-        ref, bf16 = plgpu.RefType(), jnp.dtype(dtype) == jnp.dtype(jnp.bfloat16)
+        ref, dtype = plgpu.RefType(), jnp.dtype(dtype)
+        wide = dtype.itemsize == 4
         count, _ = layouts(shape, config)[0]
-        factors = 16 * config.depth * (1 if bf16 else 2)  # words of a lane
+        factors = 16 * config.depth * (2 if wide else 1)  # words of a lane
         free = min(255, REGISTERS // (128 * config.warpgroups)) - SPARE
         apart = 2 * count <= free
         early = 2 * count + factors <= free
@@ -50,8 +50,8 @@ class Norm:
 
         def factor(scale, k, live):
             """The words of eight factors from k on."""
-            kind = ir.BF16Type.get() if bf16 else ir.F32Type.get()
-            places = [k] if bf16 else [k, ptx.add(k, 4)]
+            kind = ir.F32Type.get() if wide else ir.BF16Type.get()  # only its size counts
+            places = [k, ptx.add(k, 4)] if wide else [k]
             return [v for at in places for v in take(scale, at, kind, ptx.flag(live))]
 
         @plgpu.inline_mgpu(arg_types=(ref,), return_type=_held(factors))
@@ -93,7 +93,7 @@ class Norm:
             for i, at in enumerate(along_k(shape, config)):
                 by = held[each * i : each * (i + 1)] if early else factor(start, *at)
                 for four in s[i * shape.columns : (i + 1) * shape.columns]:
-                    out += _scaled(four, by)
+                    out += _scaled(four, by, dtype.name)
             return ptx.registers(out, ir.IntegerType.get_signless(32))
 
         def store(s, total):
@@ -149,12 +149,6 @@ class Norm:
         self.run = run
 
 
-def operands(given: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """x, y and scale as the kernel takes them: scales that are not bfloat16 as float32."""
-    x, y, scale = given
-    return x, y, scale if scale.dtype == jnp.bfloat16 else scale.astype(jnp.float32)
-
-
 def _held(words: int) -> Any:
     """So many words of each thread."""
     layout = plgpu.Layout.WG_STRIDED((words, 128), vec_size=1)
@@ -172,15 +166,19 @@ def _added(first: list[ir.Value], second: list[ir.Value]) -> list[ir.Value]:
     return [add(*v) for v in zip(first, second, strict=True)]
 
 
-def _scaled(four: list[ir.Value], by: list[ir.Value]) -> list[ir.Value]:
+def _scaled(four: list[ir.Value], by: list[ir.Value], dtype: str) -> list[ir.Value]:
     """Eight bfloat16 times eight factors, rounded to bfloat16."""
     i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-    if len(by) == 4:
+    if dtype == "bfloat16":
         times = lambda *v: ptx.asm(i32, "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", *v)
         return [times(*v) for v in zip(four, by, strict=True)]
+    if dtype == "float16":
+        factors = [v for word in by for v in halves(word, dtype)]
+    else:
+        factors = [arith.bitcast(f32, v) for v in by]
     out = []
     for i, word in enumerate(four):
-        factors = [arith.bitcast(f32, v) for v in by[2 * i : 2 * i + 2]]
-        low, high = (arith.mulf(*v) for v in zip(halves(word, "bfloat16"), factors, strict=True))
+        pair = zip(halves(word, "bfloat16"), factors[2 * i : 2 * i + 2], strict=True)
+        low, high = (arith.mulf(*v) for v in pair)
         out.append(ptx.asm(i32, "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", high, low))
     return out
