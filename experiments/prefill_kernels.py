@@ -92,7 +92,7 @@ def check(name: str, pool: concurrent.futures.Executor) -> bool:
         sums = decode.ACTIVATIONS[activation](sums + np.asarray(bias, np.float64))
     jobs: list[Any] = []
     first = list(CHECKS).index(name)
-    for i, m in enumerate(chosen("ROWS", CHECKED, int)):
+    for i, m in enumerate(decode.chosen("ROWS", CHECKED, int)):
         problem = problem_of(m, weight, activation is not None, activation)
         configs = CONFIGS if name == "int4 square" else CONFIGS[(first + i) % 4 :: 4]
         fits = [c for c in configs if mosaic_wgmma.fits(problem, c) is None]
@@ -265,14 +265,14 @@ def main() -> None:
     points: list[tuple[str, Problem, Any, Any]] = []
     for name in names or ["int4"]:
         shapes, ms = FORMATS[name]
-        for k, n in chosen("SHAPES", shapes, lambda v: tuple(map(int, v.split("x")))):
+        for k, n in decode.chosen("SHAPES", shapes, decode.shape):
             weight = decode.FORMATS[name][0](k, n)
             size = -(-n // 16) * -(-k // 128) * 4 * mosaic_gpu.tile_words(weight)
             buffers = decode.random_arrays(weight, ceilings.rotation(size))
             read = fastest_reader(size)
             points += [
                 (name, problem_of(m, weight), buffers, read if m <= 512 else None)
-                for m in chosen("ROWS", ms, int)
+                for m in decode.chosen("ROWS", ms, int)
             ]
     per_us = rate()
     print(f"bfloat16 dot of 8192 cubed: {per_us / 1e6:.0f} TFLOP/s", flush=True)
@@ -305,11 +305,6 @@ def main() -> None:
             )
             rows.append({"format": name, **row})
             write(card, per_us, rows)
-
-
-def chosen(variable: str, default: Any, read: Any) -> list[Any]:
-    """What an environment variable lists, with commas between, or all."""
-    return [read(v) for v in os.environ.get(variable, "").split(",") if v] or list(default)
 
 
 def write(card: str, per_us: float, rows: list[dict[str, Any]]) -> None:

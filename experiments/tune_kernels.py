@@ -10,6 +10,7 @@ bytes is the median of ratios of neighbors in one program, kernel and reader tak
     python experiments/tune_kernels.py check zeros nf4  # of these only; "problems" are the tests'
     python experiments/tune_kernels.py tune             # without it
     python experiments/tune_kernels.py tune int8 nf4    # these formats only; other rows are kept
+    ROWS=1,16 SHAPES=4096x28672 python experiments/tune_kernels.py tune    # m; k x n
 
 Several may run at once, each with its formats: they compile beside each other and take turns at the
 card and at the table.
@@ -349,8 +350,8 @@ def main() -> None:
         (name, m, make(k, n))
         for name, (make, shapes, ms) in FORMATS.items()
         if name in (names or FORMATS)
-        for k, n in shapes
-        for m in ms
+        for k, n in chosen("SHAPES", shapes, shape)
+        for m in chosen("ROWS", ms, int)
     ]
     print("format    k     n  m | read us  kernel us  kernel / read | bf16 dot / kernel | config")
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
@@ -380,6 +381,16 @@ def main() -> None:
             rows.append({"format": name} | row)
             with alone():
                 write(card, rows)
+
+
+def chosen(variable: str, default: Any, read: Any) -> list[Any]:
+    """What an environment variable lists, with commas between, or all."""
+    return [read(v) for v in os.environ.get(variable, "").split(",") if v] or list(default)
+
+
+def shape(text: str) -> tuple[int, ...]:
+    """A k and an n."""
+    return tuple(map(int, text.split("x")))
 
 
 @contextlib.contextmanager
