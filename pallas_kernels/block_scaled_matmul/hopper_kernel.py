@@ -44,8 +44,8 @@ def kernel(problem: Problem, config: Config) -> Callable[..., jax.Array]:
     i32 = jnp.int32
 
     def body(a_g, sa_g, b_g, sb_g, *refs):
-        near_g = refs[0] if problem.b_rows else None
-        o_g, a_s, b_s, sa_s, o_s, full, empty, *sb_s = refs[problem.b_rows :]
+        near_g, refs = refs[: problem.b_rows], refs[problem.b_rows :]
+        o_g, a_s, b_s, sa_s, o_s, full, empty, *sb_s = refs
         group, sm = lax.axis_index("wg"), lax.axis_index("sm")
 
         def sweep(work):
@@ -68,7 +68,7 @@ def kernel(problem: Problem, config: Config) -> Callable[..., jax.Array]:
 
             def load(bn, row, column, first):
                 rows, columns = pl.ds(row, bm), pl.ds(column, bn)
-                of_columns = near_g[column // BLOCK] * (depth + 1) if problem.b_rows else 0
+                of_columns = near_g[0][column // BLOCK] * (depth + 1) if problem.b_rows else 0
 
                 @pl.loop(0, depth)
                 def _(kk):
@@ -132,7 +132,7 @@ def kernel(problem: Problem, config: Config) -> Callable[..., jax.Array]:
 
                 zero = plgpu.layout_cast(jnp.zeros((LINES, bn), F32), plgpu.Layout.WGMMA)
                 carry = zero, tile_scale(0), tile_scale(1), of_rows(0)
-                near = near_g[block] if problem.b_rows else 0
+                near = near_g[0][block] if problem.b_rows else 0
                 apart = depth * (1 - near)  # steps that multiply twice after a product
                 total, *rest = lax.fori_loop(0, apart, functools.partial(step, near=False), carry)
                 if problem.b_rows:
