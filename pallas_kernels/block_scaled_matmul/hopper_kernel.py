@@ -72,7 +72,7 @@ def kernel(problem: Problem, config: Config) -> Callable[..., jax.Array]:
 
                 @pl.loop(0, depth)
                 def _(kk):
-                    s = lax.rem(first + kk, i32(c.steps))
+                    s = _in_ring(first + kk, c.steps)
                     along, held = pl.ds(kk * BLOCK, BLOCK), pl.ds(0, bn)
                     plgpu.barrier_wait(empty.at[s])
                     fetch = functools.partial(plgpu.copy_gmem_to_smem, barrier=full.at[s])
@@ -80,7 +80,7 @@ def kernel(problem: Problem, config: Config) -> Callable[..., jax.Array]:
                     fetch(b_g.at[columns, along], b_s.at[s, held])
                     fetch(sa_g.at[kk, rows], sa_s.at[s])
                     if problem.b_rows:
-                        slot = lax.rem(first + kk, i32(slots))
+                        slot = _in_ring(first + kk, slots)
                         fetch(sb_g.at[of_columns + kk, columns], sb_s[0].at[slot, held])
 
             sweep(load)
@@ -103,17 +103,17 @@ def kernel(problem: Problem, config: Config) -> Callable[..., jax.Array]:
 
                 def of_rows(kk):
                     """Of a stage, once it is full."""
-                    s = lax.rem(first + kk, i32(c.steps))
+                    s = _in_ring(first + kk, c.steps)
                     pl.when(kk < depth)(lambda: plgpu.barrier_wait(full.at[s]))
                     return sa_s[s, mine]
 
                 def step(kk, carry, near):
                     total, scale, after, rows = carry
-                    s = lax.rem(first + kk, i32(c.steps))
+                    s = _in_ring(first + kk, c.steps)
                     later = tile_scale(kk + 2)
 
                     def of_columns():
-                        at = sb_s[0].at[lax.rem(first + kk, i32(slots)), pl.ds(0, bn)]
+                        at = sb_s[0].at[_in_ring(first + kk, slots), pl.ds(0, bn)]
                         return _across(plgpu.load(at, layout=ALONG), bn)
 
                     def product(acc):
@@ -193,6 +193,11 @@ def _columns(a_scale: jax.Array, b_scale: jax.Array) -> tuple[jax.Array, jax.Arr
     near = (least >= 1 / NEAR) & (most <= NEAR) & (most <= NEAR * least)
     near = jnp.all(near.reshape(-1, BLOCK), 1) & jnp.all(a_scale <= NEAR)
     return rows, near.astype(jnp.int32)
+
+
+def _in_ring(count: jax.Array, size: int) -> jax.Array:
+    """`count` mod `size`, unsigned: of powers of two that is one instruction."""
+    return lax.rem(count.astype(jnp.uint32), jnp.uint32(size)).astype(jnp.int32)
 
 
 def _down(v: jax.Array, bn: int) -> jax.Array:
