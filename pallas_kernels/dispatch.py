@@ -19,6 +19,8 @@ from pallas_kernels.gated import reference as gated_reference
 from pallas_kernels.norm_matmul import mosaic_gpu as norm_matmul_mosaic_gpu
 from pallas_kernels.norm_matmul import reference as norm_matmul_reference
 from pallas_kernels.quantized_matmul import mosaic_gpu, mosaic_wgmma, reference, xla_cpu
+from pallas_kernels.row_scaled_matmul import mosaic_gpu as row_mosaic_gpu
+from pallas_kernels.row_scaled_matmul import reference as row_reference
 
 # op -> name -> implementation, best first; the reference is last and takes everything.
 IMPLEMENTATIONS: Mapping[str, Mapping[str, Implementation]] = {
@@ -63,6 +65,10 @@ IMPLEMENTATIONS: Mapping[str, Mapping[str, Implementation]] = {
     "block_scaled_matmul": {
         "mosaic_gpu": Implementation(block_mosaic_gpu.run, block_mosaic_gpu.supports),
         "reference": Implementation(block_reference.run, block_reference.supports),
+    },
+    "row_scaled_matmul": {
+        "mosaic_gpu": Implementation(row_mosaic_gpu.run, row_mosaic_gpu.supports),
+        "reference": Implementation(row_reference.run, row_reference.supports),
     },
 }
 

@@ -24,6 +24,9 @@ from pallas_kernels.cast_fp8 import problems as casts
 from pallas_kernels.cast_fp8.op import cast_fp8
 from pallas_kernels.dispatch import choose
 from pallas_kernels.frame import Device
+from pallas_kernels.row_scaled_matmul import mosaic_gpu as row_plan
+from pallas_kernels.row_scaled_matmul import problems as row_products
+from pallas_kernels.row_scaled_matmul.op import row_scaled_matmul
 from qjax import training
 from qjax.qtensor import dequantize
 from qjax.training import casting, kernels
@@ -57,6 +60,22 @@ def _truth(problem, a, a_scale, b, b_scale):
         of_b = b_scale[q] if problem.b_rows else np.repeat(b_scale[:, q], 128)[: problem.n]
         y += a_scale[q][:, None] * of_b[None, :] * (a[:, at] @ b[:, at].T)
     return y
+
+
+def _row_operands(problem):
+    """Random E4M3 codes, scales of rows over eight powers of two, and the float64 product."""
+    one = products.SMALL["rows"]._replace(m=problem.m, n=problem.n, k=problem.k)
+    a, a_scale, b, b_scale = _operands(one)
+    a, a_scale, b, b_scale = operands = a, a_scale[0], b, b_scale[0]
+    wide = [np.asarray(v, np.float64) for v in operands]
+    return operands, wide[1][:, None] * wide[3] * (wide[0] @ wide[2].T)
+
+
+def test_the_product_of_rows_is_that_of_float64():
+    (problem,) = row_products.SMALL
+    operands, truth = _row_operands(problem)
+    got = np.asarray(row_scaled_matmul(*operands, out=problem.out), np.float64)
+    assert np.abs(got - truth).max() <= 2**-22 * problem.k * np.abs(truth).max()
 
 
 @pytest.mark.parametrize("name", products.SMALL)
@@ -183,6 +202,10 @@ def test_bad_operands_are_refused():
         block_scaled_matmul(a, a_scale.T, b, b_scale)
     with pytest.raises(ValueError, match="codes must be float8_e4m3fn"):
         block_scaled_matmul(a.astype(jnp.bfloat16), a_scale, b, b_scale)
+    with pytest.raises(ValueError, match=r"scales are \[m\] and \[n\]"):
+        row_scaled_matmul(a, a_scale, b, b_scale)
+    with pytest.raises(ValueError, match="codes must be float8_e4m3fn"):
+        row_scaled_matmul(a.astype(jnp.bfloat16), a_scale[0], b, jnp.ones(b.shape[0]))
     with pytest.raises(ValueError, match="need multiples of 128"):
         cast_fp8(jnp.ones((100, 128)), "block")
     with pytest.raises(ValueError, match="'given' with reciprocals of shapes"):
@@ -192,9 +215,9 @@ def test_bad_operands_are_refused():
 @pytest.mark.parametrize(
     ("m", "n", "phases"),
     [
-        (8192, 8192, [(128, 0, 32)]),  # 43 x 32 of 66 clusters: 20.8 turns
-        (4096, 7168, [(128, 0, 27), (64, 6912, 2)]),  # 9 turns and 44 narrow tiles, not 9.3
-        (128, 128, [(64, 0, 1)]),
+        (8192, 8192, [(128, 0, 64)]),  # 43 x 64 tiles, 132 at once: 20.8 turns
+        (4096, 7168, [(128, 0, 54), (64, 6912, 4)]),  # 9 turns and 88 narrow tiles, not 9.3
+        (128, 128, [(64, 0, 2)]),
     ],
 )
 def test_narrow_tiles_fill_the_last_turn(m, n, phases):
@@ -209,6 +232,30 @@ def test_products_lower_for_a_gpu(name):
     call = jax.jit(lambda *v: block_plan.run(*v, problem))
     lowered = call.trace(*_operands(problem)).lower(lowering_platforms=("cuda",))
     assert "mosaic_gpu" in lowered.as_text()
+
+
+@needs_mosaic
+def test_products_of_rows_lower_for_a_gpu():
+    problem = row_products.LARGE[0]
+    shapes = [((problem.m, problem.k), jnp.float8_e4m3fn), ((problem.m,), jnp.float32)]
+    shapes += [((problem.n, problem.k), jnp.float8_e4m3fn), ((problem.n,), jnp.float32)]
+    call = jax.jit(lambda *v: row_plan.run(*v, problem))
+    traced = call.trace(*(jax.ShapeDtypeStruct(*s) for s in shapes))
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@needs_mosaic
+def test_the_interpreted_product_of_rows_is_that_of_float64():
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from pallas_kernels.row_scaled_matmul import hopper_kernel
+
+    (problem,) = row_products.SMALL
+    operands, truth = _row_operands(problem)
+    call = jax.jit(hopper_kernel.kernel(problem, row_plan.Config(blocks=3, steps=2, outs=1)))
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        got = np.asarray(call(*operands), np.float64)
+    assert np.abs(got - truth).max() <= 2**-22 * problem.k * np.abs(truth).max()
 
 
 @needs_mosaic
@@ -240,20 +287,24 @@ def test_the_interpreted_amax_is_numpys():
 
 
 @needs_mosaic
-@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("rows", [False, True, "far apart"])
 def test_the_interpreted_product_is_that_of_float64(rows):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     from pallas_kernels.block_scaled_matmul import hopper_kernel
 
-    problem = products.SMALL["tiles"]._replace(n=384, b_rows=rows, out="float32", k=384)
-    config = block_plan.choose_config(problem)._replace(blocks=4, steps=2, outs=1)
-    assert len(block_plan.phases(problem, config)) == 2 - rows
-    operands = _operands(problem)
+    problem = products.SMALL["tiles"]._replace(n=384, b_rows=bool(rows), out="float32", k=384)
+    config = block_plan.Config(blocks=4, steps=2, outs=1)
+    assert len(block_plan.phases(problem, config)) == 2 - problem.b_rows
+    operands = list(_operands(problem))
+    if rows == "far apart":  # the scale of zeros, whose total would leave float32 in its units
+        operands[2] = operands[2].at[130, 128:256].set(0)
+        operands[3] = operands[3].at[1, 130].set(2.0**-118).at[2, 130].set(2.0**60)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
         got = np.asarray(jax.jit(hopper_kernel.kernel(problem, config))(*operands), np.float64)
     truth = _truth(problem, *operands)
-    assert np.abs(got - truth).max() <= 2**-22 * problem.k * np.abs(truth).max()
+    largest = np.abs(truth).max(0)  # of a column, as those of some are 2^60
+    assert (np.abs(got - truth).max(0) <= 2**-22 * problem.k * largest).all()
 
 
 @needs_mosaic
@@ -330,7 +381,9 @@ def test_recipes_are_the_same_through_the_casts(name, forced, monkeypatch):
     got = jax.jit(lambda p, x: low.grads(p, state, x)[:2])(p, x)
     # two weights, two x, two gradients; x and gradients are cast alone where their product is dense
     maxima = {"current": 0, "rowwise": 6, "rowwise_high_precision_wgrad": 2}[name]
-    assert collections.Counter(forced) == collections.Counter(cast_fp8=6, amax=maxima)
+    stored = 2 * (name == "rowwise")  # gradients of weights
+    counts = collections.Counter(cast_fp8=6, amax=maxima, row_scaled_matmul=stored)
+    assert collections.Counter(forced) == +counts
     monkeypatch.undo()
     wanted = jax.jit(lambda p, x: low.grads(p, state, x)[:2])(p, x)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
@@ -368,6 +421,12 @@ def test_on_a_mesh_each_device_multiplies_its_part(of_a, of_b):
     program = call.lower(*placed).compile()
     assert "all-gather" not in program.as_text()
     truth = _truth(problem, a, a_scale, b, b_scale)
+    assert np.abs(np.asarray(program(*placed)) - truth).max() <= 2**-12 * np.abs(truth).max()
+    (a, a_scale, b, b_scale), truth = _row_operands(problem)
+    call = jax.jit(lambda *v: row_scaled_matmul(*v, out=jnp.float32))
+    placed = _placed(a, *of_a), a_scale, _placed(b, *of_b), b_scale
+    program = call.lower(*placed).compile()
+    assert "all-gather" not in program.as_text()
     assert np.abs(np.asarray(program(*placed)) - truth).max() <= 2**-12 * np.abs(truth).max()
 
 

@@ -19,7 +19,6 @@ class Config(NamedTuple):
       bn: columns of a tile of 192 rows.
       steps: stages of 128 along k in shared memory.
       outs: strips of 64 rows by 128 bytes in which a warpgroup's results leave.
-      cluster: blocks along n that share a by multicast.
       width, minor: the order of tiles: strips of `width` along axis `minor`, back and forth.
       registers, load_registers: of a thread that multiplies, and of one that loads.
       blocks: one per multiprocessor.
@@ -28,21 +27,15 @@ class Config(NamedTuple):
     bn: int = 128
     steps: int = 4
     outs: int = 2
-    cluster: int = 2
     width: int = 8
     minor: int = 0
-    registers: int = 152
-    load_registers: int = 56
+    registers: int = 160
+    load_registers: int = 32
     blocks: int = 132
 
 
-def choose_config(problem: Problem) -> Config:
-    """Blocks share a, but for the gradient of a weight, where none waits for a neighbor."""
-    return Config(cluster=1) if problem.b_rows else Config()
-
-
 class Phase(NamedTuple):
-    """Tiles of `bn` columns: `count` clusters of them along n, from column `start` on."""
+    """Tiles of `bn` columns: `count` of them along n, from column `start` on."""
 
     bn: int
     start: int
@@ -57,14 +50,14 @@ def phases(problem: Problem, config: Config) -> list[Phase]:
 
     Not for the gradient of a weight, whose narrow tiles have not run on a device.
     """
-    rows, wide = -(-problem.m // (64 * GROUPS)), config.bn * config.cluster
+    rows, wide = -(-problem.m // (64 * GROUPS)), config.bn
     if problem.b_rows:
-        return [Phase(config.bn, 0, -(-problem.n // wide))]
-    turns = lambda count: -(-rows * count // (config.blocks // config.cluster))
+        return [Phase(wide, 0, -(-problem.n // wide))]
+    turns = lambda count: -(-rows * count // config.blocks)
     rest = lambda count: -(-max(0, problem.n - count * wide) // (wide // 2))
     cost = lambda count: (turns(count) + NARROW * turns(rest(count)), -count)
     whole = min(range(-(-problem.n // wide) + 1), key=cost)
-    found = Phase(config.bn, 0, whole), Phase(config.bn // 2, whole * wide, rest(whole))
+    found = Phase(wide, 0, whole), Phase(wide // 2, whole * wide, rest(whole))
     return [phase for phase in found if phase.count]
 
 
@@ -84,7 +77,7 @@ def run(
     a: jax.Array, a_scale: jax.Array, b: jax.Array, b_scale: jax.Array, problem: Problem
 ) -> jax.Array:
     """`[m, n]`."""
-    return _run(problem, choose_config(problem), a, a_scale, b, b_scale)
+    return _run(problem, Config(), a, a_scale, b, b_scale)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))  # traced once, so that XLA sees equal calls

@@ -18,6 +18,9 @@ from pallas_kernels.cast_fp8.op import cast_fp8
 from pallas_kernels.cast_fp8.problem import Problem as CastProblem
 from pallas_kernels.dispatch import IMPLEMENTATIONS, choose
 from pallas_kernels.frame import Device
+from pallas_kernels.row_scaled_matmul.mosaic_gpu import COLUMNS, ROWS
+from pallas_kernels.row_scaled_matmul.op import row_scaled_matmul
+from pallas_kernels.row_scaled_matmul.problem import Problem as Scaled
 from pallas_kernels.sharded import divides
 from qjax import _compat, blocks
 from qjax.formats import FORMATS
@@ -28,6 +31,7 @@ Axes = tuple[int, ...]
 BLOCK = 128
 KINDS = {128: "block", (128, 128): "tile", (): "given", None: "given"}  # by `Cast.block`
 ALONE = {128: "block", None: "row"}  # the same, for one GEMM
+TILES = 128  # of a product with scales of rows: about one per multiprocessor
 LEAST = 2**22  # elements of x: at 2^20 XLA's cast to given scales was 1.16x as fast, at 2^22 0.8x
 
 
@@ -43,6 +47,8 @@ def slower(problem: Any) -> str | None:
     given = isinstance(problem, CastProblem) and problem.scales == "given"
     if given and problem.rows * problem.columns < LEAST:
         return f"x [{problem.rows}, {problem.columns}] has less than {LEAST} elements"
+    if isinstance(problem, Scaled) and -(-problem.m // ROWS) * (problem.n // COLUMNS) < TILES:
+        return f"the result [{problem.m}, {problem.n}] has less than {TILES} tiles"
     return None
 
 
@@ -219,6 +225,39 @@ def product(a: QTensor, b: QTensor, numbers: Any, dtype: Any) -> jax.Array | Non
         return None
     y = block_scaled_matmul(*left[:2], *right[:2], out=dtype)
     return (y.T if swap else y).reshape([*views[0][2], *views[1][2]])
+
+
+def stored(a: QTensor, b: QTensor, numbers: Any, dtype: Any) -> jax.Array | None:
+    """`lax.dot_general` of operands with a scale per row, for a result that is stored, or None.
+
+    What reads a result may take scales of rows and columns up on its way; a store does not, and XLA
+    would read and write all of it again.
+    """
+    (of_a, of_b), batch = numbers
+    views = [_rows(q, axes) for q, axes in ((a, of_a), (b, of_b))]
+    if any(batch) or any(v is None for v in views):
+        return None
+    (codes, scale, free), (other, other_scale, other_free) = views
+    problem = Scaled(len(codes), len(other), codes.shape[1], np.dtype(dtype).name)
+    if not runs("row_scaled_matmul", problem):
+        return None
+    y = row_scaled_matmul(codes, scale, other, other_scale, out=dtype)
+    return y.reshape([*free, *other_free])
+
+
+def _rows(q: QTensor, contract: Axes) -> Any:
+    """(codes [free, contracted], scales [free], free shape), or None."""
+    free = [a for a in range(q.ndim) if a not in contract]
+    if not isinstance(q.qvalue, jax.Array) or not isinstance(q.scale, jax.Array):
+        return None
+    wanted = [1 if a in contract else q.shape[a] for a in range(q.ndim)]
+    if not free or not contract or q.format != "fp8_e4m3" or list(q.scale.shape) != wanted:
+        return None
+    sizes = [q.shape[a] for a in free]
+    if misplaced(q.qvalue) is not None:
+        return None
+    codes = lax.transpose(q.qvalue, (*free, *contract)).reshape(math.prod(sizes), -1)
+    return codes, q.scale.reshape(-1), sizes
 
 
 def _view(q: QTensor, contract: Axes) -> Any:

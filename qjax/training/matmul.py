@@ -45,7 +45,7 @@ class Dot(NamedTuple):
         return self._grad(g, w, 1 - self.side, dtype, self.x_sharding)
 
     def weight_grad(self, x: Operand, g: Operand, extra: tuple, dtype: Any) -> jax.Array:
-        return self._grad(g, x, self.side, dtype, self.w_sharding)
+        return self._grad(g, x, self.side, dtype, self.w_sharding, True)
 
     def _of(self, side: int) -> tuple[Axes, Axes]:
         contract, batch = self.numbers
@@ -61,7 +61,9 @@ class Dot(NamedTuple):
         start = len(self._of(0)[1]) + (len(self._free(0)) if side == 1 else 0)
         return tuple(range(start, start + len(self._free(side))))
 
-    def _grad(self, g: Operand, other: Operand, side: int, dtype: Any, where: Any) -> jax.Array:
+    def _grad(
+        self, g: Operand, other: Operand, side: int, dtype: Any, where: Any, stored: bool = False
+    ) -> jax.Array:
         """The gradient of the operand on `side`: g times the other one, axes put back."""
         (mine, my_batch), (theirs, batch) = self._of(side), self._of(1 - side)
         free, shared = self._free(1 - side), tuple(range(len(batch)))
@@ -76,7 +78,7 @@ class Dot(NamedTuple):
         if where is not None:
             spec = [*where.spec, *[None] * (len(axes) - len(where.spec))]
             where = NamedSharding(where.mesh, PartitionSpec(*(spec[a] for a in axes)))
-        y = _dot(first[0], second[0], numbers, dtype, where, 0 if turn else 1)
+        y = _dot(first[0], second[0], numbers, dtype, where, 0 if turn else 1, stored)
         return lax.transpose(y, np.argsort(axes).tolist())
 
 
@@ -143,7 +145,15 @@ def _is_constant(q: QTensor, contracted: Axes) -> bool:
     return all(block[a] >= q.shape[a] for a in contracted)
 
 
-def _dot(a: Operand, b: Operand, numbers: Any, dtype: Any, where: Any, scaled: int) -> jax.Array:
+def _dot(
+    a: Operand,
+    b: Operand,
+    numbers: Any,
+    dtype: Any,
+    where: Any,
+    scaled: int,
+    stored: bool = False,
+) -> jax.Array:
     """`lax.dot_general`, on codes where scales can follow, in `dtype`.
 
     XLA rewrites two forms to cuBLASLt FP8: a product of codes, whose scales follow, and codes times
@@ -151,7 +161,8 @@ def _dot(a: Operand, b: Operand, numbers: Any, dtype: Any, where: Any, scaled: i
     costs as much time in memory as FP8 saves: bfloat16 results come from bfloat16 products. Where
     each operand has one scale, theirs stand on operand `scaled`, and cuBLASLt applies them in
     float32. That shall be the one that several products share: XLA joins products that share an
-    operand, which would then be none of FP8.
+    operand, which would then be none of FP8. A result that is `stored` as it is has no consumer to
+    take scales of rows up: a kernel applies them where one runs.
     """
     of_a = products.Dot(numbers, 0, None, np.dtype(dtype), where)
     of_b = of_a._replace(weight_side=1)
@@ -163,6 +174,10 @@ def _dot(a: Operand, b: Operand, numbers: Any, dtype: Any, where: Any, scaled: i
                 return y
         y = of_a(_opened(b, a, b), _opened(a, a, b), (), jnp.float32)
         return y.astype(dtype)
+    if stored and where is None:
+        y = kernels.stored(a, b, numbers, dtype)
+        if y is not None:
+            return y
     integer = jnp.issubdtype(a.qvalue.dtype, jnp.integer)
     short = dtype == jnp.bfloat16 and not integer
     if short and a.scale.size == b.scale.size == 1:
