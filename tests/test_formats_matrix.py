@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import dense, relative_error, slow
+from helpers import dense, few, relative_error, slow
 from jax import lax
 
 import qjax
@@ -136,7 +136,11 @@ def test_transforms(name, spec):
     assert relative_error(got, wanted) < 1e-5
 
 
-@pytest.mark.parametrize("name", FORMATS)
+# Planes, codebooks, and scales of every kind; test_activation.py has the others.
+BESIDE = ["int5", "fp6_e2m3", "dynamic8", "mxfp4", "nvfp4", "q3_k", "q4_k", "iq4_xs", "tq2_0"]
+
+
+@pytest.mark.parametrize("name", few([*FORMATS], BESIDE))
 def test_activations_of_either_kind(name):
     """int8 and FP8 activations beside codes of any format, in one compilation."""
     w = np.random.default_rng(0).standard_normal((256, 24)).astype(np.float32)
