@@ -38,7 +38,7 @@ PYTEST := -m pytest --numprocesses $(WORKERS) --dist loadfile
 help:
 	@echo "make demo             quantize SmolLM2-135M and print one table"
 	@echo "make test             the default test suite (what CI runs)"
-	@echo "make test-slow        real checkpoints and peer libraries"
+	@echo "make test-slow        real checkpoints, peer libraries, the other cases of large grids"
 	@echo "make test-thirdparty  other people's models, unmodified (heavy dependencies)"
 	@echo "make test-matrix      the default suite on Python 3.11, 3.12, 3.13 with jax 0.10, 0.11, 0.12"
 	@echo "make lint             ruff (lint, format) and pyright"

@@ -29,12 +29,17 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)
 
-# Many tests compile the same programs: if no cache is asked for, one lasts as long as the process.
+# Many tests compile the same programs: if no cache is asked for, one lasts as long as the run, and
+# what it starts (xdist's workers, a test's own processes) finds it in the environment.
 if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
     CACHE = tempfile.TemporaryDirectory(prefix="qjax-tests-")  # removed when the process ends
-    jax.config.update("jax_compilation_cache_dir", CACHE.name)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    for name, value in {
+        "jax_compilation_cache_dir": CACHE.name,
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -4,6 +4,7 @@
 operations in one compilation, `each` all of them one by one, with blocks along every axis.
 """
 
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -101,11 +102,17 @@ def examples(name: str) -> Iterator[tuple[str, qjax.QTensor]]:
     yield "all", qjax.quantize(normal(4, 6, 32), f"{name}_tensor", 2)
 
 
-def differences(q: qjax.QTensor, names: list[str]) -> Iterator[str]:
-    """The operations whose results are not those of the dequantized array."""
+@functools.cache
+def programs(names: tuple[str, ...]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Some operations on a QTensor, and on the array, which formats of one shape share."""
     fn = lambda w: {n: OPERATIONS[n](w) for n in names}
-    got = jax.jit(qjax.quantized(fn))(q)
-    wanted = jax.jit(fn)(qjax.dequantize(q))
+    return jax.jit(qjax.quantized(fn)), jax.jit(fn)
+
+
+def differences(q: qjax.QTensor, names: tuple[str, ...]) -> Iterator[str]:
+    """The operations whose results are not those of the dequantized array."""
+    quantized, dense = programs(names)
+    got, wanted = quantized(q), dense(qjax.dequantize(q))
     # Scales that have an offset of their own are contracted to one rounding or not, as XLA fuses.
     exact = not (isinstance(q.scale, qjax.QTensor) and q.scale.offset is not None)
     for n in names:
@@ -125,7 +132,7 @@ def main(mode: str, names: list[str]) -> None:
     found = []
     for name in names:
         for where, q in examples(name):
-            groups = [list(FEW)] if mode == "few" else [[n] for n in OPERATIONS]
+            groups = [FEW] if mode == "few" else [(n,) for n in OPERATIONS]
             for group in groups:
                 sys.stderr.write(f"{name} {where} {', '.join(group)}\n")
                 sys.stderr.flush()

@@ -18,6 +18,12 @@ def slow(*values: Any) -> Any:
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
+def few(values: Sequence[Any], kept: Sequence[Any]) -> list[Any]:
+    """Parameters of which the default suite runs `kept`, one for each branch of what is tested."""
+    assert all(v in values for v in kept)
+    return [v if v in kept else slow(v) for v in values]
+
+
 def dense(qparams: Any) -> Any:
     """Every QTensor of a tree dequantized."""
     return jax.tree.map(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
-from helpers import dequantized_uses, relative_error
+from helpers import dequantized_uses, relative_error, slow
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -85,8 +85,14 @@ def in_coordinates(fn, *args, limit=1e-5):
     assert relative_error(got, wanted) < limit
 
 
-@pytest.mark.parametrize("spec", ["int8", "int4_g16", "nf4_g16_dq", "uint4_g16"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "spec"),
+    [
+        (kind, spec) if kind == "all" or spec == "int8" else slow(kind, spec)
+        for kind in KINDS
+        for spec in ("int8", "int4_g16", "nf4_g16_dq", "uint4_g16")
+    ],
+)
 def test_dequantize_returns_to_the_models_coordinates(kind, spec):
     w = normal(0, K, N)
     q = held(w, kind, spec)
@@ -152,8 +158,9 @@ def test_pieces_along_the_output_keep_it_and_pieces_along_the_features_open_it(k
         assert relative_error(qjax.quantized(fn)(x, q), fn(x, qjax.dequantize(q))) < 1e-5
 
 
-@pytest.mark.parametrize("lead", [0, 1])
-@pytest.mark.parametrize("kind", COMPOSED)
+@pytest.mark.parametrize(
+    ("kind", "lead"), [("scaled", 0), ("all", 1), slow("scaled", 1), slow("all", 0)]
+)
 def test_experts(kind, lead):
     w = normal(0, 3, K, N)
     q = held(w, kind, "int4_g16", lead=lead)

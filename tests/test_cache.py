@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import relative_error, slow
+from helpers import few, relative_error, slow
 from tiny_models import CONFIGS, make, run, some_tokens, stacked
 
 import qjax
@@ -59,7 +59,14 @@ def test_later_positions_read_what_is_held(dtype):
 
 
 @pytest.mark.parametrize(
-    ("family", "scan"), [("qwen2", False), slow("gemma3", True), ("mixtral", True)]
+    ("family", "scan", "dtype"),
+    [
+        ("qwen2", False, "int8"),
+        ("mixtral", True, "float8_e4m3fn"),
+        slow("qwen2", False, "float8_e4m3fn"),
+        slow("mixtral", True, "int8"),
+        *(slow("gemma3", True, dtype) for dtype in FORMATS),
+    ],
 )
 def test_logits_stay_near_those_of_a_float_cache(family, scan, dtype):
     # All experts answer: which ones are chosen jumps where two are as probable.
@@ -85,6 +92,7 @@ def test_a_quantized_cache_is_a_quarter_of_a_float32_one():
     assert nbytes(None) == 3 * 2 * (2 * 16 * 2 * 64 * 4) + 4
 
 
+@pytest.mark.parametrize("dtype", few([*FORMATS], ["float8_e4m3fn"]))
 def test_computation_in_bfloat16(dtype):
     config = CONFIGS["qwen3"]
     model, params = make(config)
@@ -94,7 +102,10 @@ def test_computation_in_bfloat16(dtype):
     assert relative_error(found, run(model, params, some_tokens())) < 0.15
 
 
-@pytest.mark.parametrize("scan", [slow(False), True])
+@pytest.mark.parametrize(
+    ("scan", "dtype"),
+    [(True, "int8"), *(slow(*v) for v in ((True, "float8_e4m3fn"), (False, "int8")))],
+)
 def test_generation(scan, dtype):
     config = dataclasses.replace(CONFIGS["qwen2"], scan=scan)
     model, params = make(CONFIGS["qwen2"])

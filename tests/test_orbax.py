@@ -97,6 +97,9 @@ def test_steps_of_a_manager(tmp_path):
         same(tree, orbax.restore(tmp_path / "run" / str(step) / "params"))
 
 
+KINDS = (AxisType.Auto, AxisType.Explicit)
+
+
 def mesh(shape, kind=AxisType.Auto):
     return jax.make_mesh(shape, ("a", "b"), axis_types=(kind, kind))
 
@@ -107,8 +110,14 @@ def placed(tree, dense_specs, on):
     return jax.tree.map(lambda spec: NamedSharding(on, spec), specs, is_leaf=is_spec)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-@pytest.mark.parametrize("spec", [slow("int8"), "int4_g16", slow("nf4_g16_dq"), "q5_k"])
+@pytest.mark.parametrize(
+    ("spec", "kind"),
+    [
+        *(("q5_k", AxisType.Auto), ("int4_g16", AxisType.Explicit)),
+        *(slow("q5_k", AxisType.Explicit), slow("int4_g16", AxisType.Auto)),
+        *(slow(spec, kind) for spec in ("int8", "nf4_g16_dq") for kind in KINDS),
+    ],
+)
 def test_another_mesh(spec, kind, tmp_path):
     tree = {"up": weight(256, 64), "down": weight(256, 12)}
     tree = {name: qjax.quantize(w, spec, axis=0) for name, w in tree.items()}

@@ -1,5 +1,7 @@
 """Named recipes on small decoders: what each parameter becomes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,14 +17,20 @@ SIZES = {"vocab_size": 64, "hidden_size": 256, "intermediate_size": 512, "num_la
 SIZES |= {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64}
 
 
-def decided(name, **change):
-    """What the recipe makes of each parameter: the string of its Spec, or why it is kept."""
+@functools.cache
+def decoder(**change):
+    """The shapes of a decoder's parameters and their sites, traced once for all recipes."""
     model = models.Decoder(models.Config(**SIZES | change))
     tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)
-    sites = qjax.find_sites(model.apply, params, tokens)
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
     shapes = {param_path(p): v for p, v in leaves}
+    return shapes, qjax.find_sites(model.apply, params, tokens)
+
+
+def decided(name, **change):
+    """What the recipe makes of each parameter: the string of its Spec, or why it is kept."""
+    shapes, sites = decoder(**change)
     found = decide(shapes, named(name), sites)
     return {
         path: str(d.spec) if d.spec is not None else f"kept: {d.kept}" for path, d in found.items()

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import dense, dequantized_uses, relative_error
+from helpers import dense, dequantized_uses, few, relative_error, slow
 
 import qjax
 
@@ -92,8 +92,18 @@ MATMULS = {
 }
 
 
-@pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("name", MATMULS)
+# Scales of channels, of ragged groups, with scales of their own, of blocks along two axes.
+EVERYWHERE = ["int8", "int4_g24", "nf4_g32_dq", "fp8_e4m3_128x128"]
+
+
+@pytest.mark.parametrize(
+    ("name", "spec"),
+    [
+        (name, spec) if spec in EVERYWHERE or name in ("x @ w", "heads out") else slow(name, spec)
+        for name in MATMULS
+        for spec in SPECS
+    ],
+)
 def test_matmul_equals_the_dequantized_weights(name, spec):
     fn, shape, axis, batch, x_shape = MATMULS[name]
     q = qjax.quantize(normal(0, *shape), spec, axis, batch_axis=batch)
@@ -137,7 +147,7 @@ OTHER_PRODUCTS = {
 }
 
 
-@pytest.mark.parametrize("spec", [*SPECS, *DYNAMIC])
+@pytest.mark.parametrize("spec", few([*SPECS, *DYNAMIC], [*EVERYWHERE, *DYNAMIC]))
 @pytest.mark.parametrize("name", OTHER_PRODUCTS)
 def test_experts_and_convolutions(name, spec):
     fn, shape, axis, batch, x_shape = OTHER_PRODUCTS[name]
@@ -208,8 +218,15 @@ def test_dynamic_gradients_are_straight_through(name, spec):
     assert relative_error(got, wanted) < 2e-6
 
 
-@pytest.mark.parametrize("spec", ["int8", "int4_g32", "nf4_g32_dq", "fp8_e4m3"])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    ("dtype", "spec"),
+    [
+        *((jnp.bfloat16, "int8"), (jnp.bfloat16, "nf4_g32_dq")),
+        *((jnp.float16, "int4_g32"), (jnp.float16, "fp8_e4m3")),
+        *(slow(jnp.bfloat16, spec) for spec in ("int4_g32", "fp8_e4m3")),
+        *(slow(jnp.float16, spec) for spec in ("int8", "nf4_g32_dq")),
+    ],
+)
 def test_half_precision_is_at_most_twice_as_wrong_as_xla(spec, dtype):
     x, w = normal(1, 16, 256, dtype=dtype), normal(0, 256, 64, dtype=dtype)
     q = qjax.quantize(w, spec, 0)

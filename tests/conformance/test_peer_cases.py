@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import dense, dequantized_uses, relative_error
+from helpers import dense, dequantized_uses, few, relative_error
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -360,7 +360,13 @@ def test_30_every_path_is_named():
     assert hows["b"] == "dequantized: reduce_max has no rule for it"
 
 
-@pytest.mark.parametrize("name", FORMATS)
+# One for each rule that chooses scales and each dtype that holds them.
+SCALED = ["int8", "int4", "uint4", "uint2", "fp8_e4m3", "fp8_e5m2", "fp4_e2m1", "nf4", "dynamic8"]
+SCALED += ["mxfp8", "mxfp4", "nvfp4", "q4_0", "q4_1", "q2_k", "q3_k", "q4_k", "q6_k"]
+SCALED += ["iq4_nl", "iq4_xs", "tq1_0"]
+
+
+@pytest.mark.parametrize("name", few([*FORMATS], SCALED))
 def test_31_small_weights_are_no_zeros(name):
     w = normal(0, 256, 64) * 16  # of standard deviation 1
     error = lambda w: float(
