@@ -151,7 +151,7 @@ def block_product(problem: Any) -> jax.stages.Compiled:
     of_b = (problem.k // 128, problem.n) if problem.b_rows else (problem.n // 128, problem.k // 128)
     codes = [jax.ShapeDtypeStruct((rows, problem.k), F8) for rows in (problem.m, problem.n)]
     scales = [jax.ShapeDtypeStruct(size, F32) for size in ((problem.k // 128, problem.m), of_b)]
-    call = jax.jit(products.kernel(problem, block_plan.Config()))
+    call = jax.jit(products.kernel(problem, block_plan.config(problem)))
     return call.lower(codes[0], scales[0], codes[1], scales[1]).compile()
 
 

@@ -132,14 +132,16 @@ def kernel(problem: Problem, config: Config) -> Callable[..., jax.Array]:
 
                 zero = plgpu.layout_cast(jnp.zeros((LINES, bn), F32), plgpu.Layout.WGMMA)
                 carry = zero, tile_scale(0), tile_scale(1), of_rows(0)
-                near = near_g[0][block] if problem.b_rows else 0
-                apart = depth * (1 - near)  # steps that multiply twice after a product
-                total, *rest = lax.fori_loop(0, apart, functools.partial(step, near=False), carry)
-                if problem.b_rows:
-                    in_units = functools.partial(step, near=True)
-                    total, *_ = lax.fori_loop(apart, depth, in_units, (total, *rest))
+                sums = lambda near: functools.partial(
+                    lax.fori_loop, 0, depth, functools.partial(step, near=near)
+                )
+                if problem.b_rows:  # a loop of each kind: with bounds of its own it was slower
+                    near = near_g[0][block]
+                    total, *_ = lax.cond(near == 1, sums(True), sums(False), carry)
                     last = sb_g.at[depth + near * (depth + 1), pl.ds(column, bn)]
                     total *= _across(plgpu.load(last, layout=ALONG, optimized=False), bn)
+                else:
+                    total, *_ = sums(False)(carry)
                 for slot, q in enumerate(range(0, bn, strip)):
                     held = o_s.at[group, slot % c.outs]
                     plgpu.wait_smem_to_gmem(c.outs - 1, wait_read_only=True)

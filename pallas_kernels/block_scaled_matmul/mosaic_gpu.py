@@ -61,6 +61,13 @@ def phases(problem: Problem, config: Config) -> list[Phase]:
     return [phase for phase in found if phase.count]
 
 
+def config(problem: Problem) -> Config:
+    """Tiles in strips along m; of the gradient of a weight along n: 0.72 of cuBLASLt's speed in
+    place of 0.63 at 8192 x 28672, the same at 8192 x 8192.
+    """
+    return Config(minor=int(problem.b_rows))
+
+
 def supports(problem: Problem, device: Device) -> str | None:
     """Multiples of 128, results in bfloat16 or float32, on an H100 or H200 with jax 0.11."""
     reason = hopper.missing(device)
@@ -77,7 +84,7 @@ def run(
     a: jax.Array, a_scale: jax.Array, b: jax.Array, b_scale: jax.Array, problem: Problem
 ) -> jax.Array:
     """`[m, n]`."""
-    return _run(problem, Config(), a, a_scale, b, b_scale)
+    return _run(problem, config(problem), a, a_scale, b, b_scale)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))  # traced once, so that XLA sees equal calls
