@@ -11,6 +11,7 @@ bytes is the median of ratios of neighbors in one program, kernel and reader tak
     python experiments/tune_kernels.py tune             # without it
     python experiments/tune_kernels.py tune int8 nf4    # these formats only; other rows are kept
     ROWS=1,16 SHAPES=4096x28672 python experiments/tune_kernels.py tune    # m; k x n
+    CANDIDATES=30 ROWS=1 python experiments/tune_kernels.py tune int8    # more configs of each
 
 Several may run at once, each with its formats: they compile beside each other and take turns at the
 card and at the table.
@@ -61,7 +62,7 @@ FORMATS = {  # name -> (weight of k and n, shapes, m)
         (1, 16),
     ),
 }
-CANDIDATES = 4  # guesses timed per shape and m, best ones first
+CANDIDATES = int(os.environ.get("CANDIDATES", "4"))  # guesses timed per shape and m, best first
 RUNS = 50  # of the final report
 SECONDS = float(os.environ.get("SECONDS", "330"))  # stop tuning new shapes then
 CHECKS = {  # ragged k and n, every kind of code and scale; bias and activation where named
