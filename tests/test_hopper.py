@@ -147,11 +147,10 @@ def _pairs(weight: Weight, words: list[np.ndarray]) -> list[np.ndarray]:
         (word,) = words
         table, out = hopper_codebook.codebook_bytes(weight.values), []
         for half in range(2):
-            signs = word << np.uint32(4 * half)
-            mask = sum(
-                (_byte(signs, i) >> np.uint32(7)) * np.uint32(255 << 8 * i) for i in range(4)
-            )
-            selectors = (word & np.uint32(0x77777777)) >> np.uint32(16 * half)
+            codes = word >> np.uint32(16 * half)
+            highest = [codes >> np.uint32(4 * i + 3) & np.uint32(1) for i in range(4)]
+            mask = sum(bit * np.uint32(255 << 8 * i) for i, bit in enumerate(highest))
+            selectors = codes & np.uint32(0x7777)
             planes = []
             for at in (0, 4):
                 lower = _permuted(table[at : at + 2], selectors)

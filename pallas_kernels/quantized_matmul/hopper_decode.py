@@ -110,11 +110,11 @@ def _codebook(values: Sequence[float]) -> Operand:
     def operand(words: Words) -> list[ir.Value]:
         (word,) = words
         table = [ptx.number(v) for v in codebook_bytes(values)]
-        three = arith.andi(word, ptx.number(0x77777777))
+        three, even = arith.andi(word, ptx.number(0x77777777)), _left(word, 4)
         out = []
-        for half in range(2):
-            signs, selector = _left(word, 4 * half), _right(three, 16 * half)
-            mask = _bytes(signs, signs, ptx.number(0xBA98))  # the sign of each byte, eight times
+        for half, signs in enumerate((0xD9C8, 0xFBEA)):  # of bytes, each eight times: even, odd ...
+            selector = _right(three, 16 * half)
+            mask = _bytes(even, word, ptx.number(signs))
             planes = []
             for at in (0, 4):
                 lower = _bytes(table[at], table[at + 1], selector)

@@ -8,9 +8,8 @@ k = 32 (i // 2) + 8 c + 4 (i mod 2) + 2 (j // 2) + e.
 
   - `HOPPER4`, 256 words `[half of k, lane, 4]`: word i = 4 half + v has the eight codes of
     multiplication i, less the lowest code. Integers: (j, e) is nibble j + 4 e, so that
-    `word >> 4 j & 0x000F000F` is register j. Codebooks: (j, e) is nibble 2 j + e less its highest
-    bit, three bits to choose from half a table; the highest bits of nibbles 0 to 3 are bits
-    7, 15, 23, 31 of the word, those of nibbles 4 to 7 bits 3, 11, 19, 27.
+    `word >> 4 j & 0x000F000F` is register j. Codebooks: (j, e) is nibble 2 j + e, so that byte j
+    names the pair of register j.
   - `HOPPER8`, 512 words `[quarter of k, lane, 4]`: words 2 (i mod 2) and the next of quarter i // 2
     have the bytes of multiplication i; (j, e) is byte j mod 2 + 2 e of word j // 2. Integers are
     held plus 128.
@@ -118,23 +117,6 @@ def _shifts(codebook: bool) -> jax.Array:
     return low * 4 + high * 8 + e * 16
 
 
-def _high_bits_moved(word: jax.Array) -> jax.Array:
-    """Highest bits of nibbles 0 to 3 to the bits 7, 15, 23, 31; of nibbles 4 to 7 to 3, 11 ..."""
-    out = word & jnp.uint32(0x77777777)
-    for q in range(8):
-        to = 8 * q + 7 if q < 4 else 8 * (q - 4) + 3
-        out = out | ((word >> jnp.uint32(4 * q + 3) & jnp.uint32(1)) << jnp.uint32(to))
-    return out
-
-
-def _high_bits_back(word: jax.Array) -> jax.Array:
-    out = word & jnp.uint32(0x77777777)
-    for q in range(8):
-        at = 8 * q + 7 if q < 4 else 8 * (q - 4) + 3
-        out = out | ((word >> jnp.uint32(at) & jnp.uint32(1)) << jnp.uint32(4 * q + 3))
-    return out
-
-
 def _cut(codes: jax.Array, weight: Weight) -> jax.Array:
     """Codes `[k, n]` as `[n tile, k tile, i // 2, r, c, i mod 2, j // 2, e, j mod 2]`."""
     rows, deep = _tiles(weight)
@@ -154,8 +136,6 @@ def _pack4(codes: jax.Array, weight: Weight) -> jax.Array:
     unsigned = (codes.astype(jnp.int32) - lowest(weight)).astype(jnp.uint32)
     spread = _cut(unsigned, weight) << _shifts(weight.values is not None)
     word = jnp.sum(spread, axis=(-3, -2, -1), dtype=jnp.uint32)
-    if weight.values is not None:
-        word = _high_bits_moved(word)
     word = word.reshape(rows, deep, 2, 2, 8, 4, 2)  # half, i // 2 mod 2, r, c, i mod 2
     word = word.transpose(0, 1, 2, 4, 5, 3, 6).reshape(rows, deep, code_words(weight))
     return lax.bitcast_convert_type(word, jnp.int32)
@@ -165,8 +145,6 @@ def _unpack4(words: jax.Array, weight: Weight) -> jax.Array:
     rows, deep = _tiles(weight)
     word = lax.bitcast_convert_type(words, jnp.uint32).reshape(rows, deep, 2, 8, 4, 2, 2)
     word = word.transpose(0, 1, 2, 5, 3, 4, 6).reshape(rows, deep, 4, 8, 4, 2)
-    if weight.values is not None:
-        word = _high_bits_back(word)
     cut = (word[..., None, None, None] >> _shifts(weight.values is not None)) & jnp.uint32(15)
     codes = _joined(cut, weight).astype(jnp.int32) + lowest(weight)
     return codes.astype(jnp.int8).astype(weight.code)
