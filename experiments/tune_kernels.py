@@ -59,7 +59,7 @@ FORMATS = {  # name -> (weight of k and n, shapes, m)
     "nf4": (
         lambda k, n: Weight(k, n, 64, "uint4", values=problems.NF4),
         SQUARE + LLAMA[:3],
-        (1, 16),
+        (1, 8, 16),
     ),
 }
 CANDIDATES = int(os.environ.get("CANDIDATES", "4"))  # guesses timed per shape and m, best first

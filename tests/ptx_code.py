@@ -81,7 +81,7 @@ def _memory(machine: Any, name: str, operands: list[str], names: dict, live: np.
             machine.store(at, np.asarray(names[part]), live)
         else:
             got = machine.load(at, np.uint32, live)
-            names[part] = np.where(live, got, names[part])
+            names[part] = np.where(live, got, names.get(part, np.uint32(0)))
 
 
 def _copy(machine: Any, operands: list[str], names: dict, live: np.ndarray) -> None:
@@ -146,6 +146,11 @@ def _prmt(a: Any, b: Any, selector: Any) -> Any:
     return out
 
 
+def _dp4a(a: Any, b: Any, c: Any) -> Any:
+    byte = lambda v, i: v >> np.uint32(8 * i) & np.uint32(255)
+    return sum((byte(a, i) * byte(b, i) for i in range(4)), c)
+
+
 def _value(name: str, args: list[Any]) -> Any:
     match name:
         case "mov.b32":
@@ -156,6 +161,8 @@ def _value(name: str, args: list[Any]) -> Any:
             return _lop3(*args)
         case "prmt.b32":
             return _prmt(*args)
+        case "dp4a.u32.u32":
+            return _dp4a(*args)
         case "add.rn.bf16x2":
             return _pair(halves(args[0]) + halves(args[1]))
         case "mul.rn.bf16x2":

@@ -11,12 +11,20 @@ import json
 
 import jax
 import jax.numpy as jnp
+import lanes
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.dispatch import choose
 from pallas_kernels.frame import Device
-from pallas_kernels.quantized_matmul import hopper_codebook, hopper_layout, hopper_shape, mosaic_gpu
+from pallas_kernels.quantized_matmul import (
+    hopper_codebook,
+    hopper_layout,
+    hopper_pairs,
+    hopper_shape,
+    mosaic_gpu,
+)
 from pallas_kernels.quantized_matmul.layout import Layout
 from pallas_kernels.quantized_matmul.layouts import LAYOUTS
 from pallas_kernels.quantized_matmul.op import quantized_matmul
@@ -249,6 +257,29 @@ def _emulate(weight: Weight, packed: dict[str, jax.Array], x: np.ndarray) -> np.
     return out[: weight.n]
 
 
+@pytest.mark.parametrize("warpgroups", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", ["nf4", "short codebook"])
+def test_a_block_writes_the_pair_of_each_byte_for_each_lane(
+    name: str, warpgroups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lanes.on_a_cpu(monkeypatch)
+    values = WEIGHTS[name].values
+    assert values is not None
+    kernel = plgpu.kernel(
+        hopper_pairs.write_pairs(values, warpgroups),
+        out_type=[jax.ShapeDtypeStruct(mosaic_gpu.PAIR_TABLE, jnp.int32)],
+        scratch_types={},
+        grid=(1,),
+        num_threads=warpgroups,
+    )
+    got = np.asarray(kernel()[0]).view(np.uint32)
+    full = np.asarray([*values, *values[-1:] * (16 - len(values))], np.float32)
+    bits = full.astype(jnp.bfloat16).view(np.uint16).astype(np.uint32)
+    byte = np.arange(256)
+    wanted = bits[byte & 15] | bits[byte >> 4] << np.uint32(16)
+    np.testing.assert_array_equal(got, np.tile(wanted[:, None], 32))
+
+
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_the_lanes_add_up_to_the_product(name: str) -> None:
     weight = WEIGHTS[name]
@@ -300,8 +331,11 @@ def test_the_layout_says_what_it_does_not_take(weight: Weight, reason: str) -> N
 
 @pytest.mark.parametrize("m", [1, 8, 9, 16])
 @pytest.mark.parametrize(("k", "n"), [(4096, 4096), (576, 1536), (14336, 4096), (4096, 128256)])
-def test_configs_fit_the_chip_and_cover_the_product(m: int, k: int, n: int) -> None:
-    weight = Weight(k, n, 64, "int4", "bfloat16")
+@pytest.mark.parametrize("values", [None, NF4])
+def test_configs_fit_the_chip_and_cover_the_product(
+    m: int, k: int, n: int, values: tuple[float, ...] | None
+) -> None:
+    weight = Weight(k, n, 64, "uint4", "bfloat16", values=values)
     found = list(mosaic_gpu.configs(m, weight))
     assert found
     for worth, config in found:
@@ -312,6 +346,14 @@ def test_configs_fit_the_chip_and_cover_the_product(m: int, k: int, n: int) -> N
         assert plan.grid * plan.turns * config.rows >= plan.tiles_n
         assert config.cluster * config.warpgroups * plan.box >= plan.tiles_k
         assert plan.box <= plan.tiles_k
+
+
+def test_a_codebook_takes_its_table_of_shared_memory() -> None:
+    config, weight = mosaic_gpu.Config(4, 2, 1, 1, 2, 128), Weight(4096, 4096, 64, "uint4")
+    plain, nf4 = (mosaic_gpu.plan(1, w, config) for w in (weight, weight._replace(values=NF4)))
+    assert isinstance(plain, mosaic_gpu.Plan)
+    assert isinstance(nf4, mosaic_gpu.Plan)
+    assert nf4.shared - plain.shared == 32 * 1024
 
 
 def _of_format(row: dict) -> Weight:

@@ -4,10 +4,11 @@ x is stationary: every warp keeps the x of its own stretch of k in registers, in
 weights stream past it, 16 output channels at a time, through the warp's own ring in shared memory.
 A warp decodes its tiles straight into the A operands of `mma.m16n8k16` (`hopper_decode`). Of
 4-bit integers `lop3` makes 128 + u exactly; what that is too much comes off by way of the sums of
-x, which the warp takes once: the accumulator of a group starts at -start * sum(x). The scale of a
-group is applied to its accumulator in float32, that of a channel to the sums of a warp. The warps'
-sums meet in shared memory; blocks of a cluster, which split k further, send theirs to the block
-that owns the channels. All sums are taken in fixed order.
+x, which the warp takes once: the accumulator of a group starts at -start * sum(x). Pairs of a
+codebook's values are looked up in a table, which a block writes first (`hopper_pairs`). The scale
+of a group is applied to its accumulator in float32, that of a channel to the sums of a warp. The
+warps' sums meet in shared memory; blocks of a cluster, which split k further, send theirs to the
+block that owns the channels. All sums are taken in fixed order.
 
 Several weights of one x are tiles of one sequence: a tile's row says which of them it is fetched
 from, and which result its sums go to.
@@ -34,12 +35,13 @@ from pallas_kernels.chained import follow
 from pallas_kernels.quantized_matmul import hopper_asm as ptx
 from pallas_kernels.quantized_matmul import hopper_layout as layout
 from pallas_kernels.quantized_matmul.hopper_norm import Norm
+from pallas_kernels.quantized_matmul.hopper_pairs import write_pairs
 from pallas_kernels.quantized_matmul.hopper_ring import Ring
 from pallas_kernels.quantized_matmul.hopper_shape import shape_of
 from pallas_kernels.quantized_matmul.hopper_step import step
 from pallas_kernels.quantized_matmul.hopper_sums import Exchange, push, write
 from pallas_kernels.quantized_matmul.hopper_x import load_x, sum_x
-from pallas_kernels.quantized_matmul.mosaic_gpu import Config, plan
+from pallas_kernels.quantized_matmul.mosaic_gpu import PAIR_TABLE, Config, plan
 from pallas_kernels.quantized_matmul.problem import Problem
 
 LAG = 2  # turns after which a cluster's sums are collected
@@ -85,25 +87,30 @@ def kernel(
     if c.cluster > 1:
         scratch["slots"] = plgpu.SMEM((owned, c.cluster, *sums_shape), F32)
         scratch["arrived"] = plgpu.SMEM((owned, 2), jnp.int32)
+    if shape.values is not None:
+        scratch["pairs"] = plgpu.SMEM(PAIR_TABLE, jnp.int32)
     if norm:
         scratch["squares"] = plgpu.SMEM((warps, 8 * shape.columns), F32)
 
     keep_x, meet = load_x(shape, config), ptx.meet()
     add_up = sum_x(shape, config) if shape.start else None
+    fill = write_pairs(shape.values, c.warpgroups) if shape.values is not None else None
     multiply = [step(shape, config, row) for row in range(c.rows)]
     ring = Ring(shape, config, ends)
     send, exchange = push(shape, config), Exchange(c.cluster * sums_shape[0] * 256)
     write_warps = write(shape, config, warps, results)
     write_blocks = write(shape, config, c.cluster, results)
 
-    def quantized_matmul(*refs, w_s, full, sums, slots=None, arrived=None, squares=None):
+    def quantized_matmul(
+        *refs, w_s, full, sums, slots=None, arrived=None, squares=None, pairs=None
+    ):
         refs, outs = refs[: -len(results)], list(refs[-len(results) :])
         if norm:
             x, y, factor, *refs, total = refs
             front = Norm(shape, config, factor.dtype)
         else:
             x, *refs = refs
-        count = len(shape.pieces)
+        count, tables = len(shape.pieces), [pairs] if fill is not None else []
         weights = [list(refs[i * count : (i + 1) * count]) for i in range(len(ends))]
         block = lax.axis_index("n")
         rank = lax.axis_index("k") if c.cluster > 1 else np.int32(0)
@@ -142,6 +149,8 @@ def kernel(
         lax.fori_loop(0, early, begin, np.int32(0))
         if c.cluster > 1:
             exchange.open(arrived)
+        if fill is not None:
+            fill(pairs)
         if not shape.has("bias"):
             follow()
         rest = functools.partial(lax.fori_loop, early, c.steps, begin, np.int32(0))
@@ -154,6 +163,8 @@ def kernel(
             kept += (add_up(kept[0]),)
         if c.cluster > 1:
             exchange.meet()
+        if fill is not None:
+            meet()
 
         def one_turn(turn, _):
             mine = sums.at[lax.rem(turn, np.int32(buffers))]
@@ -162,7 +173,7 @@ def kernel(
                 at = lax.rem(tile, np.int32(c.steps))
                 phase = lax.rem(_quotient(tile, c.steps), np.int32(2))
                 ring.wait(full.at[:, at], _thread_wide(phase))
-                multiply[row](w_s.at[:, at], mine, kept)
+                multiply[row](w_s.at[:, at], mine, kept, tables)
                 fetch(tile + c.steps)
             meet()  # also: whoever comes here has read the sums of the turn before
             if c.cluster == 1:

@@ -14,6 +14,7 @@ from pallas_kernels.quantized_matmul import hopper_asm as ptx
 from pallas_kernels.quantized_matmul import hopper_layout as layout
 from pallas_kernels.quantized_matmul import hopper_x
 from pallas_kernels.quantized_matmul.hopper_decode import OPERANDS, halves
+from pallas_kernels.quantized_matmul.hopper_pairs import looked_up
 from pallas_kernels.quantized_matmul.hopper_shape import Shape
 from pallas_kernels.quantized_matmul.mosaic_gpu import Config
 
@@ -26,13 +27,14 @@ def step(shape: Shape, config: Config, row: int) -> Any:
     depth, words = config.depth, shape.piece("codes").words
     per_product = words // 256  # words of a lane
     per_channel = not shape.piece("scale").per_tile
-    operand = OPERANDS[shape.decode](shape.values)
     kept_types = tuple(held for _, held in hopper_x.layouts(shape, config))
+    tables = [] if shape.values is None else [plgpu.RefType()]
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), kept_types))
-    def multiply(ctx, w_s, sums_s, kept):
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), kept_types, tables))
+    def multiply(ctx, w_s, sums_s, kept, tables):
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
         warp, lane = ptx.lane()
+        operand = looked_up(*tables, lane) if tables else OPERANDS[shape.decode](None)
         w_s, sums_s = ptx.begin(w_s), ptx.begin(sums_s)
         x_of, *rest = (
             [llvm.extractelement(v, ptx.number(0)) for v in held.registers.flat] for held in kept

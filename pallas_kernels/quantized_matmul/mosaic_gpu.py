@@ -5,6 +5,7 @@ ask; the kernel is in `hopper_kernel` and imported when it runs.
 import functools
 import itertools
 import json
+import math
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -21,6 +22,7 @@ MULTIPROCESSORS = 132
 FAST_REGISTERS = 4  # depth times eighths of m: more do not fit beside the rest of a warp's values
 MOST_WAITING = 140_000  # bytes on their way to a multiprocessor; rings that hold more were slower
 MAX_ROWS = 16
+PAIR_TABLE = (256, 32)  # words in shared memory that a codebook needs, `hopper_pairs`
 LAYOUTS = ("hopper4", "hopper8")
 TABLES = pathlib.Path(__file__).parent / "tables"
 # device kind -> what was measured on it; read once, since every matmul of a model asks
@@ -104,6 +106,8 @@ def plan(
     shared += min(2, turns) * c.warpgroups * 4 * sums
     if c.cluster > 1:
         shared += -(-turns // c.cluster) * c.cluster * sums
+    if weight.values is not None:
+        shared += 4 * math.prod(PAIR_TABLE)
     if norm:
         shared += c.warpgroups * 4 * 8 * columns(m) * 4
     if shared > SHARED_MEMORY:
