@@ -1,8 +1,8 @@
 """The Hopper kernel without a GPU: where its layout puts things, its arithmetic, and its plans.
 
 `_emulate` is the kernel's arithmetic lane by lane, in numpy: which word a lane reads, which bits
-become which register, which x goes with it. That the device runs it so is checked on the device
-(experiments/tune_kernels.py check).
+become which register, which x goes with it. The kernel itself runs in test_decode_lanes, and on the
+device (experiments/tune_kernels.py check).
 """
 
 import functools
@@ -263,16 +263,17 @@ def test_a_block_writes_the_pair_of_each_byte_for_each_lane(
     name: str, warpgroups: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lanes.on_a_cpu(monkeypatch)
-    values = WEIGHTS[name].values
+    values, held = WEIGHTS[name].values, []
     assert values is not None
-    kernel = plgpu.kernel(
-        hopper_pairs.write_pairs(values, warpgroups),
-        out_type=[jax.ShapeDtypeStruct(mosaic_gpu.PAIR_TABLE, jnp.int32)],
-        scratch_types={},
-        grid=(1,),
-        num_threads=warpgroups,
-    )
-    got = np.asarray(kernel()[0]).view(np.uint32)
+    fill = hopper_pairs.write_pairs(values, warpgroups)
+
+    def table(*, pairs):
+        fill(pairs)
+        held.append(pairs.array.view(np.uint32))
+
+    scratch = {"pairs": plgpu.SMEM(mosaic_gpu.PAIR_TABLE, jnp.int32)}
+    plgpu.kernel(table, out_type=[], scratch_types=scratch, grid=(1,), num_threads=warpgroups)()
+    (got,) = held
     full = np.asarray([*values, *values[-1:] * (16 - len(values))], np.float32)
     bits = full.astype(jnp.bfloat16).view(np.uint16).astype(np.uint32)
     byte = np.arange(256)

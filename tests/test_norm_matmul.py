@@ -11,6 +11,7 @@ import lanes
 import ml_dtypes
 import numpy as np
 import pytest
+from hopper_operands import ACTIVATIONS, close, packed
 
 from pallas_kernels import hopper
 from pallas_kernels.definition import instead
@@ -20,43 +21,10 @@ from pallas_kernels.norm_matmul import mosaic_gpu, problems, reference
 from pallas_kernels.norm_matmul.op import norm_matmul
 from pallas_kernels.norm_matmul.problem import Problem
 from pallas_kernels.quantized_matmul import mosaic_gpu as products
-from pallas_kernels.quantized_matmul.layouts import LAYOUTS
 from pallas_kernels.quantized_matmul.problem import Weight
 
 BF16 = ml_dtypes.bfloat16
 HOPPER = Device("gpu", "NVIDIA H100 80GB HBM3")
-
-
-def packed(weight, layout, seed):
-    """Arrays in kernel order, and the float64 weight that they stand for."""
-    rng = np.random.default_rng(seed)
-    low, high = {"int4": (-8, 8), "uint4": (0, 16), "int8": (-128, 128)}.get(weight.code, (0, 120))
-    codes = rng.integers(low, high, (weight.k, weight.n))
-    if weight.code.startswith("float8"):
-        codes = codes.astype(np.uint8).view(weight.code)
-    codes, shape = codes.astype(weight.code), (weight.groups, weight.n)
-    size = {"int8": 74, "float8_e4m3fn": 40}.get(weight.code, 1 if weight.values else 8)
-    scale = rng.uniform(0.5, 2, shape) / (size * weight.k**0.5)  # results of about 1
-    held = {"scale": scale.astype(weight.scale)}
-    if weight.zero:
-        held["zero"] = rng.integers(low, high, shape).astype(weight.zero)
-    if weight.offset:
-        held["offset"] = (rng.normal(size=shape) / weight.k**0.5).astype(weight.offset)
-    w = codes.astype(np.float64)
-    if weight.values:  # the kernel's table holds bfloat16
-        w = np.asarray(weight.values, np.float32).astype(BF16).astype(np.float64)[w.astype(int)]
-    along_k = lambda v: np.repeat(v.astype(np.float64), weight.group, 0)[: weight.k]
-    w = w - along_k(held["zero"]) if weight.zero else w
-    w = w * along_k(held["scale"])
-    w = w + along_k(held["offset"]) if weight.offset else w
-    return pack({"codes": codes} | held, weight, layout), w
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def pack(held, weight, layout):
-    order = LAYOUTS[layout]
-    by = lambda name: order.pack_codes if name == "codes" else order.pack_scale
-    return {name: by(name)(v, weight) for name, v in held.items()}
 
 
 def operands(problem, scale_dtype, seed=0):
@@ -69,12 +37,6 @@ def operands(problem, scale_dtype, seed=0):
     return jnp.asarray(x), jnp.asarray(y), jnp.asarray(scale), list(arrays), dense
 
 
-GATES = {
-    "silu": lambda g: g / (1 + np.exp(-g)),
-    "gelu_tanh": lambda g: g / 2 * (1 + np.tanh((2 / np.pi) ** 0.5 * (g + 0.044715 * g**3))),
-}
-
-
 def truth(problem, x, y, scale, dense, rounded):
     """The sum in x's dtype, and the results; `rounded`: s * scale as the kernel has it."""
     wide = lambda v: np.asarray(v).astype(np.float64)
@@ -85,14 +47,8 @@ def truth(problem, x, y, scale, dense, rounded):
     scaled = wide(scaled.astype(np.float32).astype(BF16)) if rounded else scaled
     results = [root * (scaled @ w) for w in dense]
     if problem.gate is not None:
-        results = [GATES[problem.gate](results[0]) * results[1]]
+        results = [ACTIVATIONS[problem.gate](results[0]) * results[1]]
     return total, results
-
-
-def close(ours, wanted, tolerance):
-    assert ours.shape == wanted.shape
-    worst = np.abs(np.asarray(ours).astype(np.float64) - wanted).max() / np.abs(wanted).max()
-    assert worst <= tolerance
 
 
 # Of each small problem: the scale's dtype, and how it is cut; None: as is guessed, in one turn.
@@ -134,7 +90,7 @@ def test_a_product_with_no_norm_has_a_gate_too(monkeypatch):
     config = products.Config(1, 1, 1, 2, 1, 3)
     (ours,) = products.launch.__wrapped__(whole, config, (72, 72), x, arrays)
     wide = np.asarray(x).astype(np.float64)
-    close(ours, GATES["silu"](wide @ gate) * (wide @ up), 2**-8)
+    close(ours, ACTIVATIONS["silu"](wide @ gate) * (wide @ up), 2**-8)
 
 
 @pytest.mark.parametrize("which", [0, 3])
