@@ -1,23 +1,32 @@
 """What stands between the matmuls of a decode step: definitions, refusals, and their use."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hopper_operands import ACTIVATIONS, BF16
 from tiny_models import CONFIGS, make, some_tokens
 
 import qjax
-from pallas_kernels import hopper
+from pallas_kernels import chained, hopper
+from pallas_kernels.add_norm import mosaic_gpu as norm_kernel
+from pallas_kernels.add_norm import problems as norms
 from pallas_kernels.add_norm.op import add_norm
 from pallas_kernels.decode_attention import problems
 from pallas_kernels.decode_attention.op import decode_attention
 from pallas_kernels.dispatch import IMPLEMENTATIONS, choose
 from pallas_kernels.frame import Device
+from pallas_kernels.gated import mosaic_gpu as gated_kernel
+from pallas_kernels.gated import problems as gates
 from pallas_kernels.gated.op import gated
 from qjax import prepared_products
 from qjax.models import fused, init_cache
 
 HOPPER = Device("gpu", "NVIDIA H100 80GB HBM3")
+MOSAIC = tuple(map(int, jax.__version__.split(".")[:2])) >= (0, 11)
+needs_mosaic = pytest.mark.skipif(not MOSAIC, reason="the kernels need jax 0.11 or newer")
 
 
 def normal(seed, *shape):
@@ -42,6 +51,51 @@ def test_gated_is_silu_times_up():
     ours = gated(jnp.asarray(gate), jnp.asarray(up), "silu")
     wide = gate.astype(np.float64)
     close(ours, wide / (1 + np.exp(-wide)) * up)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """`f(kernel, *operands)`, in JAX's interpreter, which knows of no kernel before this one."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    monkeypatch.setattr(chained, "follow", lambda: None)
+
+    def run(kernel, *operands):
+        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+            return jax.tree.map(wide, kernel(*map(jnp.asarray, operands)))
+
+    return run
+
+
+def wide(x):
+    return np.asarray(x).astype(np.float64)
+
+
+def rounded(ours, truth, times):
+    """So many times to bfloat16, each by half a unit in the last place; and float32 is off."""
+    off = 2**-8 * times * np.abs(truth) + 2e-6 * np.abs(truth).max()
+    assert (np.abs(ours - truth) <= off).all()
+
+
+@needs_mosaic
+@pytest.mark.parametrize("problem", norms.PROBLEMS, ids=str)
+def test_the_interpreted_norm_of_a_sum(problem, interpreted):
+    x, y = (normal(i, problem.rows, problem.width).astype(BF16) for i in range(2))
+    scale = normal(2, problem.width).astype(BF16)
+    run = functools.partial(norm_kernel.run, problem=problem)
+    total, normed = interpreted(run, x, y, scale)
+    s = wide((x.astype(np.float32) + y.astype(np.float32)).astype(BF16))
+    np.testing.assert_array_equal(total, s)
+    root = np.sqrt((s * s).mean(-1, keepdims=True) + problem.epsilon)
+    rounded(normed, s / root * wide(scale), times=1)
+
+
+@needs_mosaic
+@pytest.mark.parametrize("problem", gates.PROBLEMS, ids=str)
+def test_the_interpreted_gate(problem, interpreted):
+    gate, up = (normal(i, problem.rows, problem.width).astype(BF16) for i in range(2))
+    ours = interpreted(functools.partial(gated_kernel.run, problem=problem), gate, up)
+    rounded(ours, ACTIVATIONS[problem.activation](wide(gate)) * wide(up), times=2)
 
 
 @pytest.mark.parametrize(("first", "position"), [(0, 0), (0, 6), (3, 9)])
