@@ -2,7 +2,7 @@
 
 Casts are compared bit for bit with their definition, products with the float32 product of the same
 codes and scales (largest difference over the largest value of its row). Then each takes turns with
-what it is measured against: XLA's copy of the same bytes and XLA's own code for the definition;
+what it is measured against: XLA's copy of as many bytes and XLA's own code for the definition;
 cuBLASLt's FP8 product of the same codes, without scales, and for scales of rows with XLA's pass
 over its result. Wall clock over calls in flight, medians. Rows are written to a JSON file as they
 are made, small problems, which are not timed, last.
@@ -103,12 +103,15 @@ def cast(problem: Any, timed: bool) -> dict[str, Any]:
     pairs = zip(jax.jit(ours)(*args), jax.jit(wanted)(*args), strict=True)
     row = {"op": "cast_fp8", **problem._asdict(), "different": sum(different(*p) for p in pairs)}
     if timed:
-        bits = lambda x: lax.bitcast_convert_type(x, jnp.uint16)
-        copy = lambda x, *_: lax.bitcast_convert_type(bits(x) ^ 1, jnp.bfloat16)
+        # of 32-bit words: XLA copies shorter ones at three quarters of the speed
+        words = jax.random.bits(jax.random.key(2), (problem.rows * problem.columns // 2,))
+        copy, half = lambda w: w ^ 1, words.size // 2
         if not problem.turned:  # half as much is written
-            copy = lambda x, *_: (bits(x) >> 8).astype(jnp.uint8)
-        us = turns({"copy": (copy, args), "xla": (wanted, args), "ours": (ours, args)})
-        row |= {"us": us, "of_copy": us["copy"] / us["ours"], "xla_of_copy": us["copy"] / us["xla"]}
+            copy = lambda w: w[:half] ^ w[half:]
+        us = turns({"copy": (copy, (words,)), "xla": (wanted, args), "ours": (ours, args)})
+        share, bar = us["copy"] / us["ours"], 0.93 if problem.turned else 0.95
+        row |= {"us": us, "of_copy": share, "xla_of_copy": us["copy"] / us["xla"]}
+        row |= {"bar": bar, "verdict": "met" if share >= bar else "MISSED"}
     return row
 
 
