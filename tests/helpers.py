@@ -12,6 +12,9 @@ from jax.extend.core import Literal
 import qjax
 from qjax import _compat
 
+MOSAIC = tuple(map(int, jax.__version__.split(".")[:2])) >= (0, 11)
+needs_mosaic = pytest.mark.skipif(not MOSAIC, reason="the kernels need jax 0.11 or newer")
+
 
 def slow(*values: Any) -> Any:
     """A parameter of a test that only `make test-slow` runs: others cover most of it."""

@@ -7,8 +7,25 @@ import ml_dtypes
 import numpy as np
 
 from pallas_kernels.quantized_matmul.layouts import LAYOUTS
+from pallas_kernels.quantized_matmul.problem import Weight
+from pallas_kernels.quantized_matmul.problems import NF4
 
 BF16 = ml_dtypes.bfloat16
+
+
+def wide(x):
+    return np.asarray(x).astype(np.float64)
+
+
+def weight_of(row):
+    """That of a row of a device's table."""
+    k, n = row["k"], row["n"]
+    return {
+        "int4": Weight(k, n, 128, "int4", "bfloat16"),
+        "int8": Weight(k, n, k, "int8"),
+        "fp8": Weight(k, n, k, "float8_e4m3fn"),
+        "nf4": Weight(k, n, 64, "uint4", values=NF4),
+    }[row["format"]]
 
 
 def packed(weight, layout, seed):
@@ -45,7 +62,7 @@ def pack(held, weight, layout):
 
 def close(ours, wanted, tolerance):
     assert ours.shape == wanted.shape
-    worst = np.abs(np.asarray(ours).astype(np.float64) - wanted).max() / np.abs(wanted).max()
+    worst = np.abs(wide(ours) - wanted).max() / np.abs(wanted).max()
     assert worst <= tolerance
 
 

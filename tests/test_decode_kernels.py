@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hopper_operands import ACTIVATIONS, BF16
+from helpers import needs_mosaic
+from hopper_operands import ACTIVATIONS, BF16, wide
 from tiny_models import CONFIGS, make, some_tokens
 
 import qjax
@@ -25,8 +26,6 @@ from qjax import prepared_products
 from qjax.models import fused, init_cache
 
 HOPPER = Device("gpu", "NVIDIA H100 80GB HBM3")
-MOSAIC = tuple(map(int, jax.__version__.split(".")[:2])) >= (0, 11)
-needs_mosaic = pytest.mark.skipif(not MOSAIC, reason="the kernels need jax 0.11 or newer")
 
 
 def normal(seed, *shape):
@@ -65,10 +64,6 @@ def interpreted(monkeypatch):
             return jax.tree.map(wide, kernel(*map(jnp.asarray, operands)))
 
     return run
-
-
-def wide(x):
-    return np.asarray(x).astype(np.float64)
 
 
 def rounded(ours, truth, times):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import lanes
 import numpy as np
 import pytest
-from hopper_operands import ACTIVATIONS, BF16, close, packed
+from hopper_operands import ACTIVATIONS, BF16, close, packed, weight_of, wide
 
 from pallas_kernels.decode_attention import mosaic_gpu as attention
 from pallas_kernels.decode_attention.problems import SMALL
@@ -40,16 +40,6 @@ TUNED = [
     for device, rows in products.TUNED.items()
     for row in rows
 ]
-FORMATS = {
-    "int4": lambda k, n: Weight(k, n, 128, "int4", "bfloat16"),
-    "int8": lambda k, n: Weight(k, n, k, "int8"),
-    "fp8": lambda k, n: Weight(k, n, k, "float8_e4m3fn"),
-    "nf4": lambda k, n: Weight(k, n, 64, "uint4", values=NF4),
-}
-
-
-def wide(x):
-    return np.asarray(x).astype(np.float64)
 
 
 def narrow(x):
@@ -117,7 +107,7 @@ def test_a_product_lane_by_lane(which, monkeypatch):
 def test_a_product_as_it_is_cut_on_a_device(row, monkeypatch):
     """All of k, and the channels that two clusters take in all their turns."""
     lanes.on_a_cpu(monkeypatch, 2**26)
-    weight, config = FORMATS[row["format"]](row["k"], row["n"]), products.Config(*row["config"])
+    weight, config = weight_of(row), products.Config(*row["config"])
     sizes = products.plan(row["m"], weight, config)
     n = min(weight.n, 2 * sizes.turns * config.rows * 16)
     check_product(config._replace(blocks=2), row["m"], weight._replace(n=n), (n,))

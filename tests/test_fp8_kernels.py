@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers import MOSAIC, needs_mosaic
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from pallas_kernels import hopper
@@ -32,8 +33,6 @@ from qjax.qtensor import dequantize
 from qjax.training import casting, kernels
 
 H100 = Device("gpu", "NVIDIA H100 80GB HBM3")
-MOSAIC = tuple(map(int, jax.__version__.split(".")[:2])) >= (0, 11)
-needs_mosaic = pytest.mark.skipif(not MOSAIC, reason="the kernels need jax 0.11 or newer")
 ROW = training.RECIPES["block"].output[0]
 TILE = training.RECIPES["block"].output[1]
 

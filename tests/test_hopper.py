@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import lanes
 import numpy as np
 import pytest
+from hopper_operands import weight_of
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.dispatch import choose
@@ -357,16 +358,6 @@ def test_a_codebook_takes_its_table_of_shared_memory() -> None:
     assert nf4.shared - plain.shared == 32 * 1024
 
 
-def _of_format(row: dict) -> Weight:
-    k, n = row["k"], row["n"]
-    return {
-        "int4": Weight(k, n, 128, "int4", "bfloat16"),
-        "int8": Weight(k, n, k, "int8"),
-        "fp8": Weight(k, n, k, "float8_e4m3fn"),
-        "nf4": Weight(k, n, 64, "uint4", values=NF4),
-    }[row["format"]]
-
-
 def test_the_table_holds_what_can_run() -> None:
     tables = sorted(mosaic_gpu.TABLES.glob("*.json"))
     assert tables
@@ -374,7 +365,7 @@ def test_the_table_holds_what_can_run() -> None:
         table = json.loads(path.read_text())
         assert table["command"]
         for row in table["rows"]:
-            weight = _of_format(row)
+            weight = weight_of(row)
             config = mosaic_gpu.Config(*row["config"])
             assert isinstance(mosaic_gpu.plan(row["m"], weight, config), mosaic_gpu.Plan)
             assert mosaic_gpu.choose_config(row["m"], weight, table["device"]) == config

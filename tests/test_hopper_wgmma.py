@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import MOSAIC, needs_mosaic
 from jax import lax
 from test_hopper import (
     H100,
@@ -28,8 +29,6 @@ from pallas_kernels.quantized_matmul.layouts import LAYOUTS
 from pallas_kernels.quantized_matmul.mosaic_wgmma import Config
 from pallas_kernels.quantized_matmul.problem import Problem, Weight
 
-MOSAIC = tuple(map(int, jax.__version__.split(".")[:2])) >= (0, 11)
-needs_mosaic = pytest.mark.skipif(not MOSAIC, reason="the kernels need jax 0.11 or newer")
 LANES = np.arange(32)
 R, C = LANES // 4, LANES % 4
 

@@ -8,10 +8,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import lanes
-import ml_dtypes
 import numpy as np
 import pytest
-from hopper_operands import ACTIVATIONS, close, packed
+from hopper_operands import ACTIVATIONS, BF16, close, packed, wide
 
 from pallas_kernels import hopper
 from pallas_kernels.definition import instead
@@ -23,7 +22,6 @@ from pallas_kernels.norm_matmul.problem import Problem
 from pallas_kernels.quantized_matmul import mosaic_gpu as products
 from pallas_kernels.quantized_matmul.problem import Weight
 
-BF16 = ml_dtypes.bfloat16
 HOPPER = Device("gpu", "NVIDIA H100 80GB HBM3")
 
 
@@ -39,7 +37,6 @@ def operands(problem, scale_dtype, seed=0):
 
 def truth(problem, x, y, scale, dense, rounded):
     """The sum in x's dtype, and the results; `rounded`: s * scale as the kernel has it."""
-    wide = lambda v: np.asarray(v).astype(np.float64)
     total = (np.asarray(x).astype(np.float32) + np.asarray(y).astype(np.float32)).astype(x.dtype)
     s = wide(total)
     root = 1 / np.sqrt((s * s).mean(-1, keepdims=True) + problem.epsilon)
@@ -89,8 +86,7 @@ def test_a_product_with_no_norm_has_a_gate_too(monkeypatch):
     lanes.on_a_cpu(monkeypatch)
     config = products.Config(1, 1, 1, 2, 1, 3)
     (ours,) = products.launch.__wrapped__(whole, config, (72, 72), x, arrays)
-    wide = np.asarray(x).astype(np.float64)
-    close(ours, ACTIVATIONS["silu"](wide @ gate) * (wide @ up), 2**-8)
+    close(ours, ACTIVATIONS["silu"](wide(x) @ gate) * (wide(x) @ up), 2**-8)
 
 
 @pytest.mark.parametrize("which", [0, 3])
