@@ -135,7 +135,7 @@ def kernel(problem: Problem, config: Config) -> Callable[..., jax.Array]:
                 sums = lambda near: functools.partial(
                     lax.fori_loop, 0, depth, functools.partial(step, near=near)
                 )
-                if problem.b_rows:  # a loop of each kind: with bounds of its own it was slower
+                if problem.b_rows:  # two loops in turn, one of no steps, were slower
                     near = near_g[0][block]
                     total, *_ = lax.cond(near == 1, sums(True), sums(False), carry)
                     last = sb_g.at[depth + near * (depth + 1), pl.ds(column, bn)]
