@@ -35,7 +35,8 @@ def kernel(problem: Problem, config: Config) -> Callable[..., tuple[jax.Array, j
     i32 = jnp.int32
 
     def body(x_g, rows_g, columns_g, x_s, top_s, full):
-        i, j = lax.axis_index("i"), lax.axis_index("j")
+        # from the end, where what made x stopped; a cast then finds the start of x in L2
+        i, j = i32(lines // tiles - 1) - lax.axis_index("i"), lax.axis_index("j")
         across = pl.ds(j * BLOCK, BLOCK)
 
         def fetch(t):
@@ -44,7 +45,7 @@ def kernel(problem: Problem, config: Config) -> Callable[..., tuple[jax.Array, j
             plgpu.copy_gmem_to_smem(x_g.at[down, across], x_s.at[slot], full.at[slot])
 
         def top(view):
-            return jnp.max(jnp.abs(load(view).astype(F32)), axis=1)
+            return jnp.max(jnp.abs(load(view)), axis=1).astype(F32)
 
         def one_tile(t, of_columns):
             slot = lax.rem(t, i32(steps))

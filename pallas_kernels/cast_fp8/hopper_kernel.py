@@ -8,7 +8,6 @@ from a transposed load of the same tile (LDSM.T), so both are written along thei
 # pyright: reportCallIssue=false, reportPrivateImportUsage=false
 
 import functools
-import itertools
 from collections.abc import Callable
 
 import jax
@@ -22,6 +21,7 @@ from pallas_kernels.cast_fp8.problem import BLOCK, SMALLEST, Problem
 
 F32 = jnp.float32
 HALF = 64  # rows of a tile that a warpgroup holds at a time
+PIECES = 2  # of so many rows of codes in shared memory
 STRIP = 128  # bytes over which shared memory is swizzled
 
 
@@ -33,70 +33,76 @@ def kernel(problem: Problem, config: Config) -> Callable[..., tuple[jax.Array, .
     largest = float(jnp.finfo(dtype).max)
     lines = rows // BLOCK
     tiles = next(t for t in range(min(config.tiles, lines), 0, -1) if lines % t == 0)
-    steps, outs = min(config.steps, tiles), min(config.outs, tiles)
     halves = [pl.ds(HALF * h, HALF) for h in range(BLOCK // HALF)]
     load = functools.partial(plgpu.load, layout=plgpu.Layout.WGMMA)
-    i32 = jnp.int32
 
     def body(x_g, *refs, x_s, code_s, scale_s, full):
         i, j = lax.axis_index("i"), lax.axis_index("j")
+        if not given:  # what made x stopped at its end, which L2 still has
+            i = jnp.int32(lines // tiles - 1) - i
         inverse_g, out_g = (refs[:sides], refs[sides:]) if given else ((), refs)
         across = pl.ds(j * BLOCK, BLOCK)
+        down = [pl.ds((i * tiles + t) * BLOCK, BLOCK) for t in range(tiles)]
+        tile = [None] * tiles  # reciprocals of their scales
+
+        def half(of, t, h):
+            return x_s.at[t, halves[h]] if of == 0 else x_s.at[t, :, halves[h]].transpose((1, 0))
 
         def fetch(t):
-            slot = lax.rem(t, i32(steps))
-            down = pl.ds((i * tiles + t) * BLOCK, BLOCK)
-            plgpu.copy_gmem_to_smem(x_g.at[down, across], x_s.at[slot], full.at[slot])
-            for of, (ref, at) in enumerate(zip(inverse_g, (down, across), strict=False)):
-                plgpu.copy_gmem_to_smem(ref.at[at], scale_s.at[slot, of], full.at[slot])
+            plgpu.copy_gmem_to_smem(x_g.at[down[t], across], x_s.at[t], full.at[t])
+            for of, (ref, at) in enumerate(zip(inverse_g, (down[t], across), strict=False)):
+                plgpu.copy_gmem_to_smem(ref.at[at], scale_s.at[of, t], full.at[t])
 
-        def write(out, x, inverse):
-            out[...] = (x * inverse).astype(dtype)
-
-        def rows_of(vector):
-            return lax.broadcast_in_dim(vector, (HALF, BLOCK), (0,))
-
-        def one_tile(t, _):
-            slot, out = lax.rem(t, i32(steps)), lax.rem(t, i32(outs))
-            tile = x_s.at[slot]
-            views = (
-                [tile.at[at] for at in halves],
-                [tile.at[:, at].transpose((1, 0)) for at in halves],
-            )
-            plgpu.barrier_wait(full.at[slot])
-            plgpu.wait_smem_to_gmem((outs - 1) * len(out_g), wait_read_only=True)
-            inverse = None
+        def wait(t):
+            plgpu.barrier_wait(full.at[t])
             if problem.scales == "tile":
-                tops = [jnp.max(jnp.abs(load(view).astype(F32)), axis=1) for view in views[0]]
-                found, inverse = scales_of(jnp.max(functools.reduce(jnp.maximum, tops)), largest)
-                scale_s[out, 0] = jnp.broadcast_to(found, (BLOCK,))
-            for of, at in itertools.product(range(sides), range(len(halves))):
-                x, code = load(views[of][at]).astype(F32), code_s.at[out, of, halves[at]]
-                if problem.scales == "block":
-                    found, inverse = scales_of(jnp.max(jnp.abs(x), axis=1), largest)
-                    scale_s[out, of, halves[at]] = found
-                    write(code, x, rows_of(inverse))
-                elif given:
-                    write(code, x, rows_of(scale_s[slot, of, halves[at]]))
-                else:
-                    write(code, x, inverse)
-            plgpu.commit_smem()  # also: all have read the tile
-            pl.when(t + steps < tiles)(lambda: fetch(t + steps))
-            down = i * tiles + t
-            along = pl.ds(down * BLOCK, BLOCK)
-            places = [out_g[0].at[along, across], out_g[sides - 1].at[across, along]][:sides]
-            if problem.scales == "block":
-                places += [out_g[sides].at[j, along], out_g[-1].at[down, across]][:sides]
-            elif problem.scales == "tile":
-                places += [out_g[2].at[down, across]]
-            made = [ref.at[out, of] for ref in (code_s, scale_s) for of in range(sides)]
-            for source, place in zip(made, places, strict=False):
-                plgpu.copy_smem_to_gmem(source, place)
-            return _
+                tops = [jnp.max(jnp.abs(load(x_s.at[t, at])), axis=1) for at in halves]
+                top = jnp.max(functools.reduce(jnp.maximum, tops))
+                found, tile[t] = scales_of(top.astype(F32), largest)
+                scale_s[0, t] = jnp.broadcast_to(found, (BLOCK,))
 
-        for t in range(steps):
-            fetch(i32(t))
-        lax.fori_loop(i32(0), i32(tiles), one_tile, i32(0))
+        def cast(of, t, h):
+            x = load(half(of, t, h))
+            if problem.scales == "tile":
+                return x.astype(F32) * tile[t]
+            if given:
+                inverse = scale_s[of, t, halves[h]]
+            else:
+                top = jnp.max(jnp.abs(x), axis=1).astype(F32)
+                found, inverse = scales_of(top, largest)
+                scale_s[of, t, halves[h]] = found
+            return x.astype(F32) * lax.broadcast_in_dim(inverse, (HALF, BLOCK), (0,))
+
+        def place(of, t, h):
+            if of == 0:
+                return out_g[0].at[pl.ds((i * tiles + t) * BLOCK + HALF * h, HALF), across]
+            return out_g[1].at[pl.ds(j * BLOCK + HALF * h, HALF), down[t]]
+
+        def place_of_scales(of, t, h):
+            """Where they are complete with this piece."""
+            if problem.scales == "tile":
+                return out_g[-1].at[i * tiles + t, across] if (of, h) == (0, 0) else None
+            if given or h == 0:
+                return None
+            return out_g[sides].at[j, down[t]] if of == 0 else out_g[-1].at[i * tiles + t, across]
+
+        for t in range(tiles):
+            fetch(t)
+        order = [(0, t, h) for t in range(tiles) for h in range(len(halves))]
+        if sides == 2:  # neighbors in memory one after the other
+            order += [(1, t, h) for h in range(len(halves)) for t in range(tiles)]
+        for n, (of, t, h) in enumerate(order):
+            if (of, h) == (0, 0):
+                wait(t)
+            code, slot = cast(of, t, h).astype(dtype), code_s.at[n % PIECES]
+            if n >= PIECES:
+                plgpu.wait_smem_to_gmem(PIECES - 1, wait_read_only=True)
+            slot[...] = code
+            plgpu.commit_smem()
+            scales = place_of_scales(of, t, h)
+            plgpu.copy_smem_to_gmem(slot, place(of, t, h), commit_group=scales is None)
+            if scales is not None:
+                plgpu.copy_smem_to_gmem(scale_s.at[of, t], scales)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     tiled = lambda size: (plgpu.TilingTransform((8, STRIP // size)), plgpu.SwizzleTransform(STRIP))
@@ -113,10 +119,10 @@ def kernel(problem: Problem, config: Config) -> Callable[..., tuple[jax.Array, .
         grid=(lines // tiles, columns // BLOCK),
         grid_names=("i", "j"),
         scratch_types={
-            "x_s": plgpu.SMEM((steps, BLOCK, BLOCK), problem.x, transforms=tiled(2)),
-            "code_s": plgpu.SMEM((outs, sides, BLOCK, BLOCK), dtype, transforms=tiled(1)),
-            "scale_s": plgpu.SMEM((max(steps, outs), sides, BLOCK), F32),
-            "full": plgpu.Barrier(num_arrivals=1 + given * sides, num_barriers=steps),
+            "x_s": plgpu.SMEM((tiles, BLOCK, BLOCK), problem.x, transforms=tiled(2)),
+            "code_s": plgpu.SMEM((PIECES, HALF, BLOCK), dtype, transforms=tiled(1)),
+            "scale_s": plgpu.SMEM((sides, tiles, BLOCK), F32),
+            "full": plgpu.Barrier(num_arrivals=1 + given * sides, num_barriers=tiles),
         },
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )

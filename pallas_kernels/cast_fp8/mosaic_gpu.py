@@ -15,13 +15,14 @@ class Config(NamedTuple):
 
     Attributes:
       tiles: of a block, one below the other.
-      steps: tiles of x in shared memory.
-      outs: tiles of codes there.
     """
 
     tiles: int = 1
-    steps: int = 1
-    outs: int = 1
+
+
+def config(problem: Problem) -> Config:
+    """Two tiles where transposed codes are written: 256 neighbors of each row, not 128."""
+    return Config(tiles=1 + problem.turned)
 
 
 LINE = 256  # of a row; TMA takes no longer one
@@ -40,7 +41,7 @@ def supports(problem: Problem, device: Device) -> str | None:
 
 def run(x: jax.Array, *inverses: jax.Array, problem: Problem) -> tuple[jax.Array, ...]:
     """What `op.cast_fp8` returns."""
-    return _run(problem, Config(), x, *inverses)
+    return _run(problem, config(problem), x, *inverses)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))  # traced once, so that XLA sees equal calls
