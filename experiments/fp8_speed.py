@@ -3,9 +3,9 @@
     python experiments/fp8_speed.py [SECTION...] [--json ROWS.json] [--tiny]
 
     projections  q, k, v, o, gate, up and down of one layer of width 8192, without attention
-    layer        one whole layer of width 8192, in turns with its parts, whose sum it should not
-                 exceed: its FP8 GEMMs, its attention, all else in bfloat16, and 1.15 times the time
-                 in which the bytes that casts must move are copied
+    layer        one whole layer of width 8192, beside the sum of its parts: its FP8 GEMMs, its
+                 attention, all else in bfloat16, and the time in which the bytes that casts must
+                 move are copied
     stack        four layers of an 8B shape
     step         a training step of a 1B shape: 16 layers, loss, AdamW, float32 weights
 
@@ -43,7 +43,7 @@ from qjax import training
 BF16, F32, F8 = jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn
 RUNS, REPEATS = 5, 2  # medians of RUNS, each the mean of REPEATS calls
 STREAM = 1.15  # of the time to copy the bytes that casts must move
-COPIES, COPIED = 16, 2**27  # copies that measure the memory, and bfloat16 elements of each
+COPIED = 2**27  # elements of each of the copies that measure the memory
 # Bytes per element of a tensor that enters two GEMMs: read for the amax, read again for the cast,
 # two orientations of codes written. Blocks of 128 find their amax in the tile they cast.
 CAST_BYTES = {"current": 6, "delayed": 6, "rowwise": 6, "block": 4}
@@ -207,11 +207,11 @@ def calls(program: Any) -> dict[str, int]:
     }
 
 
-def turns(programs: dict[str, tuple[Any, Any]]) -> dict[str, float]:
-    """Milliseconds of a call of each with its arguments, taken in turns."""
+def turns(programs: dict[str, Any], *args: Any) -> dict[str, float]:
+    """Milliseconds of a call of each, taken in turns."""
     times: dict[str, list[float]] = {name: [] for name in programs}
     for i in range(RUNS + 1):
-        for name, (program, args) in programs.items():
+        for name, program in programs.items():
             start = time.perf_counter()
             for _ in range(REPEATS):
                 out = program(*args)
@@ -243,15 +243,14 @@ def compare(
     shape: Shape,
     bars: dict[str, float | None],
     rows: Rows,
-    beside: dict[str, tuple[Any, Any]] | None = None,
 ) -> dict[str, float]:
-    """A row per recipe of `bars`, bfloat16 beside; milliseconds, of what runs `beside` them too."""
+    """A row per recipe of `bars`, bfloat16 beside; milliseconds."""
     p = weights(shape, BF16)
     args = p, *(normal(i, shape.tokens, shape.width) for i in (1, 2))
     start = time.perf_counter()
     programs = compiled({n: lowered(model, n, shape, *args) for n in ("bf16", *bars)})
     built = time.perf_counter() - start
-    ms = turns({n: (v, args) for n, v in programs.items()} | (beside or {}))
+    ms = turns(programs, *args)
     for name, bar in bars.items():
         ratio = ms["bf16"] / ms[name]
         row = {"section": section, **shape._asdict(), "recipe": name}
@@ -273,15 +272,10 @@ def measure_projections(tiny: bool, rows: Rows) -> None:
 def measure_layer(tiny: bool, rows: Rows) -> None:
     """A whole layer, and its parts."""
     shape = TINY if tiny else WIDE
+    ms = compare("layer", layers, shape, dict.fromkeys(("current", "rowwise", "block")), rows)
     parts = {"gemms": gemms(shape), "attention": attend(shape), "other": other(shape)}
-    copied = TINY.width * TINY.tokens if tiny else COPIED
-    # in the same turns: alone, parts run at other clocks than the layer does
-    beside = parts | {"copies": copies(copied)}
-    ms = compare(
-        "layer", layers, shape, dict.fromkeys(("current", "rowwise", "block")), rows, beside
-    )
-    taken = {name: ms[name] for name in parts}
-    speed = 4 * copied * COPIES / ms["copies"]
+    taken = {name: turns({name: run}, *args)[name] for name, (run, args) in parts.items()}
+    speed = copying(TINY.width * TINY.tokens if tiny else COPIED)
     cast = cast_elements(shape)
     for name in ("current", "rowwise"):
         stream = CAST_BYTES[name] * cast / speed
@@ -299,13 +293,18 @@ def measure_layer(tiny: bool, rows: Rows) -> None:
         )
 
 
-def copies(elements: int) -> tuple[Any, Any]:
-    """COPIES copies, so that the gaps between programs do not count; of 32-bit words, since XLA
-    copies shorter ones at three quarters of the speed.
+def copying(elements: int) -> float:
+    """Bytes per ms of copies, of so many that the gaps between programs do not count; of 32-bit
+    words, since XLA copies shorter ones at three quarters of the speed.
     """
-    run = jax.jit(lambda xs: [x ^ 1 for x in xs])
-    xs = [jax.random.bits(jax.random.key(i), (elements // 2,)) for i in range(COPIES)]
-    return run.lower(xs).compile(), (xs,)
+
+    @jax.jit
+    def copies(xs: list[jax.Array]) -> list[jax.Array]:
+        return [x ^ 1 for x in xs]
+
+    xs = [jax.random.bits(jax.random.key(i), (elements // 2,)) for i in range(16)]
+    ms = turns({"copies": copies.lower(xs).compile()}, xs)["copies"]
+    return 4 * elements * len(xs) / ms
 
 
 def matrix_elements(shape: Shape) -> int:

@@ -95,7 +95,7 @@ def kernel(
     keep_x, meet = load_x(shape, config), ptx.meet()
     add_up = sum_x(shape, config) if shape.start else None
     fill = write_pairs(shape.values, c.warpgroups) if shape.values is not None else None
-    multiply = step(shape, config)
+    multiply = [step(shape, config, row) for row in range(c.rows)]
     ring = Ring(shape, config, ends)
     send, exchange = push(shape, config), Exchange(c.cluster * sums_shape[0] * 256)
     write_warps = write(shape, config, warps, results)
@@ -168,17 +168,13 @@ def kernel(
 
         def one_turn(turn, _):
             mine = sums.at[lax.rem(turn, np.int32(buffers))]
-
-            def one_row(row, _):
+            for row in range(c.rows):
                 tile = turn * c.rows + row
                 at = lax.rem(tile, np.int32(c.steps))
                 phase = lax.rem(_quotient(tile, c.steps), np.int32(2))
                 ring.wait(full.at[:, at], _thread_wide(phase))
-                multiply(w_s.at[:, at], mine, _thread_wide(row), kept, tables)
+                multiply[row](w_s.at[:, at], mine, kept, tables)
                 fetch(tile + c.steps)
-                return _
-
-            lax.fori_loop(0, c.rows, one_row, np.int32(0))
             meet()  # also: whoever comes here has read the sums of the turn before
             if c.cluster == 1:
                 write_warps(outs, mine, channel(turn), [squares] if norm else [])

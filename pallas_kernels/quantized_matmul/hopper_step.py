@@ -19,7 +19,7 @@ from pallas_kernels.quantized_matmul.hopper_shape import Shape
 from pallas_kernels.quantized_matmul.mosaic_gpu import Config
 
 
-def step(shape: Shape, config: Config) -> Any:
+def step(shape: Shape, config: Config, row: int) -> Any:
     """Writes the sums of each warp over its k, of one tile of a turn, `[warp, (row, column, half),
     64]`: a lane's pair at 2 lane holds channel r + 8 half, rows 8 column + 2 c and the next of x.
     """
@@ -30,10 +30,8 @@ def step(shape: Shape, config: Config) -> Any:
     kept_types = tuple(held for _, held in hopper_x.layouts(shape, config))
     tables = [] if shape.values is None else [plgpu.RefType()]
 
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), plgpu.RefType(), ptx.SCALAR, kept_types, tables)
-    )
-    def multiply(ctx, w_s, sums_s, row, kept, tables):
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), kept_types, tables))
+    def multiply(ctx, w_s, sums_s, kept, tables):
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
         warp, lane = ptx.lane()
         operand = looked_up(*tables, lane) if tables else OPERANDS[shape.decode](None)
@@ -110,12 +108,13 @@ def step(shape: Shape, config: Config) -> Any:
             first = arith.cmpi(arith.CmpIPredicate.eq, here, ptx.number(0))
             once = [arith.select(first, v, ptx.zero()) for v in bias]
             sums = [[arith.addf(once[i // 2], t) for i, t in enumerate(v)] for v in sums]
-        line = arith.addi(arith.muli(warp, ptx.number(config.rows)), row.registers.item())
-        place = arith.addi(
-            arith.muli(line, ptx.number(2 * columns * 64)), arith.muli(lane, ptx.number(2))
-        )
-        for i in range(2 * columns):
-            pair_of_sums = sums[i // 2][2 * (i % 2) : 2 * (i % 2) + 2]
-            ptx.store_pair(sums_s, ptx.add(place, i * 64), pair_of_sums)
+        for column in range(columns):
+            for half in range(2):
+                line = (row * columns + column) * 2 + half
+                place = arith.addi(
+                    arith.muli(warp, ptx.number(config.rows * 2 * columns * 64)),
+                    ptx.add(arith.muli(lane, ptx.number(2)), line * 64),
+                )
+                ptx.store_pair(sums_s, place, sums[column][2 * half : 2 * half + 2])
 
     return multiply
