@@ -7,9 +7,10 @@ A gated MLP of prepared weights, and a training step of one in FP8, on all devic
 weights cut as tensor parallelism cuts them (up along its outputs, down along its inputs, whose
 products are summed), rows of x as data parallelism does, and both. A row says how far results are
 from one device's, over the largest, how many kernels of `pallas_kernels` the partitioned program
-calls, and how many operands it gathers. bfloat16 rounds elsewhere then, which moves FP8 codes:
-gradients may be as far from one device's as those are from bfloat16's. Exits with 1 where that, or
-1 % for weight-only products, is passed, or an operand is gathered.
+calls (on CPU devices none: there the frame around them is what is compared), and how many operands
+it gathers. bfloat16 rounds elsewhere then, which moves FP8 codes: gradients may be as far from one
+device's as those are from bfloat16's, and 2^-8. Exits with 1 where that, or 1 % for weight-only
+products, is exceeded, an operand is gathered, or a GPU runs no kernel of ours.
 """
 
 import argparse
@@ -78,8 +79,9 @@ def off(a: Any, b: Any) -> float:
 
 
 def report(name: str, mesh: Mesh, distance: float, bound: float, text: str) -> bool:
-    """Prints a row; whether it is right."""
-    good = distance <= bound and " all-gather" not in text
+    """Prints a row; whether it is right, and on a GPU of our kernels."""
+    ours = jax.default_backend() != "gpu" or "mosaic_gpu" in text
+    good = distance <= bound and ours and " all-gather" not in text
     sizes = " x ".join(f"{n} {axis}" for axis, n in mesh.shape.items())
     verdict = "ok   " if good else "WRONG"
     print(
@@ -98,9 +100,10 @@ def weight_only(spec: str, rows: int, width: int) -> bool:
         run = qjax.quantized(functools.partial(mlp, out=out))
         for mesh in meshes(kind):
             with jax.set_mesh(mesh):
-                placed = put(p, qjax.partition_specs(p, CUTS, mesh), mesh)
-                program = jax.jit(run).lower(placed, put(x, P("d", None), mesh)).compile()
-                got = program(placed, put(x, P("d", None), mesh))
+                specs = qjax.partition_specs(p, CUTS, mesh)
+                placed = put(p, specs, mesh), put(x, P("d", None), mesh)
+                program = jax.jit(run).lower(*placed).compile()
+                got = program(*placed)
             name = f"{spec}, {rows} rows, {kind.name}"
             good &= report(name, mesh, off(got, alone), 0.01, program.as_text())
     return good
@@ -123,7 +126,7 @@ def fp8(name: str, width: int) -> bool:
         got = leaves(program(*placed))
         far = [norm(a - b) / norm(c) for a, b, c in zip(got, alone, exact, strict=True)]
         near = [norm(b - c) / norm(c) + 2**-8 for b, c in zip(alone, exact, strict=True)]
-        worst = max(range(len(far)), key=lambda i: far[i] / near[i])
+        worst = int(np.argmax(np.divide(far, near)))  # NaN is the largest
         good &= report(name, mesh, far[worst], near[worst], program.as_text())
     return good
 

@@ -270,19 +270,28 @@ def test_casts_lower_for_a_gpu(problem):
 
 
 @needs_mosaic
-def test_the_interpreted_amax_is_numpys():
+def test_the_interpreted_amax_is_numpys(capfd):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     from pallas_kernels.amax import hopper_kernel, mosaic_gpu
 
-    x = _x(512, 128).at[200, 30].set(jnp.inf)
-    call = jax.jit(hopper_kernel.kernel(maxima.Problem(512, 128), mosaic_gpu.Config(2, 2)))
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+    x = _x(768, 256).at[200, 30].set(-jnp.inf).at[500, 200].set(jnp.nan)
+    call = jax.jit(hopper_kernel.kernel(maxima.Problem(768, 256), mosaic_gpu.Config(3, 2)))
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         got = call(x)
+    wide = np.nan_to_num(np.abs(np.asarray(x, np.float32)), nan=np.inf, posinf=np.inf)
     for value, axis in zip(got, (1, 0), strict=True):
-        np.testing.assert_array_equal(
-            np.asarray(value), np.abs(np.asarray(x, np.float32)).max(axis)
-        )
+        np.testing.assert_array_equal(np.asarray(value), wide.max(axis))
+    assert "RACE" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("rows", "tiles"), [(128, 1), (2048, 1), (16384, 8), (28672, 14), (3072, 2), (128 * 131, 4)]
+)
+def test_an_amax_leaves_few_maxima_where_blocks_divide(rows, tiles):
+    from pallas_kernels.amax import mosaic_gpu
+
+    assert mosaic_gpu.config(maxima.Problem(rows, 128)).tiles == tiles
 
 
 @needs_mosaic
@@ -306,27 +315,31 @@ def test_the_interpreted_product_is_that_of_float64(rows):
     assert (np.abs(got - truth).max(0) <= 2**-22 * problem.k * largest).all()
 
 
+INTERPRETED = [p._replace(rows=512, columns=256) for p in casts.SMALL]
+INTERPRETED += [p._replace(rows=384) for p in INTERPRETED if p.turned]  # one tile a block
+
+
 @needs_mosaic
-@pytest.mark.parametrize("problem", casts.SMALL, ids=str)
-def test_the_interpreted_cast_is_its_definition(problem):
+@pytest.mark.parametrize("problem", INTERPRETED, ids=str)
+def test_the_interpreted_cast_is_its_definition(problem, capfd):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     from pallas_kernels.cast_fp8 import hopper_kernel, mosaic_gpu, rows_kernel
 
     kind, turned = problem.scales, problem.turned
-    problem = problem._replace(columns=256 if kind == "row" else 128)
-    x = _x(256, problem.columns)
-    sizes = x.shape[: 1 + turned] if kind == "given" else ()
-    inverses = [jnp.full((n,), 2.0**-20) for n in sizes]
+    x = _x(problem.rows, problem.columns)
+    inverses = [jnp.full((n,), 2.0**-20) for n in x.shape[: 1 + turned] if kind == "given"]
     if kind == "row":
-        kernel = rows_kernel.kernel(problem._replace(rows=4))
-        x = x[126:130]
+        kernel, x = rows_kernel.kernel(problem._replace(rows=4)), x[126:130]
     else:
-        kernel = hopper_kernel.kernel(problem, mosaic_gpu.Config(tiles=2))
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        kernel = hopper_kernel.kernel(problem, mosaic_gpu.config(problem))
+    if kind in ("block", "tile"):
+        x = x.at[5, 7].set(jnp.nan).at[200, 30].set(jnp.inf).at[300, 200].set(-jnp.inf)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         got = jax.jit(kernel)(x, *inverses)
     for a, b in zip(got, cast_fp8(x, kind, *inverses, turned=turned), strict=True):
         np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+    assert "RACE" not in capfd.readouterr().out
 
 
 @pytest.fixture

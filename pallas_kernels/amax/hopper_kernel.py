@@ -28,7 +28,7 @@ def kernel(problem: Problem, config: Config) -> Callable[..., tuple[jax.Array, j
     """`x [rows, columns] -> (of rows [rows], of columns [columns])`."""
     rows, columns = problem.rows, problem.columns
     lines = rows // BLOCK
-    tiles = next(t for t in range(min(config.tiles, lines), 0, -1) if lines % t == 0)
+    tiles = next(t for t in range(config.tiles, 0, -1) if lines % t == 0)
     steps = min(config.steps, tiles)
     halves = [pl.ds(HALF * h, HALF) for h in range(BLOCK // HALF)]
     load = functools.partial(plgpu.load, layout=plgpu.Layout.WGMMA)

@@ -23,11 +23,14 @@ class Config(NamedTuple):
 
 
 PARTS = 16  # of the maxima of a column: XLA takes the largest of so many where it needs it
+LONGEST = 16  # tiles of a block
 
 
 def config(problem: Problem) -> Config:
-    """As few tiles a block as leave no more than PARTS of a column."""
-    return Config(tiles=max(1, problem.rows // BLOCK // PARTS))
+    """As few tiles a block as leave no more than PARTS of a column, where LONGEST can."""
+    lines = problem.rows // BLOCK
+    few = (t for t in range(1, LONGEST + 1) if lines % t == 0 and lines // t <= PARTS)
+    return Config(tiles=next(few, Config().tiles))
 
 
 def supports(problem: Problem, device: Device) -> str | None:

@@ -32,13 +32,14 @@ def kernel(problem: Problem, config: Config) -> Callable[..., tuple[jax.Array, .
     sides = 2 if problem.turned else 1
     largest = float(jnp.finfo(dtype).max)
     lines = rows // BLOCK
-    tiles = next(t for t in range(min(config.tiles, lines), 0, -1) if lines % t == 0)
+    tiles = next(t for t in range(config.tiles, 0, -1) if lines % t == 0)
     halves = [pl.ds(HALF * h, HALF) for h in range(BLOCK // HALF)]
     load = functools.partial(plgpu.load, layout=plgpu.Layout.WGMMA)
 
     def body(x_g, *refs, x_s, code_s, scale_s, full):
         i, j = lax.axis_index("i"), lax.axis_index("j")
-        if not given:  # what made x stopped at its end, which L2 still has
+        if not given:  # from the end, where what made x stopped: that is in L2. An amax of rows and
+            # columns, after which scales are given, began there and stopped at the start.
             i = jnp.int32(lines // tiles - 1) - i
         inverse_g, out_g = (refs[:sides], refs[sides:]) if given else ((), refs)
         across = pl.ds(j * BLOCK, BLOCK)
@@ -53,7 +54,7 @@ def kernel(problem: Problem, config: Config) -> Callable[..., tuple[jax.Array, .
             for of, (ref, at) in enumerate(zip(inverse_g, (down[t], across), strict=False)):
                 plgpu.copy_gmem_to_smem(ref.at[at], scale_s.at[of, t], full.at[t])
 
-        def wait(t):
+        def begin(t):
             plgpu.barrier_wait(full.at[t])
             if problem.scales == "tile":
                 tops = [jnp.max(jnp.abs(load(x_s.at[t, at])), axis=1) for at in halves]
@@ -79,7 +80,7 @@ def kernel(problem: Problem, config: Config) -> Callable[..., tuple[jax.Array, .
             return out_g[1].at[pl.ds(j * BLOCK + HALF * h, HALF), down[t]]
 
         def place_of_scales(of, t, h):
-            """Where they are complete with this piece."""
+            """Where the scales go that are complete with this piece, or None."""
             if problem.scales == "tile":
                 return out_g[-1].at[i * tiles + t, across] if (of, h) == (0, 0) else None
             if given or h == 0:
@@ -93,7 +94,7 @@ def kernel(problem: Problem, config: Config) -> Callable[..., tuple[jax.Array, .
             order += [(1, t, h) for h in range(len(halves)) for t in range(tiles)]
         for n, (of, t, h) in enumerate(order):
             if (of, h) == (0, 0):
-                wait(t)
+                begin(t)
             code, slot = cast(of, t, h).astype(dtype), code_s.at[n % PIECES]
             if n >= PIECES:
                 plgpu.wait_smem_to_gmem(PIECES - 1, wait_read_only=True)
