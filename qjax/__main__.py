@@ -121,9 +121,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="BASE",
         help="write the error of each weight to BASE.json and BASE.png (DIR-report)",
     )
-    quantize.add_argument("--output", required=True, metavar="DIR", help="the folder to write")
     quantize.add_argument(
-        "--force", action="store_true", help="replace DIR if qjax wrote it earlier"
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="the folder to write; FILE.gguf, if MODEL is such a file: a GGUF file for llama.cpp",
+    )
+    quantize.add_argument(
+        "--force", action="store_true", help="replace DIR if qjax wrote it earlier, or FILE.gguf"
     )
 
     evaluate = add("eval", "evaluate", "measure the perplexity of a model on a text")

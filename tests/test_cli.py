@@ -132,6 +132,40 @@ def test_what_a_recipe_keeps_stays_in_the_codes_of_the_file(tmp_path):
     assert rows["params/layers_0/mlp/up/kernel"]["format"].startswith("int8")
 
 
+def test_quantize_writes_gguf_files(tmp_path, failure):
+    path = tmp_path / "out.gguf"
+    args = ("quantize", TINY, "--spec", "q8_0", "--rule", ".*/down/kernel=q4_k", "--output", path)
+    data = cli_json(*args)
+    assert data["output"] == str(path)
+    types = {t["name"]: t["type"] for t in cli_json("inspect", path)["tensors"]}
+    assert types["blk.0.ffn_up.weight"] == "Q8_0"
+    assert types["blk.0.ffn_down.weight"] == types["token_embd.weight"] == "Q4_K"
+    assert "exists; choose another --output, or give --force" in failure(*args)
+    assert cli_json(*args, "--force") == data
+
+    args = ("quantize", TINY, "--spec", "int4_g32", "--output", tmp_path / "x.gguf")
+    assert "GGUF has no type for int4_g32; it has q4_0, " in failure(*args)
+    args = ("quantize", GOLDEN / "hf" / "qwen2", "--spec", "q8_0", "--output", "x.gguf")
+    assert "is no such file; write a folder" in failure(*args)
+
+
+def test_scales_of_awq_are_folded_into_a_gguf_file_or_refused(tmp_path, failure):
+    text = tmp_path / "text"
+    text.write_text("the quick brown fox jumps over the lazy dog " * 20)
+    args = ("quantize", TINY, "--spec", "q4_0", "--algorithm", "awq", "--calibration", text)
+    args += ("--length", "16", "--windows", "4", "--output", tmp_path / "out.gguf")
+    # query heads share values: the scale of o has no place to go to
+    assert "attention/o/kernel: its input_scale cannot be folded" in failure(*args, "--json")
+    assert not (tmp_path / "out.gguf").exists()
+    cli_json(*args, "--rule", ".*/o/kernel=q4_0")
+    model, params, _ = models.load(tmp_path / "out.gguf")
+    float_model, float_params, _ = models.load(TINY)
+    ids = np.arange(24).reshape(1, 24)
+    run = lambda model, p: np.asarray(qjax.quantized(model.apply)(p, ids), np.float64)
+    logits, wanted = run(model, params), run(float_model, float_params)
+    assert np.linalg.norm(logits - wanted) < 0.2 * np.linalg.norm(wanted)
+
+
 def test_quantize_overwrites_only_what_qjax_wrote_and_only_when_forced(tmp_path, failure):
     args = ("quantize", TINY, "--spec", "int8", "--output", tmp_path / "out")
     folder.write_folder(tmp_path / "out", {"w": np.zeros(3)})

@@ -36,6 +36,7 @@ LONG = 700  # tokens, past Gemma 3's window of 512; the text is this project's o
 TOLERANCE = 0.01  # nat, on every log-probability that is compared
 COMPARED = 200  # the most likely tokens after each prefix
 GREEDY = 24
+ROUNDED = 0.3  # nat: llama.cpp rounds activations to Q8_0 where it multiplies blocks
 
 LOG = logging.getLogger(__name__)
 
@@ -122,6 +123,35 @@ def test_native_codes_give_the_logits_of_the_dequantized_model(checkpoint):
     error = jnp.max(jnp.abs(native - expected)) / jnp.max(jnp.abs(expected))
     LOG.info("%s: relative error %.1e", checkpoint.name, error)
     assert error < 1e-5
+
+
+def test_a_checkpoint_is_written_byte_for_byte(checkpoint, tmp_path):
+    _, params, _ = qjax.models.load(checkpoint)
+    qjax.models.save_gguf(tmp_path / "again.gguf", params, checkpoint)
+    assert (tmp_path / "again.gguf").read_bytes() == checkpoint.read_bytes()
+
+
+@pytest.mark.parametrize("spec", ["q8_0", "q4_0"])
+def test_llama_cpp_runs_what_was_quantized_and_written(checkpoint, spec, tmp_path):
+    model, params, tokens = qjax.models.load(checkpoint)
+    params = jax.tree.map(dense, params, is_leaf=qjax.is_qtensor)
+    sites = qjax.find_sites(model.apply, params, jnp.zeros((1, 2), jnp.int32))
+    qparams = qjax.quantize_params(params, spec, sites)
+    path = tmp_path / "written.gguf"
+    qjax.models.save_gguf(path, qparams, checkpoint)
+    judge = LlamaServer(path, n_ctx=1024)
+    ids = tokens.encode(PROMPT)
+    assert judge.tokenize(PROMPT) == ids
+    logits = jax.jit(qjax.quantized(model.apply))(qparams, jnp.asarray([ids]))[0]
+    far = []
+    for i in range(8, len(ids), 4):
+        (theirs,) = judge.complete(ids[: i + 1], n_predict=1, n_probs=20)
+        ours = np.asarray(jax.nn.log_softmax(logits[i]))
+        far.append(float(np.abs(ours[list(theirs)] - np.array(list(theirs.values()))).max()))
+    LOG.info(
+        "%s in %s: %.3f nat at most, %.3f on average", checkpoint.name, spec, max(far), np.mean(far)
+    )
+    assert np.mean(far) < ROUNDED
 
 
 TEXTS = (

@@ -1,4 +1,4 @@
-"""``qjax quantize``: a model in, a folder with its quantized parameters out."""
+"""``qjax quantize``: a model in, a folder or GGUF file with its quantized parameters out."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ from qjax.cli.common import (
     tracked,
 )
 from qjax.evaluate import batched, text_windows
+from qjax.models.decoder import Decoder
+from qjax.models.folding import fold
 from qjax.models.saved import save_folder
+from qjax.models.saved_gguf import FORMATS, save_gguf
 from qjax.qtensor import dequantize, is_qtensor
 from qjax.recipe import Recipe, Rule, is_gathered
 from qjax.reporting import report
@@ -39,7 +42,10 @@ from qjax.transform import Decision, decide, requantize_params
 
 
 def run(args: argparse.Namespace) -> Output:
-    """Quantizes `args.model` into the folder `args.output`."""
+    """Quantizes `args.model` into the folder or GGUF file `args.output`."""
+    to_gguf = args.output.endswith(".gguf")
+    if to_gguf:
+        _check_gguf(args)
     if os.path.exists(args.output) and not args.force:
         raise ValueError(f"{args.output}: exists; choose another --output, or give --force")
     algorithm = None if args.algorithm is None else ALGORITHMS[args.algorithm]()
@@ -69,8 +75,13 @@ def run(args: argparse.Namespace) -> Output:
         progress = lambda weights: tracked(weights, "Quantizing")
         qparams, decisions = requantize_params(params, recipe, sites, progress, log)
     del params
+    if to_gguf:
+        qparams = _without_scales(qparams, model)
     with progress_console().status(f"Writing {args.output}"):
-        save_folder(args.output, model, qparams, tokenizer, overwrite=args.force)
+        if to_gguf:
+            save_gguf(args.output, qparams, args.model, overwrite=args.force)
+        else:
+            save_folder(args.output, model, qparams, tokenizer, overwrite=args.force)
     found = report(qparams)
     data = {
         "output": args.output,
@@ -115,6 +126,35 @@ def run(args: argparse.Namespace) -> Output:
             console.print(f"{data['report']}: error of each weight; {drawn}", markup=False)
 
     return Output(data, show)
+
+
+def _check_gguf(args: argparse.Namespace) -> None:
+    """What a GGUF file cannot hold is said before anything is computed."""
+    if not os.path.isfile(args.model):
+        raise ValueError(
+            f"--output {args.output}: settings and tokenizer of a GGUF file are those of the "
+            f"model's, and {args.model} is no such file; write a folder"
+        )
+    given = [args.spec, *(rule.spec for rule in args.rule)]
+    for spec in (spec for spec in given if spec is not None):
+        if spec.format not in FORMATS or spec.activation is not None:
+            raise ValueError(
+                f"--output {args.output}: GGUF has no type for {spec}; it has {', '.join(FORMATS)}"
+            )
+
+
+def _without_scales(params: Any, model: Decoder) -> Any:
+    """Folds the `input_scale`s of AWQ and SmoothQuant, for which GGUF has no place."""
+    leaves = jax.tree.leaves(params, is_leaf=is_qtensor)
+    if not any(is_qtensor(leaf) and leaf.activation is not None for leaf in leaves):
+        return params
+    folded = fold(params, model)
+    for path, why in folded.skipped.items():
+        raise ValueError(
+            f"{path}: its input_scale cannot be folded ({why}), and GGUF has no place for it; "
+            f"a rule leaves the algorithm out there: --rule '{path}=SPEC'"
+        )
+    return folded.params
 
 
 def parse_rule(text: str) -> Rule:

@@ -25,8 +25,8 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 
-_MAX_DIMS = 4
-_MAX_NAME = 63  # ggml keeps 64 bytes for a name, the closing NUL included
+MAX_DIMS = 4
+MAX_NAME = 63  # ggml keeps 64 bytes for a name, the closing NUL included
 _MAX_KEYS = 1 << 16  # a real file has some tens
 _MAX_TENSORS = 1 << 18  # a real file has some thousands
 _MAX_STRINGS = 1 << 22  # elements of one string array; the largest vocabularies have 2**18
@@ -47,7 +47,7 @@ DTYPES: dict[str, np.dtype] = {
 }
 
 
-class _Kind(NamedTuple):
+class Kind(NamedTuple):
     """A key-value type; `layout` is the struct code of a number, None for bool, string, array."""
 
     name: str
@@ -55,21 +55,21 @@ class _Kind(NamedTuple):
     layout: str | None
 
 
-_BOOL, _STRING, _ARRAY = 7, 8, 9
-_KINDS: dict[int, _Kind] = {
-    0: _Kind("u8", 1, "<B"),
-    1: _Kind("i8", 1, "<b"),
-    2: _Kind("u16", 2, "<H"),
-    3: _Kind("i16", 2, "<h"),
-    4: _Kind("u32", 4, "<I"),
-    5: _Kind("i32", 4, "<i"),
-    6: _Kind("f32", 4, "<f"),
-    _BOOL: _Kind("bool", 1, None),
-    _STRING: _Kind("string", 8, None),
-    _ARRAY: _Kind("array", 12, None),
-    10: _Kind("u64", 8, "<Q"),
-    11: _Kind("i64", 8, "<q"),
-    12: _Kind("f64", 8, "<d"),
+BOOL, STRING, ARRAY = 7, 8, 9
+KINDS: dict[int, Kind] = {
+    0: Kind("u8", 1, "<B"),
+    1: Kind("i8", 1, "<b"),
+    2: Kind("u16", 2, "<H"),
+    3: Kind("i16", 2, "<h"),
+    4: Kind("u32", 4, "<I"),
+    5: Kind("i32", 4, "<i"),
+    6: Kind("f32", 4, "<f"),
+    BOOL: Kind("bool", 1, None),
+    STRING: Kind("string", 8, None),
+    ARRAY: Kind("array", 12, None),
+    10: Kind("u64", 8, "<Q"),
+    11: Kind("i64", 8, "<q"),
+    12: Kind("f64", 8, "<d"),
 }
 
 
@@ -170,7 +170,7 @@ def read(path: str | os.PathLike[str]) -> GGUF:
         cursor.fail("key 'general.alignment'", f"is {found}, must be a u32 power of two")
 
     infos = [_read_info(cursor, i) for i in range(n_tensors)]
-    start = _align(cursor.position, alignment)
+    start = align(cursor.position, alignment)
     tensors = _place(name, infos, start, alignment, len(data))
     return GGUF(name, version, alignment, metadata, kinds, tensors, data)
 
@@ -214,7 +214,8 @@ def _fail(path: str, field: str, message: str) -> NoReturn:
     raise ValueError(f"{path}: {field}: {message}")
 
 
-def _align(position: int, alignment: int) -> int:
+def align(position: int, alignment: int) -> int:
+    """The next multiple of the alignment."""
     return (position + alignment - 1) // alignment * alignment
 
 
@@ -242,12 +243,12 @@ def _check_count(cursor: _Cursor, field: str, count: int, least: int, limit: int
 
 def _read_value(cursor: _Cursor, field: str) -> tuple[str, Any]:
     kind_id = cursor.number("<I", f"type of {field}")
-    if kind_id == _ARRAY:
+    if kind_id == ARRAY:
         return _read_array(cursor, field)
     kind = _kind(cursor, field, kind_id)
-    if kind_id == _STRING:
+    if kind_id == STRING:
         return kind.name, cursor.string(field)
-    if kind_id == _BOOL:
+    if kind_id == BOOL:
         value = cursor.number("<B", field)
         if value > 1:
             cursor.fail(field, f"is a bool of value {value}, must be 0 or 1")
@@ -258,17 +259,17 @@ def _read_value(cursor: _Cursor, field: str) -> tuple[str, Any]:
 
 def _read_array(cursor: _Cursor, field: str) -> tuple[str, Any]:
     kind_id = cursor.number("<I", f"element type of {field}")
-    if kind_id == _ARRAY:
+    if kind_id == ARRAY:
         cursor.fail(field, "is an array of arrays, which GGUF readers do not accept")
     kind = _kind(cursor, field, kind_id)
     count = cursor.number("<Q", f"length of {field}")
-    limit = _MAX_STRINGS if kind_id == _STRING else _MAX_HEADER
+    limit = _MAX_STRINGS if kind_id == STRING else _MAX_HEADER
     _check_count(cursor, f"length of {field}", count, least=kind.size, limit=limit)
     name = f"array[{kind.name}]"
-    if kind_id == _STRING:
+    if kind_id == STRING:
         return name, _read_strings(cursor, field, count)
     raw = cursor.take(count * kind.size, field)
-    if kind_id == _BOOL:
+    if kind_id == BOOL:
         flags = np.frombuffer(raw, np.uint8)
         if count and flags.max() > 1:
             cursor.fail(field, f"holds a bool of value {flags.max()}, must be 0 or 1")
@@ -300,24 +301,24 @@ def _read_strings(cursor: _Cursor, field: str, count: int) -> list[str]:
     return values
 
 
-def _kind(cursor: _Cursor, field: str, kind_id: int) -> _Kind:
-    if kind_id not in _KINDS:
-        known = ", ".join(f"{i} {kind.name}" for i, kind in _KINDS.items())
+def _kind(cursor: _Cursor, field: str, kind_id: int) -> Kind:
+    if kind_id not in KINDS:
+        known = ", ".join(f"{i} {kind.name}" for i, kind in KINDS.items())
         cursor.fail(f"type of {field}", f"is {kind_id}, known are {known}")
-    return _KINDS[kind_id]
+    return KINDS[kind_id]
 
 
 def _read_info(cursor: _Cursor, i: int) -> TensorInfo:
     """One tensor info, its offset still relative to the data section."""
     length = cursor.number("<Q", f"length of the name of tensor {i}")
-    if not 1 <= length <= _MAX_NAME:
-        cursor.fail(f"length of the name of tensor {i}", f"is {length}, must be 1 to {_MAX_NAME}")
+    if not 1 <= length <= MAX_NAME:
+        cursor.fail(f"length of the name of tensor {i}", f"is {length}, must be 1 to {MAX_NAME}")
     cursor.position -= 8
     name = cursor.string(f"name of tensor {i}")
     field = f"tensor {name!r}"
     n_dims = cursor.number("<I", f"{field} n_dims")
-    if not 1 <= n_dims <= _MAX_DIMS:
-        cursor.fail(f"{field} n_dims", f"is {n_dims}, must be 1 to {_MAX_DIMS}")
+    if not 1 <= n_dims <= MAX_DIMS:
+        cursor.fail(f"{field} n_dims", f"is {n_dims}, must be 1 to {MAX_DIMS}")
     dims = [cursor.number("<Q", f"{field} dims[{d}]") for d in range(n_dims)]
     elements = math.prod(dims)
     if not 1 <= elements <= _MAX_ELEMENTS:
@@ -361,5 +362,5 @@ def _place(
                 f"its {info.nbytes} bytes at {start + info.offset} end after the file's {size}",
             )
         tensors[info.name] = info._replace(offset=start + info.offset)
-        expected = _align(info.offset + info.nbytes, alignment)
+        expected = align(info.offset + info.nbytes, alignment)
     return tensors

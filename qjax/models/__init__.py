@@ -10,4 +10,5 @@ from qjax.models.folding import fold as fold
 from qjax.models.generate import Generation as Generation
 from qjax.models.generate import generator as generator
 from qjax.models.loading import load as load
+from qjax.models.saved_gguf import save_gguf as save_gguf
 from qjax.models.tokenizer import Tokenizer as Tokenizer

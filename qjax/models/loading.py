@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
@@ -84,19 +83,23 @@ class _Source(NamedTuple):
     permuted: bool
 
 
-def _load_gguf(path: str | os.PathLike[str], dtype: np.dtype):
-    file = gguf.read(path)
+def gguf_config(file: gguf.GGUF) -> Config:
+    """The decoder's configuration in a GGUF file."""
     if "token_embd.weight" not in file.tensors:
         raise ValueError(f"{file.path}: the tensor 'token_embd.weight' is missing")
-    architecture = file.metadata.get("general.architecture")
-    factors = "rope_freqs.weight" if architecture == "llama" else ""
-    config = configs.from_gguf(
+    factors = names.rope_factors(file.metadata.get("general.architecture"))
+    return configs.from_gguf(
         file.metadata,
         file.path,
         vocab_size=file.tensors["token_embd.weight"].shape[0],
         tensors=file.tensors.keys(),
         rope_factors=file.array(factors) if factors in file.tensors else None,
     )
+
+
+def _load_gguf(path: str | os.PathLike[str], dtype: np.dtype):
+    file = gguf.read(path)
+    config = gguf_config(file)
     model = Decoder(dataclasses.replace(config, dtype=dtype))
     tokens = tokenizer.from_gguf(file.metadata, file.path)
     if tokens.vocab_size != config.vocab_size:
@@ -120,8 +123,11 @@ def _load_gguf(path: str | os.PathLike[str], dtype: np.dtype):
         read = to_array if info.type.name in DENSE_TYPES else to_qtensor
         return read(raw if rows is None else raw[rows], info.type.name, dtype, transpose)
 
+    architecture = file.metadata["general.architecture"]
+    factors = names.rope_factors(architecture)
     shapes = {name: info.shape for name, info in file.tensors.items() if name != factors}
-    source = _Source(file.path, shapes, names.gguf_name, read, permuted=architecture == "llama")
+    permuted = architecture == "llama"
+    source = _Source(file.path, shapes, names.gguf_name, read, permuted)
     return model, _assemble(config, source), tokens
 
 
@@ -190,7 +196,7 @@ def _assemble(config: Config, source: _Source) -> dict[str, Any]:
             shape = (*shape[:-2], shape[-1], shape[-2])
         found = source.names_of(path)
         shapes |= {found: shape} if isinstance(found, str) else dict.fromkeys(found, shape[1:])
-    _check_names(source.path, set(shapes), set(source.shapes))
+    check_names(source.path, set(shapes), set(source.shapes))
     for name, shape in shapes.items():
         if tuple(source.shapes[name]) != shape:
             raise ValueError(
@@ -200,7 +206,7 @@ def _assemble(config: Config, source: _Source) -> dict[str, Any]:
 
     def fill(keys: tuple[Any, ...], _: Any) -> Any:
         path = _path(keys)
-        rows = _permuted_rows(path, config) if source.permuted else None
+        rows = names.permuted_rows(path, config) if source.permuted else None
         return source.read(source.names_of(path), path.endswith("/kernel"), rows)
 
     return {"params": jax.tree_util.tree_map_with_path(fill, tree)}
@@ -226,21 +232,8 @@ def _stacked(parts: list[np.ndarray], transpose: bool, dtype: np.dtype) -> jax.A
     return jnp.asarray(out)
 
 
-def _permuted_rows(path: str, config: Config) -> np.ndarray | None:
-    """Where the rows of q and k lie in a llama GGUF file.
-
-    Its heads interleave the two halves that rotary embeddings pair: row 2 i of a head is our row i,
-    row 2 i + 1 is our row i + head_dim / 2. Whole rows move, so quantized blocks stay intact.
-    """
-    match = re.fullmatch(r"layers_\d+/attention/([qk])/(kernel|bias)", path)
-    if match is None:
-        return None
-    heads = config.num_heads if match[1] == "q" else config.num_kv_heads
-    rows = np.arange(heads * config.head_dim).reshape(heads, config.head_dim // 2, 2)
-    return rows.swapaxes(1, 2).reshape(-1)
-
-
-def _check_names(where: str, wanted: set[str], available: set[str]) -> None:
+def check_names(where: str, wanted: set[str], available: set[str]) -> None:
+    """Raises a `ValueError` where a file does not have the tensors of a model, and no others."""
     if wanted - available:
         raise ValueError(f"{where}: missing tensors: {_listed(wanted - available)}")
     if available - wanted:

@@ -1,8 +1,12 @@
-"""What files call the parameters of the decoder."""
+"""What files call the parameters of the decoder, and how their rows lie there."""
 
 from __future__ import annotations
 
 import re
+
+import numpy as np
+
+from qjax.models.architecture import Config
 
 _TOP = {
     "embed/embedding": ("token_embd.weight", "model.embed_tokens.weight"),
@@ -72,6 +76,25 @@ def hf_name(path: str, family: str) -> str:
         return _TOP[path][1]
     name = _HF.get(family, {}).get(rest, _LAYER[rest][1])
     return f"model.layers.{layer}.{name}"
+
+
+def rope_factors(architecture: str | None) -> str | None:
+    """The tensor of a GGUF file that is a constant of its rotary embeddings, no parameter."""
+    return "rope_freqs.weight" if architecture == "llama" else None
+
+
+def permuted_rows(path: str, config: Config) -> np.ndarray | None:
+    """Where the rows of q and k lie in a llama GGUF file.
+
+    Its heads interleave the two halves that rotary embeddings pair: row 2 i of a head is our row i,
+    row 2 i + 1 is our row i + head_dim / 2. Whole rows move, so quantized blocks stay intact.
+    """
+    match = re.fullmatch(r"layers_\d+/attention/([qk])/(kernel|bias)", path)
+    if match is None:
+        return None
+    heads = config.num_heads if match[1] == "q" else config.num_kv_heads
+    rows = np.arange(heads * config.head_dim).reshape(heads, config.head_dim // 2, 2)
+    return rows.swapaxes(1, 2).reshape(-1)
 
 
 def _split(path: str) -> tuple[str | None, str]:
