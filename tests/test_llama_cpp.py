@@ -36,7 +36,7 @@ LONG = 700  # tokens, past Gemma 3's window of 512; the text is this project's o
 TOLERANCE = 0.01  # nat, on every log-probability that is compared
 COMPARED = 200  # the most likely tokens after each prefix
 GREEDY = 24
-ROUNDED = 0.3  # nat: llama.cpp rounds activations to Q8_0 where it multiplies blocks
+ROUNDED = 0.5  # nat: llama.cpp rounds activations to Q8_0 where it multiplies blocks
 
 LOG = logging.getLogger(__name__)
 
@@ -54,12 +54,10 @@ def checkpoint(request):
     return path
 
 
-@pytest.fixture
-def float_copy(checkpoint, tmp_path):
+def write_floats(checkpoint, path):
     """The checkpoint with every tensor in float32, dequantized and written by gguf-py."""
     import gguf as peer
 
-    path = tmp_path / "float.gguf"
     source = peer.GGUFReader(checkpoint)
     writer = peer.GGUFWriter(path, source.fields["general.architecture"].contents())
     for name, field in source.fields.items():
@@ -77,6 +75,12 @@ def float_copy(checkpoint, tmp_path):
     for tensor in source.tensors:
         writer.write_tensor_data(peer.dequantize(tensor.data, tensor.tensor_type))
     writer.close()
+
+
+@pytest.fixture
+def float_copy(checkpoint, tmp_path):
+    path = tmp_path / "float.gguf"
+    write_floats(checkpoint, path)
     yield path
     path.unlink()
 
@@ -139,19 +143,22 @@ def test_llama_cpp_runs_what_was_quantized_and_written(checkpoint, spec, tmp_pat
     qparams = qjax.quantize_params(params, spec, sites)
     path = tmp_path / "written.gguf"
     qjax.models.save_gguf(path, qparams, checkpoint)
-    judge = LlamaServer(path, n_ctx=1024)
+    write_floats(path, tmp_path / "float.gguf")
     ids = tokens.encode(PROMPT)
-    assert judge.tokenize(PROMPT) == ids
     logits = jax.jit(qjax.quantized(model.apply))(qparams, jnp.asarray([ids]))[0]
-    far = []
-    for i in range(8, len(ids), 4):
-        (theirs,) = judge.complete(ids[: i + 1], n_predict=1, n_probs=20)
-        ours = np.asarray(jax.nn.log_softmax(logits[i]))
-        far.append(float(np.abs(ours[list(theirs)] - np.array(list(theirs.values()))).max()))
-    LOG.info(
-        "%s in %s: %.3f nat at most, %.3f on average", checkpoint.name, spec, max(far), np.mean(far)
-    )
-    assert np.mean(far) < ROUNDED
+
+    def difference(judge, count):
+        (theirs,) = judge.complete(ids, n_predict=1, n_probs=count)
+        ours = np.asarray(jax.nn.log_softmax(logits[-1]))
+        return float(np.abs(ours[list(theirs)] - np.array(list(theirs.values()))).max())
+
+    exact = difference(LlamaServer(tmp_path / "float.gguf", n_ctx=1024), COMPARED)
+    judge = LlamaServer(path, n_ctx=1024)
+    assert judge.tokenize(PROMPT) == ids
+    rounded = difference(judge, 20)
+    LOG.info("%s in %s: %.1e nat, %.2f in blocks", checkpoint.name, spec, exact, rounded)
+    assert exact < TOLERANCE
+    assert rounded < ROUNDED
 
 
 TEXTS = (
