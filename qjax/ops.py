@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qjax import activation, blocks, prepared, prepared_products, structural
+from qjax import activation, blocks, prepared_products, prepared_structural, structural
 from qjax.activation import Activation
 from qjax.formats import FORMATS, join_planes, split_planes
 from qjax.prepared import Prepared
@@ -295,7 +295,7 @@ def take(
 ) -> tuple[jax.Array, str]:
     """Looks up rows of codes and dequantizes only those."""
     if isinstance(q, Prepared):
-        rows = prepared.take(q, indices, dims, slice_sizes, mode)
+        rows = prepared_structural.take(q, indices, dims, slice_sizes, mode)
         return rows, f"look up codes, dequantize rows, on {q.layout}"
     assert isinstance(q, QTensor)
     rows = structural.take(q, indices, dims, slice_sizes, mode)

@@ -10,7 +10,15 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding
 
-from qjax import _compat, ops, prepared, prepared_products, sharding, structural, tracing
+from qjax import (
+    _compat,
+    ops,
+    prepared_products,
+    prepared_structural,
+    sharding,
+    structural,
+    tracing,
+)
 from qjax.interpret import Decline, Table, interpret
 from qjax.prepared import Prepared
 from qjax.products import Conv, Dot, RaggedDot, is_rows_by_experts
@@ -178,7 +186,7 @@ def run_table(record: Record | None) -> Table:
         return dequantize(box.tensor)
 
     def slice_leading(box: Box) -> Box | None:
-        by: Any = prepared if isinstance(box.tensor, Prepared) else structural
+        by: Any = prepared_structural if isinstance(box.tensor, Prepared) else structural
         cut = by.slice_leading(box.tensor)
         return None if cut is None else dataclasses.replace(box, tensor=cut)
 
@@ -211,10 +219,10 @@ def carry(
     )
     held = [v.tensor if isinstance(v, Box) else v for v in inputs]
     name = eqn.primitive.name
-    if any(isinstance(v, Prepared) for v in held) and name not in prepared.ANY:
-        if name not in prepared.STRUCTURAL or not isinstance(held[0], Prepared):
+    if any(isinstance(v, Prepared) for v in held) and name not in prepared_structural.ANY:
+        if name not in prepared_structural.STRUCTURAL or not isinstance(held[0], Prepared):
             return Decline(f"{name} does not carry a prepared weight")
-        rule = prepared.STRUCTURAL[name]
+        rule = prepared_structural.STRUCTURAL[name]
     try:
         outputs = rule(eqn.params, held)
     except structural.CannotCarry as why:

@@ -42,6 +42,7 @@ FLOORS = (
         "ops",
         "prepared",
         "prepared_products",
+        "prepared_structural",
         "products",
         "sites",
         "statistics",
@@ -61,7 +62,7 @@ FLOORS = (
     {"evaluate", "io", "models", "sequential"},
     {"__main__", "cli"},
 )
-KERNEL_IMPORTERS = {"models", "prepared", "prepared_products", "training"}
+KERNEL_IMPORTERS = {"models", "prepared", "prepared_products", "prepared_structural", "training"}
 
 
 class Import(NamedTuple):

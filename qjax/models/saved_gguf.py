@@ -70,9 +70,8 @@ def save_gguf(
     config = loading.gguf_config(file)
     architecture = file.metadata["general.architecture"]
     factors = names.rope_factors(architecture)
-    leaf = lambda v: is_qtensor(v) or isinstance(v, Prepared)
     held: dict[str, tuple[str, Any]] = {}
-    for keys, value in jax.tree_util.tree_leaves_with_path(params["params"], is_leaf=leaf):
+    for keys, value in jax.tree_util.tree_leaves_with_path(params["params"], is_leaf=is_qtensor):
         where = param_path(keys)
         held[_name(where)] = where, value
     loading.check_names(file.path, set(held), {name for name in file.tensors if name != factors})
