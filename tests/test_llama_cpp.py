@@ -133,6 +133,7 @@ def test_a_checkpoint_is_written_byte_for_byte(checkpoint, tmp_path):
     _, params, _ = qjax.models.load(checkpoint)
     qjax.models.save_gguf(tmp_path / "again.gguf", params, checkpoint)
     assert (tmp_path / "again.gguf").read_bytes() == checkpoint.read_bytes()
+    (tmp_path / "again.gguf").unlink()
 
 
 @pytest.mark.parametrize("spec", ["q8_0", "q4_0"])
@@ -157,6 +158,8 @@ def test_llama_cpp_runs_what_was_quantized_and_written(checkpoint, spec, tmp_pat
     assert judge.tokenize(PROMPT) == ids
     rounded = difference(judge, 20)
     LOG.info("%s in %s: %.1e nat, %.2f in blocks", checkpoint.name, spec, exact, rounded)
+    for used in tmp_path.glob("*.gguf"):
+        used.unlink()
     assert exact < TOLERANCE
     assert rounded < ROUNDED
 

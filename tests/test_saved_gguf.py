@@ -11,9 +11,11 @@ import pytest
 
 import qjax
 import qjax.models
+from qjax.activation import Activation
 from qjax.io import gguf, gguf_writing
 from qjax.io.ggml_types import GGML_TYPES
-from qjax.models.saved_gguf import FORMATS, save_gguf
+from qjax.models.saved_gguf import save_gguf
+from qjax.spec import Spec
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 LLAMA = GOLDEN / "tiny_llama_q4_k_m.gguf"
@@ -43,14 +45,21 @@ def test_what_was_loaded_gives_the_bytes_of_its_file(path, tmp_path):
     assert (tmp_path / "again.gguf").read_bytes() == path.read_bytes()
 
 
-def test_every_kind_of_key_and_shape_is_written_as_gguf_py_does(tmp_path):
-    file = gguf.read(GOLDEN / "gguf_kv_types.gguf")
+def copied(source, path, metadata=None, kinds=None, **replacing):
+    """A file with other keys or tensors."""
+    file = gguf.read(source)
     tensors = {
         name: gguf_writing.Tensor(info.type, info.shape, lambda name=name: file.raw(name))
         for name, info in file.tensors.items()
     }
-    gguf_writing.write(tmp_path / "again.gguf", file.metadata, file.kinds, tensors)
-    assert (tmp_path / "again.gguf").read_bytes() == pathlib.Path(file.path).read_bytes()
+    keys, types = (file.metadata, file.kinds) if metadata is None else (metadata, kinds)
+    gguf_writing.write(path, keys, types, tensors | replacing)
+    return path
+
+
+def test_every_kind_of_key_and_shape_is_written_as_gguf_py_does(tmp_path):
+    source = GOLDEN / "gguf_kv_types.gguf"
+    assert copied(source, tmp_path / "again.gguf").read_bytes() == source.read_bytes()
 
 
 @pytest.mark.parametrize("spec", ["q8_0", "q4_k", "q5_1", "iq4_nl", "mxfp4"])
@@ -91,30 +100,70 @@ def test_a_written_model_is_the_model_that_was_quantized(tmp_path):
     np.testing.assert_array_equal(run(params), run(qparams))
 
 
-def test_the_file_type_is_that_of_most_weights(tmp_path):
+def test_what_metadata_say_of_types_follows_them(tmp_path):
+    file = gguf.read(LLAMA)
+    tell = ("general.file_type", "general.quantization_version")
+    metadata = {key: value for key, value in file.metadata.items() if key not in tell}
+    kinds = {key: file.kinds[key] for key in metadata}
+    source = copied(LLAMA, tmp_path / "source.gguf", metadata, kinds)
     for spec, wanted in {"q8_0": 7, "q4_k": 15, "mxfp4": 38}.items():
-        _, qparams = requantized(LLAMA, spec)
-        save_gguf(tmp_path / f"{spec}.gguf", qparams, LLAMA)
-        assert gguf.read(tmp_path / f"{spec}.gguf").metadata["general.file_type"] == wanted
+        _, qparams = requantized(source, spec)
+        save_gguf(tmp_path / f"{spec}.gguf", qparams, source)
+        found = gguf.read(tmp_path / f"{spec}.gguf").metadata
+        assert found.keys() == file.metadata.keys()
+        assert [found[key] for key in tell] == [wanted, 2]
+    # that of most matrices, however large one table is
+    table = replaced(
+        qparams, "params/embed/embedding", lambda q: jnp.zeros(q.shape) + jnp.float32(1 / 3)
+    )
+    save_gguf(tmp_path / "table.gguf", table, source)
+    assert gguf.read(tmp_path / "table.gguf").metadata[tell[0]] == 38
 
 
-def test_what_an_importance_matrix_said_of_other_codes_is_left_out(tmp_path):
+def test_what_an_importance_matrix_made_is_said_of_no_other_bytes(tmp_path):
     file = gguf.read(LLAMA)
     said = {"quantize.imatrix.file": "wiki.dat", "quantize.imatrix.entries_count": 7}
     kinds = {"quantize.imatrix.file": "string", "quantize.imatrix.entries_count": "i32"}
-    tensors = {
-        name: gguf_writing.Tensor(info.type, info.shape, lambda name=name: file.raw(name))
-        for name, info in file.tensors.items()
-    }
     source = tmp_path / "source.gguf"
-    gguf_writing.write(source, file.metadata | said, file.kinds | kinds, tensors)
+    copied(LLAMA, source, file.metadata | said, file.kinds | kinds)
     _, params, _ = qjax.models.load(source)
     save_gguf(tmp_path / "same.gguf", params, source)
     assert (tmp_path / "same.gguf").read_bytes() == source.read_bytes()
-    save_gguf(tmp_path / "new.gguf", requantized(source, "q8_0")[1], source)
-    left = gguf.read(tmp_path / "new.gguf")
-    assert not said.keys() & left.metadata.keys()
-    assert left.metadata.keys() == left.kinds.keys() == file.metadata.keys()
+    other = lambda q: qjax.quantize(0.7 * qjax.dequantize(q), q.format, 0)
+    again = replaced(params, "params/layers_0/mlp/up/kernel", other)  # the same types
+    for name, changed in {"types": requantized(source, "q8_0")[1], "codes": again}.items():
+        save_gguf(tmp_path / f"{name}.gguf", changed, source)
+        left = gguf.read(tmp_path / f"{name}.gguf")
+        assert left.metadata.keys() == left.kinds.keys() == file.metadata.keys()
+
+
+def test_a_constant_of_the_file_stays(tmp_path):
+    factors = np.linspace(1, 2, 32, dtype=np.float32)
+    rope = gguf_writing.Tensor(TYPES["F32"], (32,), lambda: factors)
+    source = copied(LLAMA, tmp_path / "source.gguf", **{"rope_freqs.weight": rope})
+    _, params, _ = qjax.models.load(source)
+    save_gguf(tmp_path / "again.gguf", params, source)
+    assert (tmp_path / "again.gguf").read_bytes() == source.read_bytes()
+
+
+@pytest.mark.parametrize("theirs", ["F16", "BF16", "F32"])
+@pytest.mark.parametrize("ours", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_every_float_is_written_into_what_holds_it(ours, theirs, tmp_path):
+    dtype = gguf.DTYPES[theirs]
+    name = "blk.0.ffn_up.weight"
+    shape = gguf.read(LLAMA).tensors[name].shape
+    plain = gguf_writing.Tensor(TYPES[theirs], shape, lambda: np.ones(shape, dtype))
+    source = copied(LLAMA, tmp_path / "source.gguf", **{name: plain})
+    _, params, _ = qjax.models.load(source)
+    for value, same in ((1.5, True), (np.nan, True), (1 + 2.0**-9, None), (1e-30, None)):
+        array = jnp.full(shape[::-1], value, ours)
+        changed = replaced(params, "params/layers_0/mlp/up/kernel", lambda _, a=array: a)
+        save_gguf(tmp_path / "new.gguf", changed, source, overwrite=True)
+        written = gguf.read(tmp_path / "new.gguf")
+        wide = np.asarray(array, np.float32).T
+        np.testing.assert_array_equal(written.array(name).astype(np.float32), wide)
+        if same:
+            assert written.tensors[name].type.name == theirs
 
 
 def test_arrays_keep_the_type_of_the_file_where_it_holds_them(tmp_path):
@@ -145,61 +194,120 @@ def refused(params, match, tmp_path, like=LLAMA):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_gguf_cannot_hold_is_refused_and_nothing_is_left(tmp_path):
+UP = "params/layers_0/mlp/up/kernel"
+ONE = lambda spec: lambda q: qjax.quantize(qjax.dequantize(q), spec, 0)
+ACTIVE = lambda act: lambda q: dataclasses.replace(q, activation=act)
+WIDE = lambda q: dataclasses.replace(ONE("q8_0")(q), scale=jnp.ones((8, 256), jnp.float32))
+RESHAPED = lambda q: dataclasses.replace(
+    qjax.quantize(qjax.dequantize(q).reshape(32, -1), "q8_0", 0), param_shape=(256, 256)
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (ONE("int4_g128"), "GGUF has no type for the format int4; quantize to one of q4_0"),
+        (ACTIVE(Activation(None, axis=(-2,), input_scale=jnp.ones(256))), "models.fold"),
+        (ACTIVE(Activation(Spec.parse("int8"))), "replace.q, activation=None"),
+        (lambda q: qjax.dequantize(q).astype(jnp.int32), "has dtype int32, must be"),
+        (lambda q: jnp.zeros((q.shape[0], 32)), r"has shape \(32, 256\).*not of one model"),
+        (WIDE, "Q8_0 blocks hold.*float16"),
+        (RESHAPED, "dequantize and quantize it"),
+        (qjax.prepare, "is prepared for a kernel; save what qjax.unprepare gives"),
+        (lambda _: 1.0, "is float, neither array nor QTensor"),
+    ],
+    ids=str,
+)
+def test_a_parameter_that_gguf_cannot_hold_is_named_and_nothing_is_left(change, match, tmp_path):
     _, params, _ = qjax.models.load(LLAMA)
-    up = "params/layers_0/mlp/up/kernel"
-    one = lambda spec: lambda q: qjax.quantize(qjax.dequantize(q), spec, 0)
-    where = "layers_0/mlp/up/kernel: "
+    refused(replaced(params, UP, change), f"{UP}:? .*{match}", tmp_path)
+
+
+def test_parameters_of_another_model_are_refused(tmp_path):
+    _, params, _ = qjax.models.load(LLAMA)
+    inner = params["params"]
+    layer = inner["layers_0"]
     refused(
-        replaced(params, up, one("int4_g128")), f"{where}.*int4; quantize to one of q4_0", tmp_path
-    )
-    dynamic = replaced(params, up, one("int8/int8_token"))
-    refused(dynamic, f"{where}GGUF has no type for the format int8", tmp_path)
-    smooth = lambda q: dataclasses.replace(
-        q, activation=qjax.activation.Activation(None, axis=0, input_scale=jnp.ones(256))
-    )
-    refused(replaced(params, up, smooth), f"{where}GGUF has no place for.*models.fold", tmp_path)
-    refused(qjax.prepare(params), "prepared for a kernel.*unprepare", tmp_path)
-    refused(
-        replaced(params, up, lambda q: qjax.dequantize(q).astype(jnp.int32)),
-        f"{where}has dtype int32, must be",
+        {"params": {**inner, "layers": {"block": layer}}},
+        "params/layers/block/.*unrolled decoder; unstack the layers, and call them layers_0",
         tmp_path,
     )
-    wider = replaced(params, up, lambda q: jnp.zeros((q.shape[0], 32)))
-    refused(wider, r"has shape \(32, 256\).*not of one model", tmp_path)
-    eight = lambda q: qjax.quantize(qjax.dequantize(q), "q8_0", 0)
-    wide = lambda q: dataclasses.replace(eight(q), scale=eight(q).scale.astype(jnp.float32))
-    refused(replaced(params, up, wide), f"{where}Q8_0 blocks hold.*float16", tmp_path)
-    layer = params["params"]["layers_0"]
-    stacked = {"params": {**params["params"], "layers": {"block": layer}}}
-    refused(stacked, "layers/block.*unrolled decoder; qjax.unstack", tmp_path)
-    less = {"params": {k: v for k, v in params["params"].items() if k != "norm"}}
-    refused(less, "output_norm.weight", tmp_path)
-    refused(params, "tensors", tmp_path, GOLDEN / "tiny_experts_mixtral.gguf")
+    refused({"params": {**inner, "adapter": jnp.ones(3)}}, "params/adapter: is no", tmp_path)
+    less = {"params": {k: v for k, v in inner.items() if k != "norm"}}
+    refused(less, "has 'output_norm.weight', which is not among the parameters", tmp_path)
+    more = {"params": {**inner, "layers_1": layer}}
+    refused(more, "params/layers_1/.*has no 'blk.1..*not of one model", tmp_path)
+    refused(inner, "save_gguf takes .*, not .'embed'", tmp_path)
+    refused({**params, "cache": {}}, "not .'cache', 'params'", tmp_path)
+    refused(params, "params/.*not of one model", tmp_path, GOLDEN / "tiny_experts_mixtral.gguf")
 
 
-def test_a_file_is_replaced_where_that_is_said(tmp_path):
-    shutil.copy(LLAMA, tmp_path / "model.gguf")
+def test_a_file_is_replaced_where_that_is_said_and_nothing_else(tmp_path):
     path = tmp_path / "model.gguf"
+    shutil.copy(LLAMA, path)
     _, qparams = requantized(path, "q8_0")
-    with pytest.raises(ValueError, match=r"model.gguf: exists; .*overwrite=True"):
+    with pytest.raises(ValueError, match=r"model.gguf: exists; .*overwritten"):
         save_gguf(path, qparams, path)
     assert path.read_bytes() == LLAMA.read_bytes()
     save_gguf(path, qparams, path, overwrite=True)
     assert gguf.read(path).metadata["general.file_type"] == 7
     assert [p.name for p in tmp_path.iterdir()] == ["model.gguf"]
+    (tmp_path / "link.gguf").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "folder.gguf").mkdir()
+    for name in ("link.gguf", "folder.gguf"):
+        with pytest.raises(ValueError, match=f"{name}: exists"):
+            save_gguf(tmp_path / name, qparams, path)
+        with pytest.raises(ValueError, match=f"{name}: is no file, and is not overwritten"):
+            save_gguf(tmp_path / name, qparams, path, overwrite=True)
+    with pytest.raises(ValueError, match="there is no folder"):
+        save_gguf(tmp_path / "none" / "x.gguf", qparams, path)
+
+
+def test_a_failure_half_way_leaves_the_old_file(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"old")
+
+    def fails():
+        raise OSError("no space left")
+
+    tensors = {
+        "first": gguf_writing.Tensor(TYPES["F32"], (2,), lambda: np.ones(2, "<f4")),
+        "second": gguf_writing.Tensor(TYPES["F32"], (2,), fails),
+    }
+    with pytest.raises(OSError, match="no space"):
+        gguf_writing.write(path, {}, {}, tensors)
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]
+
+
+def test_floats_of_metadata_are_written_bit_for_bit(tmp_path):
+    values = np.array([np.nan, np.inf, 1e-5, -0.0], np.float32)
+    metadata = {"a": values, "b": float(np.float32(1e-5)), "c": [], "d": np.nan}
+    kinds = {"a": "array[f32]", "b": "f32", "c": "array[string]", "d": "f64"}
+    gguf_writing.write(tmp_path / "x.gguf", metadata, kinds, {})
+    found = gguf.read(tmp_path / "x.gguf").metadata
+    assert found["a"].tobytes() == values.tobytes()
+    assert (found["b"], list(found["c"])) == (metadata["b"], [])
+    assert np.isnan(found["d"])
 
 
 @pytest.mark.parametrize(
     ("metadata", "kinds", "match"),
     [
-        ({"a": 1}, {}, "key 'a': 1 of type None"),
-        ({"a": 300}, {"a": "u8"}, "key 'a': 300 of type 'u8' cannot be written"),
-        ({"a": 0.5}, {"a": "u32"}, "key 'a'"),
+        ({"a": 1}, {}, "key 'a': has no type"),
+        ({"": 1}, {"": "u8"}, "key '': is empty"),
+        ({"a": 300}, {"a": "u8"}, "key 'a': 300 is no u8"),
+        ({"a": 0.5}, {"a": "u32"}, "key 'a': 0.5 is no u32"),
+        ({"a": 1e39}, {"a": "f32"}, "key 'a': 1e.39 is no f32"),
+        ({"a": "no"}, {"a": "bool"}, "True or False"),
         ({"a": [1]}, {"a": "array"}, "the type of its elements"),
+        ({"a": [1]}, {"a": "array[array]"}, "the type of its elements"),
         ({"a": [1, 300]}, {"a": "array[u8]"}, "not all elements are u8"),
+        ({"a": [0, 2]}, {"a": "array[bool]"}, "not all elements are bool"),
+        ({"a": [2**64]}, {"a": "array[u64]"}, "key 'a'"),
         ({"a": [1, 2]}, {"a": "array[string]"}, "key 'a'"),
-        ({"a": "x"}, {"a": "text"}, "key 'a'"),
+        ({"a": "x"}, {"a": "text"}, "GGUF has the types u8, "),
+        ({"general.alignment": 3}, {"general.alignment": "u32"}, "must be a u32 power of two"),
+        ({"general.alignment": 64}, {"general.alignment": "u64"}, "must be a u32 power of two"),
     ],
 )
 def test_keys_that_do_not_fit_their_type_are_refused(metadata, kinds, match, tmp_path):
@@ -215,6 +323,7 @@ def test_keys_that_do_not_fit_their_type_are_refused(metadata, kinds, match, tmp
         ("", "F32", (2,), 8, "1 to 63 bytes"),
         ("w", "F32", (1, 1, 1, 1, 2), 8, "1 to 4 axes"),
         ("w", "F32", (0,), 0, "none empty"),
+        ("w", "F32", (-1, 2), 0, "none empty"),
         ("w", "Q8_0", (2, 33), 70, "rows of 33, Q8_0 needs a multiple of 32"),
         ("w", "Q8_0", (2, 32), 67, "67 bytes were made.*takes 68"),
     ],
@@ -224,7 +333,3 @@ def test_tensors_that_gguf_has_no_place_for_are_refused(name, kind, shape, made,
     with pytest.raises(ValueError, match=match):
         gguf_writing.write(tmp_path / "no.gguf", {}, {}, {name: tensor})
     assert not list(tmp_path.iterdir())
-
-
-def test_the_formats_are_those_that_are_read():
-    assert {"q4_k", "q6_k", "q8_0", "iq4_nl", "tq2_0", "mxfp4"} <= set(FORMATS)

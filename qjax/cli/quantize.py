@@ -29,7 +29,7 @@ from qjax.evaluate import batched, text_windows
 from qjax.models.decoder import Decoder
 from qjax.models.folding import fold
 from qjax.models.saved import save_folder
-from qjax.models.saved_gguf import FORMATS, save_gguf
+from qjax.models.saved_gguf import FORMATS, check_target, save_gguf
 from qjax.qtensor import dequantize, is_qtensor
 from qjax.recipe import Recipe, Rule, is_gathered
 from qjax.reporting import report
@@ -43,11 +43,11 @@ from qjax.transform import Decision, decide, requantize_params
 
 def run(args: argparse.Namespace) -> Output:
     """Quantizes `args.model` into the folder or GGUF file `args.output`."""
-    to_gguf = args.output.endswith(".gguf")
-    if to_gguf:
-        _check_gguf(args)
     if os.path.exists(args.output) and not args.force:
         raise ValueError(f"{args.output}: exists; choose another --output, or give --force")
+    to_gguf = args.output.lower().endswith(".gguf")
+    if to_gguf:
+        _check_gguf(args)
     algorithm = None if args.algorithm is None else ALGORITHMS[args.algorithm]()
     calibrated = algorithm is not None and bool(algorithm.needs)
     if calibrated != (args.calibration is not None):
@@ -130,11 +130,12 @@ def run(args: argparse.Namespace) -> Output:
 
 def _check_gguf(args: argparse.Namespace) -> None:
     """What a GGUF file cannot hold is said before anything is computed."""
-    if not os.path.isfile(args.model):
+    if os.path.isdir(args.model):
         raise ValueError(
             f"--output {args.output}: settings and tokenizer of a GGUF file are those of the "
-            f"model's, and {args.model} is no such file; write a folder"
+            f"model's, and {args.model} is a folder; write a folder"
         )
+    check_target(args.output, args.force)
     given = [args.spec, *(rule.spec for rule in args.rule)]
     for spec in (spec for spec in given if spec is not None):
         if spec.format not in FORMATS or spec.activation is not None:
@@ -144,7 +145,7 @@ def _check_gguf(args: argparse.Namespace) -> None:
 
 
 def _without_scales(params: Any, model: Decoder) -> Any:
-    """Folds the `input_scale`s of AWQ and SmoothQuant, for which GGUF has no place."""
+    """Folds the `input_scale`s of AWQ, for which GGUF has no place."""
     leaves = jax.tree.leaves(params, is_leaf=is_qtensor)
     if not any(is_qtensor(leaf) and leaf.activation is not None for leaf in leaves):
         return params

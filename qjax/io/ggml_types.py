@@ -552,6 +552,10 @@ def _sub_scales(codec: Codec, planes: list[np.ndarray], d: np.ndarray, transpose
 
 def _check_ggml(q: QTensor, codec: Codec, transpose: bool) -> None:
     check(q)
+    if q.param_shape is not None:
+        raise ValueError(
+            f"{q!r} is held as {q.storage_shape}, not as its weight is: dequantize and quantize it"
+        )
     shape, name = q.storage_shape, q.format.upper()
     block = _along(codec.group, transpose)
     axis = -2 if transpose else -1

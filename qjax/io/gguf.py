@@ -14,6 +14,7 @@ import dataclasses
 import math
 import os
 import struct
+from collections.abc import Mapping
 from typing import Any, NamedTuple, NoReturn
 
 import ml_dtypes
@@ -163,12 +164,7 @@ def read(path: str | os.PathLike[str]) -> GGUF:
             cursor.fail(f"key {key!r}", "appears twice")
         kinds[key], metadata[key] = _read_value(cursor, f"key {key!r}")
 
-    alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
-    kind = kinds.get("general.alignment", "u32")
-    if kind != "u32" or alignment < 1 or alignment & (alignment - 1):
-        found = f"{alignment!r} ({kind})"
-        cursor.fail("key 'general.alignment'", f"is {found}, must be a u32 power of two")
-
+    alignment = alignment_of(metadata, kinds, name)
     infos = [_read_info(cursor, i) for i in range(n_tensors)]
     start = align(cursor.position, alignment)
     tensors = _place(name, infos, start, alignment, len(data))
@@ -212,6 +208,16 @@ class _Cursor:
 
 def _fail(path: str, field: str, message: str) -> NoReturn:
     raise ValueError(f"{path}: {field}: {message}")
+
+
+def alignment_of(metadata: Mapping[str, Any], kinds: Mapping[str, str], path: str) -> int:
+    """What metadata say of the alignment of data, checked."""
+    alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+    kind = kinds.get("general.alignment", "u32")
+    if kind != "u32" or alignment < 1 or alignment & (alignment - 1):
+        found = f"{alignment!r} ({kind})"
+        _fail(path, "key 'general.alignment'", f"is {found}, must be a u32 power of two")
+    return alignment
 
 
 def align(position: int, alignment: int) -> int:

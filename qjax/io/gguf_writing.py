@@ -13,14 +13,14 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from qjax.io.ggml_types import GGML_TYPES, GGMLType
-from qjax.io.gguf import ARRAY, DEFAULT_ALIGNMENT, KINDS, MAGIC, MAX_DIMS, MAX_NAME, align
+from qjax.io.gguf import ARRAY, KINDS, MAGIC, MAX_DIMS, MAX_NAME, align, alignment_of
 
 _IDS = {kind.name: i for i, kind in KINDS.items()}
 _TYPE_IDS = {kind: i for i, kind in GGML_TYPES.items()}
 
 
 class Tensor(NamedTuple):
-    """What is written: `shape` in numpy order; `make` gives its bytes when its turn has come."""
+    """What is written: `shape` in numpy order; `make` gives its bytes when their turn has come."""
 
     type: GGMLType
     shape: tuple[int, ...]
@@ -39,8 +39,8 @@ def write(
 ) -> None:
     """Writes a GGUF file atomically: a reader sees the old file or the whole new one.
 
-    The data goes to a temporary file in the same folder, is synced and then renamed. One tensor at
-    a time is held.
+    The data goes to a temporary file in the same folder, is synced and then renamed. Tensors are
+    made one after the other.
 
     Args:
       path: the file; one that exists is replaced.
@@ -50,6 +50,7 @@ def write(
     Raises:
       ValueError: a key or tensor is none that GGUF has a place for, or `make` gave other bytes than
         type and shape say; the message names the file and the field.
+      OSError: the file cannot be written.
 
     Example:
       >>> numbers = Tensor(GGML_TYPES[0], (3,), lambda: np.arange(3, dtype="<f4"))
@@ -59,14 +60,16 @@ def write(
       array([0., 1., 2.], dtype=float32)
     """
     target = pathlib.Path(path)
-    alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     head = bytearray(MAGIC + struct.pack("<IQQ", 3, len(tensors), len(metadata)))
     for key, value in metadata.items():
+        if not key or key not in kinds:
+            _fail(target, f"key {key!r}", "has no type" if key else "is empty")
         try:
             head += _string(key) + _value(kinds[key], value)
-        except (AttributeError, KeyError, TypeError, ValueError, struct.error) as error:
-            found = f"{value!r:.80} of type {kinds.get(key)!r}"
-            _fail(target, f"key {key!r}", f"{found} cannot be written: {error}")
+        except (AttributeError, OverflowError, TypeError, ValueError, struct.error) as error:
+            found = f"{value!r:.80} is no {kinds[key]}"
+            _fail(target, f"key {key!r}", f"{found}: {error}")
+    alignment = alignment_of(metadata, kinds, str(target))
     offset = 0
     for name, tensor in tensors.items():
         _check(target, name, tensor)
@@ -104,32 +107,48 @@ def _string(text: str) -> bytes:
 
 def _value(kind: str, value: Any) -> bytes:
     if kind.startswith("array[") and kind.endswith("]"):
-        element = kind[len("array[") : -1]
-        head = struct.pack("<IIQ", ARRAY, _IDS[element], len(value))
-        if element == "string":
-            return head + b"".join(map(_string, value))
-        layout = KINDS[_IDS[element]].layout or "u1"
-        array = np.asarray(value)
-        exact = array.astype(layout)
-        if array.ndim != 1 or (exact != array).any():
-            raise ValueError(f"not all elements are {element}")
-        return head + exact.tobytes()
-    head = struct.pack("<I", _IDS[kind])
+        return struct.pack("<I", ARRAY) + _array(kind[len("array[") : -1], value)
+    head = struct.pack("<I", _id(kind))
     if kind == "string":
         return head + _string(value)
     if kind == "bool":
+        if not isinstance(value, bool | np.bool_):
+            raise ValueError("a bool is True or False")
         return head + struct.pack("<?", value)
+    return head + struct.pack(_layout(kind), value)
+
+
+def _array(element: str, values: Any) -> bytes:
+    head = struct.pack("<IQ", _id(element), len(values))
+    if element == "string":
+        return head + b"".join(map(_string, values))
+    array = np.asarray(values)
+    exact = array.astype(np.bool_ if element == "bool" else _layout(element))
+    if array.ndim != 1 or (exact.dtype.kind != "f" and (exact != array).any()):
+        raise ValueError(f"not all elements are {element}")
+    return head + exact.tobytes()
+
+
+def _id(kind: str) -> int:
+    if kind not in _IDS:
+        raise ValueError(f"GGUF has the types {', '.join(_IDS)}")
+    return _IDS[kind]
+
+
+def _layout(kind: str) -> str:
     layout = KINDS[_IDS[kind]].layout
-    if layout is None:
-        raise ValueError("an array needs the type of its elements, as in array[u32]")
-    return head + struct.pack(layout, value)
+    if layout is None:  # of an array
+        raise ValueError(
+            "an array says the type of its elements, as in array[u32], and none is one"
+        )
+    return layout
 
 
 def _check(target: pathlib.Path, name: str, tensor: Tensor) -> None:
     field = f"tensor {name!r}"
     if not 1 <= len(name.encode()) <= MAX_NAME:
         _fail(target, field, f"a name takes 1 to {MAX_NAME} bytes")
-    if not 1 <= len(tensor.shape) <= MAX_DIMS or 0 in tensor.shape:
+    if not 1 <= len(tensor.shape) <= MAX_DIMS or min(tensor.shape) < 1:
         needed = f"must have 1 to {MAX_DIMS} axes, none empty"
         _fail(target, field, f"has shape {tensor.shape}, {needed}")
     if tensor.shape[-1] % tensor.type.elements:

@@ -196,7 +196,7 @@ def _assemble(config: Config, source: _Source) -> dict[str, Any]:
             shape = (*shape[:-2], shape[-1], shape[-2])
         found = source.names_of(path)
         shapes |= {found: shape} if isinstance(found, str) else dict.fromkeys(found, shape[1:])
-    check_names(source.path, set(shapes), set(source.shapes))
+    _check_names(source.path, set(shapes), set(source.shapes))
     for name, shape in shapes.items():
         if tuple(source.shapes[name]) != shape:
             raise ValueError(
@@ -232,8 +232,7 @@ def _stacked(parts: list[np.ndarray], transpose: bool, dtype: np.dtype) -> jax.A
     return jnp.asarray(out)
 
 
-def check_names(where: str, wanted: set[str], available: set[str]) -> None:
-    """Raises a `ValueError` where a file does not have the tensors of a model, and no others."""
+def _check_names(where: str, wanted: set[str], available: set[str]) -> None:
     if wanted - available:
         raise ValueError(f"{where}: missing tensors: {_listed(wanted - available)}")
     if available - wanted:
