@@ -160,7 +160,7 @@ def _tensor(path: str, value: Any, like: GGMLType, rows: np.ndarray | None) -> g
     dtype = array.dtype
     if dtype not in _PLAIN:
         raise ValueError(f"{path}: has dtype {dtype}, must be float32, float16 or bfloat16")
-    theirs = gguf.DTYPES.get(like.name)
+    theirs = gguf.DTYPES.get(like.name, dtype)
     if theirs in _PLAIN and _fits(array, theirs):
         dtype = theirs
 
