@@ -181,10 +181,11 @@ def _check_ggml(spec: Spec, size: int) -> None:
     assert isinstance(sub, int)
     length = spec.block * sub
     if size % length or not size:
+        smaller = "q4_0, q5_0, q8_0 and iq4_nl hold 32, " if length > 32 else ""
         raise ValueError(
             f"{spec.format} blocks hold {length} neighbors along the contracted axis, and {size} "
-            f"is no multiple of that; int4_g{spec.block}, uint4_g{spec.block} and their like allow "
-            "any length"
+            f"is no multiple of that; {smaller}int4_g{spec.block}, uint4_g{spec.block} and their "
+            "like allow any length"
         )
 
 
