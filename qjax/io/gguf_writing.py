@@ -53,10 +53,12 @@ def write(
       OSError: the file cannot be written.
 
     Example:
-      >>> numbers = Tensor(GGML_TYPES[0], (3,), lambda: np.arange(3, dtype="<f4"))
-      >>> write("/tmp/numbers.gguf", {"answer": 42}, {"answer": "u32"}, {"numbers": numbers})
+      >>> import tempfile
       >>> from qjax.io import gguf
-      >>> gguf.read("/tmp/numbers.gguf").array("numbers")
+      >>> numbers = Tensor(GGML_TYPES[0], (3,), lambda: np.arange(3, dtype="<f4"))
+      >>> path = tempfile.mkdtemp() + "/numbers.gguf"
+      >>> write(path, {"answer": 42}, {"answer": "u32"}, {"numbers": numbers})
+      >>> gguf.read(path).array("numbers")
       array([0., 1., 2.], dtype=float32)
     """
     target = pathlib.Path(path)
