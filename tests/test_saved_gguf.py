@@ -203,22 +203,25 @@ RESHAPED = lambda q: dataclasses.replace(
 )
 
 
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        (ONE("int4_g128"), "GGUF has no type for the format int4; quantize to one of q4_0"),
-        (ACTIVE(Activation(None, axis=(-2,), input_scale=jnp.ones(256))), "models.fold"),
-        (ACTIVE(Activation(Spec.parse("int8"))), "replace.q, activation=None"),
-        (lambda q: qjax.dequantize(q).astype(jnp.int32), "has dtype int32, must be"),
-        (lambda q: jnp.zeros((q.shape[0], 32)), r"has shape \(32, 256\).*not of one model"),
-        (WIDE, "Q8_0 blocks hold.*float16"),
-        (RESHAPED, "dequantize and quantize it"),
-        (qjax.prepare, "is prepared for a kernel; save what qjax.unprepare gives"),
-        (lambda _: 1.0, "is float, neither array nor QTensor"),
-    ],
-    ids=str,
-)
-def test_a_parameter_that_gguf_cannot_hold_is_named_and_nothing_is_left(change, match, tmp_path):
+REFUSED = {
+    "format": (ONE("int4_g128"), "GGUF has no type for the format int4; quantize to one of q4_0"),
+    "input scale": (
+        ACTIVE(Activation(None, axis=(-2,), input_scale=jnp.ones(256))),
+        "models.fold",
+    ),
+    "activation": (ACTIVE(Activation(Spec.parse("int8"))), "replace.q, activation=None"),
+    "dtype": (lambda q: qjax.dequantize(q).astype(jnp.int32), "has dtype int32, must be"),
+    "shape": (lambda q: jnp.zeros((q.shape[0], 32)), r"shape \(32, 256\).*not of one model"),
+    "scales": (WIDE, "Q8_0 blocks hold.*float16"),
+    "held otherwise": (RESHAPED, "dequantize and quantize it"),
+    "prepared": (qjax.prepare, "is prepared for a kernel; save what qjax.unprepare gives"),
+    "number": (lambda _: 1.0, "is float, neither array nor QTensor"),
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_a_parameter_that_gguf_cannot_hold_is_named_and_nothing_is_left(why, tmp_path):
+    change, match = REFUSED[why]
     _, params, _ = qjax.models.load(LLAMA)
     refused(replaced(params, UP, change), f"{UP}:? .*{match}", tmp_path)
 
