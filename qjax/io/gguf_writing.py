@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import pathlib
-import secrets
 import struct
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, NoReturn
@@ -14,6 +13,7 @@ import numpy as np
 
 from qjax.io.ggml_types import GGML_TYPES, GGMLType
 from qjax.io.gguf import ARRAY, KINDS, MAGIC, MAX_DIMS, MAX_NAME, align, alignment_of
+from qjax.io.replacing import replacing
 
 _IDS = {kind.name: i for i, kind in KINDS.items()}
 _TYPE_IDS = {kind: i for i, kind in GGML_TYPES.items()}
@@ -80,26 +80,19 @@ def write(
         head += struct.pack("<IQ", _TYPE_IDS[tensor.type], offset)
         offset = align(offset + tensor.nbytes, alignment)
 
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(head + bytes(align(len(head), alignment) - len(head)))
-            for name, tensor in tensors.items():
-                data = np.ascontiguousarray(tensor.make())
-                if data.nbytes != tensor.nbytes:
-                    _fail(
-                        target,
-                        f"tensor {name!r}",
-                        f"{data.nbytes} bytes were made, {tensor.type.name} {tensor.shape} takes "
-                        f"{tensor.nbytes}",
-                    )
-                file.write(data.reshape(-1).view(np.uint8).data)
-                file.write(bytes(align(data.nbytes, alignment) - data.nbytes))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(target) as file:
+        file.write(head + bytes(align(len(head), alignment) - len(head)))
+        for name, tensor in tensors.items():
+            data = np.ascontiguousarray(tensor.make())
+            if data.nbytes != tensor.nbytes:
+                _fail(
+                    target,
+                    f"tensor {name!r}",
+                    f"{data.nbytes} bytes were made, {tensor.type.name} {tensor.shape} takes "
+                    f"{tensor.nbytes}",
+                )
+            file.write(data.reshape(-1).view(np.uint8).data)
+            file.write(bytes(align(data.nbytes, alignment) - data.nbytes))
 
 
 def _string(text: str) -> bytes:

@@ -14,7 +14,6 @@ import json
 import math
 import os
 import pathlib
-import secrets
 import struct
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -22,6 +21,7 @@ from typing import Any, NoReturn
 import ml_dtypes
 import numpy as np
 
+from qjax.io.replacing import replacing
 from qjax.io.strict_json import read_object
 
 INDEX = "model.safetensors.index.json"
@@ -157,18 +157,11 @@ def write(
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
 
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(struct.pack("<Q", len(text)))
-            file.write(text)
-            for name in order:
-                file.write(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8).data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(target) as file:
+        file.write(struct.pack("<Q", len(text)))
+        file.write(text)
+        for name in order:
+            file.write(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8).data)
 
 
 def inside(folder: pathlib.Path, name: str, field: str) -> pathlib.Path:
