@@ -41,7 +41,7 @@ from jax import lax
 from qjax import training
 
 BF16, F32, F8 = jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn
-RUNS, REPEATS = 5, 2  # medians of RUNS, each the mean of REPEATS calls
+RUNS, REPEATS = 5, 8  # medians of RUNS, each the mean of REPEATS calls in flight
 STREAM = 1.15  # of the time to copy the bytes that casts must move
 COPIED = 2**27  # elements of each of the copies that measure the memory
 # Bytes per element of a tensor that enters two GEMMs: read for the amax, read again for the cast,

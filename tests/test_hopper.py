@@ -174,18 +174,17 @@ def _pairs(weight: Weight, words: list[np.ndarray]) -> list[np.ndarray]:
         return out
     if weight.code == "int8":
         shifted = [w >> np.uint32(s) for w in words for s in (0, 8)]
-        parts = [
-            ((w & both) | low, (w >> np.uint32(4) & both) | np.uint32(0x45004500)) for w in shifted
-        ]
-        return [_from_floats(_halves(h) - 2304 + _halves(v)) for v, h in parts]
+        seven, highest = np.uint32(0x007F007F), np.uint32(0x00800080)
+        parts = [(w & seven | low, ~w & highest | np.uint32(0xC300C300)) for w in shifted]
+        return [_from_floats(_halves(v) + _halves(h)) for v, h in parts]
     if weight.code.startswith("float8"):
         shift, power = (4, 120) if weight.code == "float8_e4m3fn" else (5, 112)
         out = []
-        for word, up in itertools.product(words, (8, 0)):
-            to = shift + up - 8
-            moved = word << np.uint32(to) if to > 0 else word >> np.uint32(-to)
-            moved &= np.uint32((0x7F << shift) * 0x10001)
-            bits = word << np.uint32(up) & np.uint32(0x80008000) | moved
+        for word, low in itertools.product(words, (0, 8)):
+            signed = [(word >> np.uint32(at + low)).astype(np.int8) for at in (0, 16)]
+            low16, high16 = (v.astype(np.int16).view(np.uint16).astype(np.uint32) for v in signed)
+            moved = (low16 | high16 << np.uint32(16)) << np.uint32(shift)
+            bits = moved & np.uint32((0x8000 | 0x7F << shift) * 0x10001)
             out.append(_from_floats(_halves(bits) * 2.0**power))
         return out
     (word,) = words

@@ -40,6 +40,11 @@ def _and_or(word: ir.Value, right: int, mask: int, bits: int) -> ir.Value:
     )
 
 
+def _lop3(word: ir.Value, mask: int, bits: int, table: str) -> ir.Value:
+    """What a table of truth makes of a word and two constants, one instruction."""
+    return _word(f"lop3.b32 $0, $1, {mask:#x}, {bits:#x}, {table};", word)
+
+
 def _choose(mask: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
     """`mask & a | ~mask & b`, one instruction."""
     return _word("lop3.b32 $0, $1, $2, $3, 0xCA;", mask, a, b)
@@ -61,18 +66,18 @@ def _int4(values: None) -> Operand:
 
 
 def _int8(values: None) -> Operand:
-    """U - 128 of eight bytes: (16 h + 2048 - 2304) + (l + 128), where u = 16 h + l; both sums are
-    exact in bfloat16.
+    """U - 128 of eight bytes u = 128 h + l: (128 + l) + (128 h - 256), exact in bfloat16. In the
+    second, the highest bit of a byte is the lowest of the exponent.
     """
 
     def operand(words: Words) -> list[ir.Value]:
-        out, minus = [], ptx.number(0xC510 * PAIRS)  # -2304
+        out = []
         for word in words:
             for low in (0, 8):
-                high = _and_or(word, low + 4, 0xF * PAIRS, 0x4500 * PAIRS)
-                small = _and_or(word, low, 0xF * PAIRS, 0x4300 * PAIRS)
-                high = _word("add.rn.bf16x2 $0, $1, $2;", high, minus)
-                out.append(_word("add.rn.bf16x2 $0, $1, $2;", high, small))
+                moved = _right(word, low)
+                small = _lop3(moved, 0x7F * PAIRS, 0x4300 * PAIRS, "0xEA")  # a & b | c
+                high = _lop3(moved, 0x80 * PAIRS, 0xC300 * PAIRS, "0xAE")  # ~a & b | c
+                out.append(_word("add.rn.bf16x2 $0, $1, $2;", small, high))
         return out
 
     return operand
@@ -83,17 +88,15 @@ def _float8(mantissa: int, bias: int) -> Callable[[None], Operand]:
     subnormal ones right. NaN and Inf become finite.
     """
     shift = 7 - mantissa
-    magnitude, power = (0x7F << shift) * PAIRS, ((127 + 127 - bias) << 7) * PAIRS
+    kept, power = (0x8000 | 0x7F << shift) * PAIRS, ((127 + 127 - bias) << 7) * PAIRS
 
     def make(values: None) -> Operand:
         def operand(words: Words) -> list[ir.Value]:
             out, scale = [], ptx.number(power)
             for word in words:
-                for up in (8, 0):
-                    to = shift + up - 8
-                    moved = _left(word, to) if to > 0 else _right(word, -to)
-                    moved = arith.andi(moved, ptx.number(magnitude))
-                    bits = _word("lop3.b32 $0, $1, 0x80008000, $2, 0xEA;", _left(word, up), moved)
+                for signs in (0xA280, 0xB391):  # a byte, and eight times its sign: even, odd ...
+                    moved = _left(_bytes(word, word, ptx.number(signs)), shift)
+                    bits = arith.andi(moved, ptx.number(kept))
                     out.append(_word("mul.rn.bf16x2 $0, $1, $2;", bits, scale))
             return out
 
