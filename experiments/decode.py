@@ -10,9 +10,12 @@ as soon as it is measured; one that fails says why, and the others go on.
     python experiments/decode.py --formats int8 --batches 1 --profile   # where a step goes, instead
     python experiments/decode.py --formats int8 --batches 1 --compile-only    # its processor time
 
-`share` is steps/s times the bytes that a step must read (weights of matmuls, keys and values) over
-the rate at which the card reads 1 GiB. `error` is the largest difference of the logits from those
-of the bf16 program on the dequantized weights, after the same tokens, over the largest logit.
+Four calls of 32 tokens each are in flight, so that the host's work before the first kernel of a
+call, which hands over hundreds of arrays, counts once in 128 steps; a step of one call alone is
+beside it. `share` is steps/s times the bytes that a step must read (weights of matmuls, keys and
+values) over the rate at which the card reads 1 GiB. `error` is the largest difference of the logits
+from those of the bf16 program on the dequantized weights, after the same tokens, over the largest
+logit.
 `launches` counts the paths of the matmuls as `explain` names them. Memory is what the compiled
 program says: arguments and temporaries.
 """
@@ -78,7 +81,7 @@ FORMATS = {
 }
 # Kernels that XLA captures into a graph do not start before the one in front of them is done.
 OPTIONS = {"xla_gpu_enable_command_buffer": ""}
-RUNS = 5  # of each program; the median counts
+RUNS, CALLS = 5, 4  # of each program: medians of runs, each of so many calls in flight
 NEW = 32  # tokens of a run
 GIB = 2**30
 
@@ -197,23 +200,26 @@ def measure(config: Config, params: Any, run: Any, batch: int, context: int) -> 
     start = jnp.asarray(context - steps, jnp.int32)
     free = jnp.full((steps, batch), -1, jnp.int32)
     cache = init_cache(config, batch, context)
-    seconds = []
-    for _ in range(1 + RUNS):
-        cache = cache._replace(length=jnp.array(start))
+    seconds: dict[int, list[float]] = {1: [], CALLS: []}
+    for i, calls in itertools.product(range(1 + RUNS), seconds):
         jax.block_until_ready(cache)
         began = time.perf_counter()
-        logits, cache = jax.block_until_ready(run(params, cache, free))
-        seconds.append(time.perf_counter() - began)
+        for _ in range(calls):
+            logits, cache = run(params, cache._replace(length=jnp.array(start)), free)
+        jax.block_until_ready((logits, cache))
+        if i:  # the first round warms up
+            seconds[calls].append((time.perf_counter() - began) / calls)
     if not bool(jnp.isfinite(logits).all()):
         raise ValueError("logits are not finite")
     held = run.memory_analysis()
     peak = held.argument_size_in_bytes + held.temp_size_in_bytes + held.output_size_in_bytes
-    step = statistics.median(seconds[1:]) / steps
+    alone, step = (statistics.median(v) / steps for v in seconds.values())
     kv = 2 * 2 * config.num_layers * batch * context * config.num_kv_heads * config.head_dim
     read = nbytes(matmul_weights(params)) + kv
     return {
         "tokens_per_s": batch / step,
         "step_ms": 1e3 * step,
+        "step_ms_of_one_call": 1e3 * alone,
         "read_bytes": read,
         "memory_bytes": peak - held.alias_size_in_bytes,
         "temporary_bytes": held.temp_size_in_bytes,

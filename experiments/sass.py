@@ -64,13 +64,13 @@ WEIGHTS = {
 }
 CONFIGS = {1: (4, 4, 1, 2, 1, 0), 16: (2, 2, 2, 2, 4, 64)}  # m -> config
 FUSED = {1: (4, 2, 1, 2, 3, 128), 8: (2, 4, 1, 2, 2, 128), 16: (2, 4, 1, 2, 2, 128)}
-LIMITS = {"int4": 1.0, "nf4": 0.7, "int8": 1.9, "fp8": 1.4}  # integer instructions per code, m = 1
+LIMITS = {"int4": 1.0, "nf4": 0.7, "int8": 1.4, "fp8": 1.2}  # integer instructions per code, m = 1
 WIDE = [  # m, config
     (1024, (256, 1, 3)),
     (64, (64, 1, 4, 1, 1, 8, 64, 2)),
     (64, (64, 1, 8, 2, 1, 8, 128, 2)),
 ]
-WIDE_LIMITS = {"int4": 35, "nf4": 135, "int8": 47, "fp8": 43}  # instructions of a warp, 16 along k
+WIDE_LIMITS = {"int4": 35, "nf4": 135, "int8": 38, "fp8": 40}  # instructions of a warp, 16 along k
 INTEGER = ("LOP3", "SHF", "PRMT", "IDP")
 OTHERS = ("HMMA", "HADD2", "HMUL2", "HFMA2", "FFMA", "FADD", "FMUL", "LDS", "IMAD", "SYNCS")
 
