@@ -314,8 +314,8 @@ BAD_CONFIGS = {
     "mlp bias": ("llama", {"mlp_bias": True}, "key 'mlp_bias': is True"),
     "quantized": (
         "llama",
-        {"quantization_config": {"quant_method": "awq"}},
-        "key 'quantization_config': quantized Hugging Face folders cannot be loaded",
+        {"quantization_config": {"quant_method": "quip"}},
+        "key 'quant_method': can be read: gptq, awq, compressed-tensors, fp8, is 'quip'",
     ),
     "rope type": (
         "llama",

@@ -11,4 +11,5 @@ from qjax.models.generate import Generation as Generation
 from qjax.models.generate import generator as generator
 from qjax.models.loading import load as load
 from qjax.models.saved_gguf import save_gguf as save_gguf
+from qjax.models.saved_hf import save_hf as save_hf
 from qjax.models.tokenizer import Tokenizer as Tokenizer

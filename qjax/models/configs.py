@@ -304,8 +304,6 @@ def from_hf(config: Mapping[str, Any], path: str) -> Config:
     keys = _Keys(config, path)
     name = keys.one_of("model_type", _HF)
     family = _HF[name]
-    if keys.get("quantization_config") is not None:
-        keys.fail("quantization_config", "quantized Hugging Face folders cannot be loaded")
     for key in ("attention_bias", "mlp_bias", "use_sliding_window", "use_bidirectional_attention"):
         keys.refuse(key, False)
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):

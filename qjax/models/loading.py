@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.io import folder, gguf, safetensors
+from qjax.io import codecs, folder, gguf, safetensors
 from qjax.io.ggml_dense import DENSE_TYPES, to_array
 from qjax.io.ggml_types import CODECS, to_qtensor
 from qjax.io.strict_json import read_object
@@ -31,9 +31,12 @@ def load(
 ) -> tuple[Decoder, dict[str, Any], tokenizer.Tokenizer]:
     """Loads a language model from a GGUF file, a Hugging Face folder or a folder that qjax wrote.
 
-    Quantized tensors of a GGUF file become QTensors that hold the file's own codes and scales; no
-    float copy of them is made. Run them with `qjax.quantized`. F32, F16 and BF16 become arrays, and
-    so do the IQ1, IQ2 and IQ3 types, which the package `gguf` decodes (the extra `qjax[gguf]`).
+    Quantized tensors become QTensors that hold the file's own codes and scales; no float copy of
+    them is made. Run them with `qjax.quantized`. F32, F16 and BF16 become arrays, and so do the
+    IQ1, IQ2 and IQ3 types of GGUF files, which the package `gguf` decodes (the extra
+    `qjax[gguf]`). Quantized Hugging Face folders are those of `qjax.io.codecs.CODECS`: GPTQ, AWQ
+    ("gemm"), compressed-tensors (packed integers, int8, FP8) and fine-grained FP8; what they say of
+    codes of activations or of the KV cache is not taken over.
 
     Args:
       path: a GGUF file (version 2 or 3; llama with or without experts, qwen2, qwen3, qwen3moe,
@@ -134,7 +137,7 @@ def _load_gguf(path: str | os.PathLike[str], dtype: np.dtype):
 def _load_folder(path: str | os.PathLike[str], dtype: np.dtype):
     root = pathlib.Path(path)
     where = str(root / "config.json")
-    values = _read_json(root / "config.json")
+    values = read_json(root / "config.json")
     config = configs.from_hf(values, where)
     tensors, _ = safetensors.read_folder(root)
     if config.num_layers * config.num_experts > len(tensors):
@@ -147,6 +150,9 @@ def _load_folder(path: str | os.PathLike[str], dtype: np.dtype):
         for name, array in tensors.items()
         if not name.endswith(".rotary_emb.inv_freq")  # a constant that old files hold
     }
+    held = _matrices(values, tensors, where)
+    if held is not None:
+        shapes = {name: s for name, s in shapes.items() if name not in held.used} | held.shapes
     if config.tied and _is_copy(tensors, "lm_head.weight", "model.embed_tokens.weight"):
         del shapes["lm_head.weight"]
     plus_one = config.post_norms  # gemma keeps its norms as the difference from one
@@ -162,6 +168,15 @@ def _load_folder(path: str | os.PathLike[str], dtype: np.dtype):
         return array
 
     def read(found: Names, transpose: bool, rows: np.ndarray | None) -> Any:
+        parts = [found] if isinstance(found, str) else found
+        quantized = [held is not None and name in held for name in parts]
+        if held is not None and any(quantized):
+            if not transpose or not all(quantized):
+                raise ValueError(f"{root}: {_listed(parts)}: some are quantized, not all matrices")
+            matrices = [held.read(name, dtype) for name in parts]
+            if isinstance(found, str):
+                return matrices[0]
+            return jax.tree.map(lambda *leaves: jnp.stack(leaves), *matrices)
         if isinstance(found, str):
             return _array(tensor(found), transpose, rows, dtype)
         return _stacked([tensor(name) for name in found], transpose, dtype)
@@ -180,15 +195,21 @@ def _load_folder(path: str | os.PathLike[str], dtype: np.dtype):
     return Decoder(dataclasses.replace(config, dtype=dtype)), params, tokens
 
 
+def _matrices(
+    config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], where: str
+) -> codecs.Matrices | None:
+    """The quantized ones, if the folder has any."""
+    found = config.get("quantization_config")
+    if found is None:
+        return None
+    if not isinstance(found, dict):
+        raise ValueError(f"{where}: key 'quantization_config': must be an object, is {found!r}")
+    return codecs.Matrices(found, tensors, where)
+
+
 def _assemble(config: Config, source: _Source) -> dict[str, Any]:
     """Fills the parameter tree of a decoder from a file, once names and shapes are right."""
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    # All layers have the same shapes: one is traced, whatever number a file claims.
-    one = dataclasses.replace(config, num_layers=1, local_layers=config.local_layers[:1])
-    tree = dict(jax.eval_shape(Decoder(one).init, jax.random.key(0), tokens)["params"])
-    layer = tree.pop("layers_0")
-    tree |= {f"layers_{i}": layer for i in range(config.num_layers)}
-
+    tree = parameters_of(config)
     shapes: dict[str, tuple[int, ...]] = {}  # of each tensor, as a file holds it
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
         path, shape = _path(keys), leaf.shape
@@ -210,6 +231,17 @@ def _assemble(config: Config, source: _Source) -> dict[str, Any]:
         return source.read(source.names_of(path), path.endswith("/kernel"), rows)
 
     return {"params": jax.tree_util.tree_map_with_path(fill, tree)}
+
+
+def parameters_of(config: Config) -> dict[str, Any]:
+    """The shapes of a decoder's parameters."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    # All layers have the same shapes: one is traced, whatever number a file claims.
+    one = dataclasses.replace(config, num_layers=1, local_layers=config.local_layers[:1])
+    tree = dict(jax.eval_shape(Decoder(one).init, jax.random.key(0), tokens)["params"])
+    layer = tree.pop("layers_0")
+    tree |= {f"layers_{i}": layer for i in range(config.num_layers)}
+    return tree
 
 
 def _path(keys: tuple[Any, ...]) -> str:
@@ -254,7 +286,8 @@ def _is_copy(tensors: Mapping[str, np.ndarray], name: str, other: str) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON object of a Hugging Face folder."""
     if not path.exists():
         raise ValueError(f"{path}: is missing; a Hugging Face folder has one")
     if path.stat().st_size > _MAX_JSON:
@@ -267,7 +300,7 @@ def _folder_tokenizer(folder: pathlib.Path) -> tokenizer.Tokenizer:
     if not path.exists():
         raise ValueError(f"{path}: is missing; save the folder with its fast tokenizer")
     settings = folder / "tokenizer_config.json"
-    special = _read_json(settings) if settings.exists() else {}
+    special = read_json(settings) if settings.exists() else {}
     text = {key: _token_text(special.get(key), key, settings) for key in ("bos_token", "eos_token")}
     return tokenizer.from_file(path, bos=text["bos_token"], eos=text["eos_token"])
 

@@ -1,0 +1,105 @@
+"""AWQ's layout (AutoAWQ "gemm", vLLM): 4-bit codes packed along the outputs, interleaved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.typing import DTypeLike
+
+from qjax.io import bitstream
+from qjax.io.groups import Grouped, from_qtensor, to_qtensor
+from qjax.qtensor import QTensor
+
+MARK = "qweight"
+PARTS = ("qweight", "qzeros", "scales")
+_COLUMNS = np.array([0, 2, 4, 6, 1, 3, 5, 7])  # of a word's outputs, from its lowest nibble on
+_NIBBLES = np.argsort(_COLUMNS)
+
+
+class Settings(NamedTuple):
+    """What ``quantization_config`` says of all matrices: inputs that share a scale, -1 for all."""
+
+    group: int
+
+
+def settings(config: Mapping[str, Any], where: str) -> Settings:
+    """Reads them, in the spelling of transformers or of AutoAWQ."""
+    bits = config.get("bits", config.get("w_bit"))
+    group = config.get("group_size", config.get("q_group_size"))
+    version = str(config.get("version") or config.get("format") or "gemm").lower()
+    if bits != 4 or isinstance(bits, bool):
+        raise ValueError(f"{where}: key 'bits': AWQ has 4, is {bits!r}")
+    if not isinstance(group, int) or isinstance(group, bool) or group == 0 or group < -1:
+        raise ValueError(f"{where}: key 'group_size': must be -1 or a count, is {group!r}")
+    if version != "gemm" or config.get("backend") == "llm-awq":
+        raise ValueError(f"{where}: key 'version': only 'gemm' is read, is {version!r}")
+    return Settings(group)
+
+
+def shape(parts: Mapping[str, np.ndarray], s: Settings, where: str) -> tuple[int, int]:
+    """(outputs, inputs) of the matrix; ValueError where its tensors do not fit each other."""
+    for name in PARTS:
+        if name not in parts or parts[name].ndim != 2:
+            raise ValueError(f"{where}: {name!r} is missing or no matrix")
+    k, words = parts["qweight"].shape
+    group = k if s.group == -1 else s.group
+    groups = -(-k // group) if k else 0
+    for name, size in (("qzeros", (groups, words)), ("scales", (groups, 8 * words))):
+        if parts[name].shape != size:
+            raise ValueError(
+                f"{where}: {name!r} has shape {parts[name].shape}; {8 * words} outputs of {k} "
+                f"inputs in groups of {group} need {size}"
+            )
+    for name in ("qweight", "qzeros"):
+        if parts[name].dtype != np.int32:
+            raise ValueError(f"{where}: {name!r} has dtype {parts[name].dtype}, must be int32")
+    if parts["scales"].dtype.itemsize not in (2, 4) or parts["scales"].dtype.kind in "iub":
+        raise ValueError(
+            f"{where}: 'scales' have dtype {parts['scales'].dtype}, must be floating-point"
+        )
+    return 8 * words, k
+
+
+def read(parts: Mapping[str, np.ndarray], s: Settings, dtype: DTypeLike, where: str) -> QTensor:
+    """The QTensor `[inputs, outputs]` of the file's codes, scales and zero points.
+
+    Args:
+      parts: int32 ``qweight [k, n / 8]`` and ``qzeros [groups, n / 8]``, ``scales [groups, n]``.
+      s: from `settings`.
+      dtype: of the dequantized matrix.
+      where: the file and matrix, for messages.
+
+    Raises:
+      ValueError: the tensors do not fit each other.
+    """
+    n, k = shape(parts, s, where)
+    group = k if s.group == -1 else s.group
+    codes, zeros = (_reordered(bitstream.unpack(parts[p], 4, n), _NIBBLES) for p in PARTS[:2])
+    return to_qtensor(Grouped(4, codes, parts["scales"], zeros.astype(np.int32), group), dtype)
+
+
+def write(q: QTensor) -> dict[str, np.ndarray]:
+    """The inverse of `read`: `PARTS` of a matrix `[inputs, outputs]`.
+
+    Raises:
+      ValueError: `q` is nothing that the layout holds.
+    """
+    held = from_qtensor(q)
+    if held.bits != 4 or held.codes.shape[1] % 8 or held.order is not None:
+        raise ValueError(
+            f"is {q!r}: AWQ's files hold 4 bits, a multiple of 8 outputs, and inputs in their order"
+        )
+    zeros = np.full(held.scale.shape, 8) if held.zeros is None else held.zeros
+    if zeros.min() < 0 or zeros.max() > 15:
+        raise ValueError(f"has zero points {zeros.min()} to {zeros.max()}; AWQ's are 0 to 15")
+    words = [
+        bitstream.pack(_reordered(v, _COLUMNS), 4) for v in (held.codes, zeros.astype(np.uint8))
+    ]
+    return {"qweight": words[0], "qzeros": words[1], "scales": held.scale}
+
+
+def _reordered(codes: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Each eight neighbors of a row in another order."""
+    return codes.reshape(len(codes), -1, 8)[..., order].reshape(codes.shape)

@@ -1,0 +1,94 @@
+"""Quantized matrices of Hugging Face folders, by the ``quant_method`` of their ``config.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.typing import DTypeLike
+
+from qjax.io import awq, compressed_tensors, fine_grained_fp8, gptq
+from qjax.qtensor import QTensor
+
+
+class Codec(NamedTuple):
+    """How a method's files hold a matrix: tensors ``<module>.<part>``.
+
+    Attributes:
+      mark: the part that every quantized matrix has, and no other.
+      parts: all that belong to one.
+      settings: (``quantization_config``, where) -> what it says.
+      scheme: (settings, module, where) -> what holds for a module.
+      shape: (tensors by part, scheme, where) -> (outputs, inputs), checked.
+      read: (tensors by part, scheme, dtype, where) -> the QTensor `[inputs, outputs]`.
+    """
+
+    mark: str
+    parts: tuple[str, ...]
+    settings: Callable[[Mapping[str, Any], str], Any]
+    scheme: Callable[[Any, str, str], Any]
+    shape: Callable[[Mapping[str, np.ndarray], Any, str], tuple[int, int]]
+    read: Callable[[Mapping[str, np.ndarray], Any, DTypeLike, str], QTensor]
+
+
+def _codec(module: Any, scheme: Callable[[Any, str, str], Any] = lambda s, name, where: s) -> Codec:
+    return Codec(module.MARK, module.PARTS, module.settings, scheme, module.shape, module.read)
+
+
+CODECS: dict[str, Codec] = {
+    "gptq": _codec(gptq),
+    "awq": _codec(awq),
+    "compressed-tensors": _codec(compressed_tensors, compressed_tensors.scheme_of),
+    "fp8": _codec(fine_grained_fp8),
+}
+
+
+class Matrices:
+    """The quantized matrices among the tensors of a folder.
+
+    Args:
+      config: the object ``quantization_config``.
+      tensors: all tensors by name.
+      where: the file of `config`, for messages.
+
+    Attributes:
+      shapes: (outputs, inputs) by ``<module>.weight``.
+      used: the names of the tensors that are theirs.
+
+    Raises:
+      ValueError: the method is none of `CODECS`, or tensors do not fit what the config says.
+    """
+
+    def __init__(
+        self, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], where: str
+    ) -> None:
+        method = config.get("quant_method")
+        if not isinstance(method, str) or method not in CODECS:
+            raise ValueError(
+                f"{where}: key 'quant_method': can be read: {', '.join(CODECS)}, is {method!r}"
+            )
+        self._codec = codec = CODECS[method]
+        settings = codec.settings(config, f"{where}: quantization_config")
+        self._held: dict[str, tuple[dict[str, np.ndarray], Any, str]] = {}
+        self.shapes: dict[str, tuple[int, int]] = {}
+        self.used: set[str] = set()
+        for name in tensors:
+            module, _, part = name.rpartition(".")
+            if part != codec.mark:
+                continue
+            names = {p: f"{module}.{p}" for p in codec.parts}
+            parts = {p: tensors[n] for p, n in names.items() if n in tensors}
+            at = f"{where}: matrix {module!r}"
+            scheme = codec.scheme(settings, module, at)
+            self.shapes[f"{module}.weight"] = codec.shape(parts, scheme, at)
+            self._held[f"{module}.weight"] = parts, scheme, at
+            self.used |= {names[p] for p in parts}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._held
+
+    def read(self, name: str, dtype: DTypeLike) -> QTensor:
+        """The QTensor `[inputs, outputs]` of ``<module>.weight``."""
+        parts, scheme, where = self._held[name]
+        return self._codec.read(parts, scheme, dtype, where)

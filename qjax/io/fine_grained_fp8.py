@@ -1,0 +1,56 @@
+"""Fine-grained FP8 of transformers (DeepSeek-V3's and Qwen3's own checkpoints): E4M3 in tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from jax.typing import DTypeLike
+
+from qjax.io import scaled
+from qjax.qtensor import QTensor
+
+MARK = "weight_scale_inv"
+PARTS = ("weight", "weight_scale_inv")
+
+
+class Settings(NamedTuple):
+    """What ``quantization_config`` says of all matrices: outputs and inputs of a tile."""
+
+    block: tuple[int, int]
+
+
+def settings(config: Mapping[str, Any], where: str) -> Settings:
+    """Reads them; `activation_scheme` is not taken over."""
+    block = config.get("weight_block_size")
+    sizes = isinstance(block, list | tuple) and len(block) == 2
+    if not sizes or not all(isinstance(v, int) and v > 0 for v in block):
+        raise ValueError(f"{where}: key 'weight_block_size': must be two counts, is {block!r}")
+    return Settings((block[0], block[1]))
+
+
+def shape(parts: Mapping[str, np.ndarray], s: Settings, where: str) -> tuple[int, int]:
+    """(outputs, inputs) of the matrix; ValueError where its tensors do not fit each other."""
+    codes = parts.get("weight")
+    if codes is None or codes.ndim != 2 or codes.dtype != ml_dtypes.float8_e4m3fn:
+        raise ValueError(f"{where}: 'weight' is missing or no matrix of float8_e4m3fn")
+    scaled.check_scale(codes, parts[MARK], s.block, MARK, where)
+    return codes.shape[0], codes.shape[1]
+
+
+def read(parts: Mapping[str, np.ndarray], s: Settings, dtype: DTypeLike, where: str) -> QTensor:
+    """The QTensor `[inputs, outputs]` of the file's codes; its scales multiply, despite the name.
+
+    Args:
+      parts: float8_e4m3fn ``weight [n, k]`` and float ``weight_scale_inv [n / rows, k / columns]``.
+      s: from `settings`.
+      dtype: of the dequantized matrix.
+      where: the file and matrix, for messages.
+
+    Raises:
+      ValueError: the tensors do not fit each other.
+    """
+    shape(parts, s, where)
+    return scaled.to_qtensor(parts["weight"], parts[MARK], s.block, dtype)

@@ -1,0 +1,155 @@
+"""GPTQ's layout (AutoGPTQ, GPTQModel, vLLM): codes packed along the inputs, a group per input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.typing import DTypeLike
+
+from qjax.io import bitstream
+from qjax.io.groups import Grouped, from_qtensor, to_qtensor
+from qjax.qtensor import QTensor
+
+MARK = "qweight"
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
+BITS = (2, 3, 4, 8)
+
+
+class Settings(NamedTuple):
+    """What ``quantization_config`` says of all matrices.
+
+    Attributes:
+      bits: of a code.
+      group: inputs that share a scale; -1 for all.
+      less_one: whether files hold zero points less one (``checkpoint_format`` "gptq", not
+        "gptq_v2"); a zero point of 0 has no place there.
+    """
+
+    bits: int
+    group: int
+    less_one: bool = True
+
+
+def settings(config: Mapping[str, Any], where: str) -> Settings:
+    """Reads them; a missing format means "gptq"."""
+    bits, group = config.get("bits"), config.get("group_size", 128)
+    version = config.get("checkpoint_format") or config.get("format") or "gptq"
+    if bits not in BITS or isinstance(bits, bool):
+        raise ValueError(f"{where}: key 'bits': must be one of {BITS}, is {bits!r}")
+    if not isinstance(group, int) or isinstance(group, bool) or group == 0 or group < -1:
+        raise ValueError(f"{where}: key 'group_size': must be -1 or a count, is {group!r}")
+    if version not in ("gptq", "gptq_v2"):
+        raise ValueError(
+            f"{where}: key 'checkpoint_format': must be 'gptq' or 'gptq_v2', is {version!r}"
+        )
+    if config.get("dynamic"):
+        raise ValueError(f"{where}: key 'dynamic': settings of single modules are not read")
+    return Settings(bits, group, version == "gptq")
+
+
+def shape(parts: Mapping[str, np.ndarray], s: Settings, where: str) -> tuple[int, int]:
+    """(outputs, inputs) of the matrix; ValueError where its tensors do not fit each other."""
+    words, scales, zeros = (_matrix(parts, name, where) for name in ("qweight", "scales", "qzeros"))
+    k, n = words.shape[0] * 32 // s.bits, words.shape[1]
+    index = parts.get("g_idx")
+    if index is not None and index.ndim == 1:
+        k = index.shape[0]
+    group = k if s.group == -1 else s.group
+    groups = -(-k // group) if k else 0
+    wanted = {
+        "qweight": (bitstream.words_of(k, s.bits), n),
+        "scales": (groups, n),
+        "qzeros": (groups, bitstream.words_of(n, s.bits)),
+        **({} if index is None else {"g_idx": (k,)}),
+    }
+    for name, size in wanted.items():
+        if parts[name].shape != size:
+            raise ValueError(
+                f"{where}: {name!r} has shape {parts[name].shape}; {n} outputs of {k} inputs with "
+                f"{s.bits} bits in groups of {group} need {size}"
+            )
+    for name, array in (("qweight", words), ("qzeros", zeros)):
+        if array.dtype != np.int32:
+            raise ValueError(f"{where}: {name!r} has dtype {array.dtype}, must be int32")
+    if scales.dtype.itemsize not in (2, 4) or scales.dtype.kind in "iub":
+        raise ValueError(f"{where}: 'scales' have dtype {scales.dtype}, must be floating-point")
+    return n, k
+
+
+def read(parts: Mapping[str, np.ndarray], s: Settings, dtype: DTypeLike, where: str) -> QTensor:
+    """The QTensor `[inputs, outputs]` of the file's codes, scales and zero points.
+
+    Where groups are not of neighbors (act-order) its rows are sorted by group, and its
+    `Activation.permutation` says how.
+
+    Args:
+      parts: of `PARTS`: int32 ``qweight [k bits / 32, n]``, ``qzeros [groups, n bits / 32]``,
+        ``scales [groups, n]``, and int32 ``g_idx [k]`` where there is one.
+      s: from `settings`.
+      dtype: of the dequantized matrix.
+      where: the file and matrix, for messages.
+
+    Raises:
+      ValueError: the tensors do not fit each other, or groups have unlike sizes.
+    """
+    n, k = shape(parts, s, where)
+    group = k if s.group == -1 else s.group
+    codes = bitstream.unpack(parts["qweight"].T, s.bits, k).T
+    zeros = bitstream.unpack(parts["qzeros"], s.bits, n).astype(np.int32) + s.less_one
+    order = None
+    index = parts.get("g_idx")
+    if index is not None and not np.array_equal(index, np.arange(k) // group):
+        order = np.argsort(index, kind="stable")
+        if not np.array_equal(index[order], np.arange(k) // group):
+            raise ValueError(f"{where}: 'g_idx' does not put {group} inputs into each group")
+        codes = codes[order]
+    return to_qtensor(Grouped(s.bits, codes, parts["scales"], zeros, group, order), dtype)
+
+
+def write(q: QTensor, less_one: bool = False) -> dict[str, np.ndarray]:
+    """The inverse of `read`: `PARTS` of a matrix `[inputs, outputs]`.
+
+    Args:
+      q: int2, int3, int4 or int8, or unsigned with zero points, in groups along its inputs.
+      less_one: whether zero points are written less one, as the format "gptq" has them.
+
+    Raises:
+      ValueError: `q` is nothing that the layout holds, or has a zero point that it does not.
+    """
+    held = from_qtensor(q)
+    (k, n), bits = held.codes.shape, held.bits
+    if bits not in BITS or k * bits % 32 or n * bits % 32:
+        raise ValueError(
+            f"is {q!r}: GPTQ's files hold {BITS} bits, in whole words of 32 along both axes"
+        )
+    zeros = held.zeros
+    if zeros is None:
+        zeros = np.full(held.scale.shape, 1 << (bits - 1))
+    low, high = int(less_one), (1 << bits) - 1 + less_one
+    if zeros.min() < low or zeros.max() > high:
+        raise ValueError(
+            f"has zero points {zeros.min()} to {zeros.max()}; the format "
+            f"{'gptq' if less_one else 'gptq_v2'} holds {low} to {high}"
+        )
+    codes, index = held.codes, np.arange(k, dtype=np.int32) // held.group
+    if held.order is not None:
+        codes, sorted_index = np.empty_like(codes), index
+        codes[held.order] = held.codes
+        index = np.empty_like(sorted_index)
+        index[held.order] = sorted_index
+    return {
+        "qweight": np.ascontiguousarray(bitstream.pack(codes.T, bits).T),
+        "qzeros": bitstream.pack((zeros - less_one).astype(np.uint8), bits),
+        "scales": held.scale,
+        "g_idx": index,
+    }
+
+
+def _matrix(parts: Mapping[str, np.ndarray], name: str, where: str) -> np.ndarray:
+    if name not in parts:
+        raise ValueError(f"{where}: {name!r} is missing")
+    if parts[name].ndim != 2:
+        raise ValueError(f"{where}: {name!r} has shape {parts[name].shape}, must be a matrix")
+    return parts[name]

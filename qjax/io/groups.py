@@ -1,0 +1,107 @@
+"""Matrices of integer codes in groups along their inputs, as GPTQ's files and their kind have."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax.typing import DTypeLike
+
+from qjax.activation import Activation
+from qjax.formats import FORMATS, join_planes, split_planes
+from qjax.qtensor import QTensor, check
+
+
+class Grouped(NamedTuple):
+    """A matrix `w[k, n] = (codes[k, n] - zeros[g, n]) * scale[g, n]`, g the group of k.
+
+    Attributes:
+      bits: of a code.
+      codes: uint8 `[k, n]`, 0 to ``2 ** bits - 1``.
+      scale: floats `[groups, n]`.
+      zeros: integers `[groups, n]`; None where all are ``2 ** (bits - 1)``.
+      group: neighbors along k that share a scale; the last group may be shorter.
+      order: of the inputs, where groups are not of neighbors: row i of `codes` is the input
+        ``order[i]``; None where they are.
+    """
+
+    bits: int
+    codes: np.ndarray
+    scale: np.ndarray
+    zeros: np.ndarray | None
+    group: int
+    order: np.ndarray | None = None
+
+
+def to_qtensor(held: Grouped, dtype: DTypeLike) -> QTensor:
+    """The QTensor `[k, n]` with the same codes and scales.
+
+    Codes whose zero point is ``2 ** (bits - 1)`` everywhere are held less that, as `int4` and its
+    like, without zero points; others as `uint4` and its like, with them.
+    """
+    bits, half = held.bits, 1 << (held.bits - 1)
+    zeros = held.zeros
+    if zeros is not None and (zeros == half).all():
+        zeros = None
+    name = f"{'int' if zeros is None else 'uint'}{bits}"
+    fmt, codes = FORMATS[name], held.codes
+    if _is_signed(name):
+        codes = (codes ^ np.uint8(half)).view(np.int8)
+        codes = codes << np.int8(8 - bits) >> np.int8(8 - bits) if bits < 8 else codes
+    point = None
+    if zeros is not None:
+        point = jnp.asarray(zeros.astype(_zero_dtype(int(zeros.max(initial=0)))))
+    act = None
+    if held.order is not None:
+        act = Activation(axis=(-2,), permutation=jnp.asarray(held.order, jnp.int32))
+    qvalue = split_planes(fmt, jnp.asarray(codes))
+    block = (held.group, 1)
+    return QTensor(qvalue, jnp.asarray(held.scale), point, None, act, name, block, np.dtype(dtype))
+
+
+def from_qtensor(q: QTensor) -> Grouped:
+    """The inverse of `to_qtensor`: codes, scales and zero points as they are.
+
+    Raises:
+      ValueError: if `q` is no matrix of integers in groups along its first axis.
+    """
+    check(q)
+    match = re.fullmatch(r"u?int([2-8])", q.format)
+    plain = match is not None and q.ndim == 2 and q.block[1:] == (1,) and q.param_shape is None
+    if match is None or not plain or q.offset is not None or isinstance(q.scale, QTensor):
+        raise ValueError(
+            f"is {q!r}: these files hold matrices of int2 to int8, or of uint2 to uint8 with zero "
+            "points, in groups along their inputs, with scales of one level"
+        )
+    if q.format.startswith("u") and q.zero_point is None:
+        raise ValueError(f"is {q!r} without zero points: these files hold some for unsigned codes")
+    bits = int(match[1])
+    codes = np.asarray(join_planes(FORMATS[q.format], q.qvalue))
+    if _is_signed(q.format):
+        codes = codes.astype(np.int16) + (1 << (bits - 1))
+    zeros = None if q.zero_point is None else np.asarray(q.zero_point).astype(np.int32)
+    return Grouped(bits, codes.astype(np.uint8), np.asarray(q.scale), zeros, q.block[0], _order(q))
+
+
+def _order(q: QTensor) -> np.ndarray | None:
+    act = q.activation
+    if act is None:
+        return None
+    if act.input_scale is not None or act.signs is not None or act.spec is not None:
+        raise ValueError(
+            f"is {q!r} with an activation: these files have no place for input scales, rotations "
+            "or codes of the other operand; qjax.models.fold moves AWQ's scales into the model"
+        )
+    return None if act.permutation is None else np.asarray(act.permutation)
+
+
+def _is_signed(name: str) -> bool:
+    return FORMATS[name].storage in ("int2", "int4", "int8")
+
+
+def _zero_dtype(highest: int) -> np.dtype:
+    """The narrowest for zero points: 0 to 16 in files of 4 bits that hold them less one."""
+    return np.dtype(ml_dtypes.uint4 if highest < 16 else np.uint8 if highest < 256 else np.int32)

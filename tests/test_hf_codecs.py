@@ -1,0 +1,283 @@
+"""Quantized matrices of Hugging Face's files: the bytes of the libraries that made them."""
+
+import pathlib
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from helpers import few
+
+import qjax
+from qjax.io import awq, bitstream, codecs, compressed_tensors, fine_grained_fp8, gptq
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+GPTQ, AWQ = (np.load(GOLDEN / f"{name}.npz") for name in ("gptq", "awq"))
+PACKED, FP8 = (np.load(GOLDEN / f"{name}.npz") for name in ("compressed_tensors", "fp8"))
+E4M3 = ml_dtypes.float8_e4m3fn
+GPTQ_CASES = [f"w{b}_g64_{kind}" for b in gptq.BITS for kind in ("sym", "asym")]
+GPTQ_CASES += ["w4_g64_sym_actorder", "w4_g64_asym_actorder"]
+
+
+def values(q):
+    """[outputs, inputs], float32."""
+    return np.asarray(qjax.dequantize(q), np.float32).T
+
+
+def same_bytes(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, array in wanted.items():
+        assert found[name].dtype == array.dtype, name
+        np.testing.assert_array_equal(found[name], array, name)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_bits_are_a_stream_across_words(bits):
+    rng = np.random.default_rng(bits)
+    for count in (1, 31, 32, 75):
+        codes = rng.integers(0, 1 << bits, (2, 3, count)).astype(np.uint8)
+        words = bitstream.pack(codes, bits)
+        assert words.shape == (2, 3, bitstream.words_of(count, bits))
+        stream = sum(int(c) << i * bits for i, c in enumerate(codes[1, 2]))
+        held = [stream >> 32 * i & 0xFFFFFFFF for i in range(words.shape[-1])]
+        assert words[1, 2].view(np.uint32).tolist() == held
+        np.testing.assert_array_equal(bitstream.unpack(words, bits, count), codes)
+
+
+def gptq_parts(case, version):
+    names = {"qweight": "qweight", "qzeros": f"qzeros_{version}"}
+    names |= {"scales": "scales", "g_idx": "g_idx"}
+    return {part: GPTQ[f"{case}__{name}"] for part, name in names.items()}
+
+
+@pytest.mark.parametrize("case", GPTQ_CASES)
+def test_gptq_reads_and_writes_the_bytes_of_gptqmodel(case):
+    parts = gptq_parts(case, "v2")
+    q = gptq.read(parts, gptq.Settings(int(case[1]), 64, less_one=False), np.float16, "m")
+    np.testing.assert_array_equal(values(q), GPTQ[f"{case}__dequant"])
+    assert (q.zero_point is None) == ("_sym" in case)
+    assert (q.activation is not None) == ("actorder" in case)
+    same_bytes(gptq.write(q), parts)
+
+
+@pytest.mark.parametrize("case", GPTQ_CASES)
+def test_gptq_zero_points_less_one(case):
+    parts = gptq_parts(case, "v1")
+    q = gptq.read(parts, gptq.Settings(int(case[1]), 64), np.float16, "m")
+    # What the library writes of a zero point of 0 spoils that one and what is above it in its word.
+    zeros, per_word = GPTQ[f"{case}__zeros_int"], {3: 32}.get(int(case[1]), 32 // int(case[1]))
+    spoiled = np.logical_or.accumulate((zeros == 0).reshape(-1, per_word, zeros.shape[1]), axis=1)
+    whole = ~spoiled.reshape(zeros.shape)
+    whole = np.repeat(whole, 64, axis=1)
+    if q.activation is not None:
+        whole = whole[:, np.argsort(q.activation.permutation)]
+    assert whole.mean() > (0.5 if "asym" in case else 0.99)
+    found, wanted = values(q), GPTQ[f"{case}__dequant"]
+    np.testing.assert_array_equal(found[whole], wanted[whole])
+    if q.zero_point is None:
+        same_bytes(gptq.write(q, less_one=True), parts)
+
+
+def test_gptq_refuses_a_zero_point_that_the_format_does_not_hold():
+    q = gptq.read(gptq_parts("w4_g64_asym", "v2"), gptq.Settings(4, 64, False), np.float16, "m")
+    with pytest.raises(ValueError, match=r"zero points 0 to \d+; the format gptq holds 1 to 16"):
+        gptq.write(q, less_one=True)
+
+
+@pytest.mark.parametrize("group", [64, 128])
+def test_awq_reads_and_writes_the_bytes_of_autoawq(group):
+    parts = {part: AWQ[f"g{group}__gemm__{part}"] for part in awq.PARTS}
+    q = awq.read(parts, awq.Settings(group), np.float16, "m")
+    np.testing.assert_array_equal(values(q).T, AWQ[f"g{group}__gemm__dequant_KxN"])
+    same_bytes(awq.write(q), parts)
+
+
+def scheme(case, kind="int"):
+    """As ``config.json`` says it, read."""
+    group = {"strategy": "channel"}
+    if "_g64" in case:
+        group = {"strategy": "group", "group_size": 64}
+    elif case == "fp8":
+        group = {"strategy": "tensor"}
+    elif "block" in case:
+        sizes = [16, 64] if "16x64" in case else [128, 128]
+        group = {"strategy": "block", "block_structure": sizes}
+    bits = int(case[1]) if kind == "int" else 8
+    weights = {"num_bits": bits, "type": kind, "symmetric": "asym" not in case, **group}
+    return weights, settings_of(weights)
+
+
+def settings_of(weights, targets=("Linear",)):
+    groups = {"group_0": {"targets": list(targets), "weights": weights}}
+    found = compressed_tensors.settings({"config_groups": groups}, "c")
+    return compressed_tensors.scheme_of(found, "model.layers.0.mlp.up_proj", "m")
+
+
+PACK_CASES = ["w4a16_g64_sym", "w4a16_g64_asym", "w4a16_channel_asym", "w3a16_g64_sym"]
+PACK_CASES += ["w5a16_g64_asym", "w8a16_g64_sym"]
+
+
+@pytest.mark.parametrize("case", PACK_CASES)
+def test_compressed_tensors_reads_and_writes_packed_integers(case):
+    weights, s = scheme(case)
+    parts = {k.split("__")[1]: v for k, v in PACKED.items() if k.startswith(case + "__")}
+    wanted = parts.pop("dequant")
+    q = compressed_tensors.read(parts, s, np.float32, "m")
+    np.testing.assert_array_equal(values(q), wanted)
+    found, about = compressed_tensors.write(q)
+    same_bytes(found, parts)
+    assert about == weights | {"dynamic": False}
+
+
+def test_compressed_tensors_reads_int8_as_it_is():
+    parts = {k: PACKED[f"w8a8__{k}"] for k in ("weight", "weight_scale")}
+    q = compressed_tensors.read(parts, scheme("w8a8")[1], np.float32, "m")
+    np.testing.assert_array_equal(values(q), PACKED["w8a8__dequant"])
+
+
+@pytest.mark.parametrize("case", ["fp8", "fp8_dynamic", "fp8_block", "fp8_block16x64_ragged40x200"])
+def test_compressed_tensors_reads_and_writes_fp8(case):
+    weights, s = scheme(case, "float")
+    held = PACKED if case == "fp8" else FP8
+    parts = {k: held[f"{case}__{k}"] for k in ("weight", "weight_scale")}
+    parts["weight"] = parts["weight"].view(E4M3)
+    q = compressed_tensors.read(parts, s, np.float32, "m")
+    np.testing.assert_array_equal(values(q), held[f"{case}__dequant"])
+    found, about = compressed_tensors.write(q)
+    same_bytes(found, parts)
+    assert about == weights | {"dynamic": False}
+
+
+@pytest.mark.parametrize("case", ["hf_fp8_b32x128", "hf_fp8_b64x64"])
+def test_fine_grained_fp8_is_that_of_transformers(case):
+    block = [int(v) for v in case.rpartition("_b")[2].split("x")]
+    parts = {"weight_scale_inv": FP8[f"{case}__weight_scale_inv"]}
+    parts["weight"] = FP8[f"{case}__weight_u8"].view(E4M3)
+    s = fine_grained_fp8.settings({"weight_block_size": block}, "c")
+    q = fine_grained_fp8.read(parts, s, np.float32, "m")
+    np.testing.assert_array_equal(values(q), FP8[f"{case}__dequant"])
+
+
+def test_a_name_counts_before_a_pattern_and_a_pattern_before_a_class():
+    weights = lambda bits: {"num_bits": bits, "type": "int", "strategy": "channel"}
+    targets = {8: ["Linear"], 4: [r"re:.*up_proj"], 3: ["model.layers.1.mlp.up_proj"]}
+    groups = {str(b): {"targets": t, "weights": weights(b)} for b, t in targets.items()}
+    s = compressed_tensors.settings({"config_groups": groups}, "c")
+    bits = lambda name: compressed_tensors.scheme_of(s, name, "m").bits
+    names = ("model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj")
+    assert [bits(n) for n in (*names, "model.layers.1.mlp.up_proj")] == [8, 4, 3]
+    del groups["8"]
+    s = compressed_tensors.settings({"config_groups": groups}, "c")
+    with pytest.raises(ValueError, match="m: no group of 'config_groups' has it as a target"):
+        compressed_tensors.scheme_of(s, names[0], "m")
+
+
+def changed(parts, name, value):
+    return {k: v for k, v in parts.items() if k != name} | ({} if value is None else {name: value})
+
+
+GOOD = gptq_parts("w4_g64_asym_actorder", "v2")
+BAD_GPTQ = {
+    "missing": ("qzeros", None, "'qzeros' is missing"),
+    "vector": ("scales", GOOD["scales"][0], r"'scales' has shape \(64,\), must be a matrix"),
+    "words": (
+        "qweight",
+        GOOD["qweight"][1:],
+        r"'qweight' has shape \(31, 64\); .* need \(32, 64\)",
+    ),
+    "groups": ("scales", GOOD["scales"][1:], r"'scales' has shape \(3, 64\); .* need \(4, 64\)"),
+    "index": ("g_idx", GOOD["g_idx"][16:], r"'qweight' has shape .* need \(30, 64\)"),
+    "uneven": ("g_idx", GOOD["g_idx"] * 0, "'g_idx' does not put 64 inputs into each group"),
+    "negative": ("g_idx", GOOD["g_idx"] - 1, "'g_idx' does not put 64 inputs into each group"),
+    "floats": ("qweight", GOOD["qweight"].astype("f4"), "'qweight' has dtype float32, must be int"),
+    "scales": ("scales", GOOD["scales"].astype("i4"), "'scales' have dtype int32, must be float"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_GPTQ)
+def test_gptq_says_what_does_not_fit(name):
+    part, value, message = BAD_GPTQ[name]
+    with pytest.raises(ValueError, match=f"m: {message}"):
+        gptq.read(changed(GOOD, part, value), gptq.Settings(4, 64, False), np.float16, "m")
+
+
+def test_awq_and_compressed_tensors_say_what_does_not_fit():
+    parts = {part: AWQ[f"g64__gemm__{part}"] for part in awq.PARTS}
+    with pytest.raises(ValueError, match=r"m: 'qzeros' has shape \(4, 8\); .* need \(2, 8\)"):
+        awq.read(parts, awq.Settings(128), np.float16, "m")
+    case = "w4a16_g64_asym"
+    parts = {k.split("__")[1]: v for k, v in PACKED.items() if k.startswith(case + "__")}
+    del parts["dequant"]
+    s = scheme(case)[1]
+    for part, value, message in (
+        ("weight_packed", parts["weight_packed"][:, 1:], r"'weight_packed' is int32 \(64, 31\)"),
+        ("weight_zero_point", None, "'weight_zero_point' is missing; 64 outputs of 256 inputs"),
+        ("weight_shape", np.array([1 << 60, 1 << 60]), "'weight_packed' is int32"),
+        ("weight_shape", np.array([64, -256]), "'weight_packed' is int32"),
+        ("weight_scale", parts["weight_scale"].T, r"'weight_scale' is float32 \(4, 64\)"),
+        ("weight", parts["weight_packed"].astype("i1"), "'weight' is int8"),
+    ):
+        with pytest.raises(ValueError, match=f"m: {message}"):
+            compressed_tensors.read(changed(parts, part, value), s, np.float32, "m")
+
+
+INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 64}
+BAD_SETTINGS = {
+    "method": ({"quant_method": "quip"}, "key 'quant_method': can be read: gptq, awq, .* 'quip'"),
+    "bits": ({"quant_method": "gptq", "bits": 5}, "key 'bits': must be one of"),
+    "bool": ({"quant_method": "gptq", "bits": True}, "key 'bits'"),
+    "group": ({"quant_method": "gptq", "bits": 4, "group_size": 0}, "key 'group_size'"),
+    "version": (
+        {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"},
+        "key 'checkpoint_format': must be 'gptq' or 'gptq_v2', is 'marlin'",
+    ),
+    "dynamic": ({"quant_method": "gptq", "bits": 4, "dynamic": {"-:x": {}}}, "key 'dynamic'"),
+    "awq version": (
+        {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemv"},
+        "key 'version': only 'gemm' is read, is 'gemv'",
+    ),
+    "awq bits": ({"quant_method": "awq", "bits": 8, "group_size": 64}, "AWQ has 4, is 8"),
+    "groups": ({"quant_method": "compressed-tensors"}, "key 'config_groups': must be an object"),
+    "block": ({"quant_method": "fp8", "weight_block_size": [128]}, "must be two counts"),
+    **{
+        name: (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"g": {"targets": targets, "weights": INT4 | change}},
+            },
+            message,
+        )
+        for name, targets, change, message in (
+            ("nvfp4", ["Linear"], {"type": "float"}, "weights of 4 bits of type 'float'"),
+            ("strategy", ["Linear"], {"strategy": "row"}, "'strategy' must be one of"),
+            ("targets", "Linear", {}, "'targets' must be a list of names"),
+            ("pattern", ["re:("], {}, "target 're:\\(' is no pattern"),
+            ("size", ["Linear"], {"group_size": None}, "'group_size' must be a count"),
+            ("order", ["Linear"], {"actorder": "group"}, "'actorder' 'group' is not read"),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("name", BAD_SETTINGS)
+def test_settings_that_are_not_read(name):
+    config, message = BAD_SETTINGS[name]
+    with pytest.raises(ValueError, match=f"^c: .*{message}"):
+        codecs.Matrices(config, {}, "c")
+
+
+BAD_WEIGHTS = {
+    "nf4": ("nf4_g16", "is QTensor.nf4"),
+    "offset": ("uint4_g16", "is QTensor.uint4"),
+    "nested": (qjax.Spec.parse("nf4_g64_dq")._replace(format="int4"), "scales of one level"),
+    "across": ("int4_16x16", "in groups along their inputs"),
+}
+
+
+@pytest.mark.parametrize("name", few(list(BAD_WEIGHTS), ["nf4", "across"]))
+@pytest.mark.parametrize("write", [gptq.write, awq.write, compressed_tensors.write])
+def test_what_a_layout_does_not_hold_is_not_written(name, write):
+    spec, message = BAD_WEIGHTS[name]
+    q = qjax.quantize(jnp.ones((32, 32)), spec, axis=0)
+    with pytest.raises(ValueError, match=message):
+        write(q)

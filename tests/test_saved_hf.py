@@ -1,0 +1,182 @@
+"""Quantized Hugging Face folders: written, read back, and what is refused."""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import few
+
+import qjax
+from qjax import models
+from qjax.io import safetensors
+
+HF = pathlib.Path(__file__).parent / "golden" / "hf"
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma3")
+SPECS = {  # what a codec holds, scales in float16
+    "gptq": "int4_g16",
+    "awq": "uint4_g16",
+    "compressed-tensors": "int3",
+}
+TOKENS = jnp.arange(8)[None]
+
+
+def spec_of(text):
+    spec = qjax.Spec.parse(text)._replace(scale_dtype="float16")
+    return spec if spec.symmetric else spec._replace(zero_dtype="uint8")
+
+
+def quantized(family, *rules):
+    """A golden model, its matrices quantized but for routers."""
+    model, params, _ = models.load(HF / family)
+    sites = qjax.find_sites(model.apply, params, TOKENS)
+    tables = qjax.Rule(".*", None, where=qjax.is_gathered, optional=True)
+    kept = qjax.Rule(".*/router/.*", None, optional=True)
+    recipe = qjax.Recipe(kept, tables, *(qjax.Rule(r, s, optional=True) for r, s in rules))
+    return model, qjax.quantize_params(params, recipe, sites)
+
+
+def equal(found, wanted):
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+CASES = [(family, codec) for family in FAMILIES for codec in SPECS]
+QUICK = [("llama", "gptq"), ("mixtral", "compressed-tensors"), ("gemma3", "awq")]
+
+
+@pytest.mark.parametrize("case", few(CASES, QUICK), ids="-".join)
+def test_what_is_written_comes_back(case, tmp_path):
+    family, codec = case
+    model, qparams = quantized(family, (".*", spec_of(SPECS[codec])))
+    models.save_hf(tmp_path / "out", qparams, HF / family, codec)
+    again, params, tokenizer = models.load(tmp_path / "out")
+    wanted = jax.jit(qjax.quantized(model.apply))(qparams, TOKENS)
+    np.testing.assert_array_equal(jax.jit(qjax.quantized(again.apply))(params, TOKENS), wanted)
+    assert tokenizer.encode("a b") == models.load(HF / family)[2].encode("a b")
+    qtensors = [v for v in jax.tree.leaves(params, is_leaf=qjax.is_qtensor) if qjax.is_qtensor(v)]
+    assert {q.format for q in qtensors} == {spec_of(SPECS[codec]).format}
+    models.save_hf(tmp_path / "again", params, tmp_path / "out", codec)
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+    equal(models.load(tmp_path / "again")[1], params)
+
+
+def test_each_matrix_has_its_own_form_in_compressed_tensors(tmp_path):
+    rules = ((".*/down/kernel", spec_of("int8")), (".*/v/kernel", None))
+    rules += ((".*/o/kernel", qjax.Spec.parse("fp8_e4m3_16x16")), (".*", spec_of("int4_g16")))
+    model, qparams = quantized("llama", *rules)
+    models.save_hf(tmp_path / "out", qparams, HF / "llama", "compressed-tensors")
+    about = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert about["format"] == "mixed-precision"
+    assert about["ignore"] == [f"model.layers.{i}.self_attn.v_proj" for i in (0, 1)]
+    held = {g["weights"]["num_bits"]: g["targets"] for g in about["config_groups"].values()}
+    assert len(about["config_groups"]) == 3
+    assert held[4][0] == "lm_head"
+    again, params, _ = models.load(tmp_path / "out")
+    np.testing.assert_array_equal(
+        jax.jit(qjax.quantized(again.apply))(params, TOKENS),
+        jax.jit(qjax.quantized(model.apply))(qparams, TOKENS),
+    )
+
+
+@pytest.mark.parametrize(("least", "version"), [(1, "gptq"), (0, "gptq_v2")])
+def test_zero_points_of_zero_need_the_second_version(least, version, tmp_path):
+    _, qparams = quantized("llama", (".*", spec_of("uint4_g16")))
+    floor = lambda v: v - v.min() + jnp.uint8(least) if v.dtype == jnp.uint8 else v
+    qparams = jax.tree.map(floor, qparams)
+    lowest = min(int(v.min()) for v in jax.tree.leaves(qparams) if v.dtype == jnp.uint8)
+    assert lowest == least
+    models.save_hf(tmp_path / "out", qparams, HF / "llama", "gptq")
+    about = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert (about["checkpoint_format"], about["sym"], about["bits"]) == (version, False, 4)
+    back = models.load(tmp_path / "out")[1]
+    for a, b in zip(
+        jax.tree.leaves(back, is_leaf=qjax.is_qtensor),
+        jax.tree.leaves(qparams, is_leaf=qjax.is_qtensor),
+        strict=True,
+    ):
+        if qjax.is_qtensor(a):
+            np.testing.assert_array_equal(qjax.dequantize(a), qjax.dequantize(b))
+
+
+def refused(path, message, params, like="llama", codec="compressed-tensors"):
+    with pytest.raises(ValueError, match=message):
+        models.save_hf(path / "out", params, HF / like, codec)
+    assert not any(p.name != "in" for p in path.iterdir()), "nothing is left behind"
+
+
+def test_what_cannot_be_written_is_said_and_nothing_is_left(tmp_path):
+    model, params, _ = models.load(HF / "llama")
+    _, qparams = quantized("llama", (".*", spec_of("int4_g16")))
+    refused(tmp_path, "codec: must be one of gptq, awq", qparams, codec="exl2")
+    refused(tmp_path, "params has no quantized matrix", params)
+    refused(tmp_path, r"save_hf takes \{\"params\"", qparams["params"])
+    refused(tmp_path, "they are not of one model", qparams, like="qwen2")
+    fewer = {"params": {k: v for k, v in qparams["params"].items() if k != "layers_1"}}
+    refused(tmp_path, "params/layers_1/.*: is missing", fewer)
+    _, nf4 = quantized("llama", (".*/up/kernel", "nf4_g16"), (".*", spec_of("int4_g16")))
+    refused(tmp_path, r"layers.0.mlp.up_proj is QTensor\(nf4", nf4)
+    _, mixed = quantized("llama", (".*/up/kernel", spec_of("int8")), (".*", spec_of("int4_g16")))
+    refused(
+        tmp_path,
+        "all matrices of the layers in one form: there are int4, int8",
+        mixed,
+        "llama",
+        "gptq",
+    )
+    _, some = quantized("llama", (".*/up/kernel", None), (".*", spec_of("int4_g16")))
+    refused(tmp_path, "model.layers.0.mlp.up_proj is not", some, "llama", "gptq")
+    _, groups = quantized(
+        "llama", (".*/up/kernel", spec_of("int4_g8")), (".*", spec_of("int4_g16"))
+    )
+    refused(
+        tmp_path,
+        r"awq has one group for all matrices, here they are \[8, 16\]",
+        groups,
+        "llama",
+        "awq",
+    )
+    sites = qjax.find_sites(model.apply, params, TOKENS)
+    refused(tmp_path, "unprepare or dequantize it", qjax.prepare(qparams, sites))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match="out: exists"):
+        models.save_hf(tmp_path / "out", qparams, HF / "llama", "gptq")
+    with pytest.raises(ValueError, match="there is no folder"):
+        models.save_hf(tmp_path / "no" / "out", qparams, HF / "llama", "gptq")
+
+
+def test_broken_folders(tmp_path):
+    _, qparams = quantized("mixtral", (".*", spec_of("int4_g16")))
+    models.save_hf(tmp_path / "good", qparams, HF / "mixtral", "gptq")
+    tensors, metadata = safetensors.read_folder(tmp_path / "good")
+    tensors = {k: np.array(v) for k, v in tensors.items()}
+    expert = "model.layers.0.block_sparse_moe.experts.1.w1"
+
+    def broken(name, message, **change):
+        target = tmp_path / name
+        shutil.copytree(tmp_path / "good", target)
+        held = tensors | {k.replace("__", "."): v for k, v in change.items()}
+        held = {k: v for k, v in held.items() if v is not None}
+        (target / "model.safetensors").unlink()
+        safetensors.write(target / "model.safetensors", held, metadata)
+        with pytest.raises(ValueError, match=message):
+            models.load(target)
+
+    part = lambda p: f"{expert}.{p}"
+    broken("missing", f"matrix '{expert}': 'scales' is missing", **{part("scales"): None})
+    dense = {part(p): None for p in ("qweight", "qzeros", "scales", "g_idx")}
+    dense |= {part("weight"): np.zeros((48, 32), np.float32)}
+    broken("dense", "some are quantized, not all", **dense)
+    broken("left", "missing tensors", **{part(p): None for p in ("qweight", "qzeros", "scales")})
+    wide = {
+        part("scales"): tensors[part("scales")][:, :32],
+        part("qweight"): tensors[part("qweight")][:, :32],
+        part("qzeros"): tensors[part("qzeros")][:, :4],
+    }
+    broken("shape", r"has shape \(32, 32\), the configuration says \(48, 32\)", **wide)
