@@ -21,6 +21,7 @@ _SPECS = (
     "such as int8, int4_g64, uint4_g32, nf4_g64_dq, fp8_e4m3 or int8/int8_token: "
     "format[_gN | _RxC | _tensor][_asym][_dq][/activation]"
 )
+_CODECS = ("gptq", "awq", "compressed-tensors")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -126,6 +127,12 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         metavar="DIR",
         help="the folder to write; FILE.gguf, if MODEL is such a file: a GGUF file for llama.cpp",
+    )
+    quantize.add_argument(
+        "--codec",
+        choices=_CODECS,
+        help="write DIR as a Hugging Face folder of this kind, for transformers or vLLM; MODEL is "
+        "such a folder, unquantized or not. The head is kept unless a rule says otherwise",
     )
     quantize.add_argument(
         "--force", action="store_true", help="replace DIR if qjax wrote it earlier, or FILE.gguf"

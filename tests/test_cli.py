@@ -149,6 +149,30 @@ def test_quantize_writes_gguf_files(tmp_path, failure):
     assert "is a folder; write a folder" in failure(*args)
 
 
+def test_quantize_writes_hugging_face_folders(tmp_path, failure):
+    from qjax import __main__ as command
+    from qjax.models.saved_hf import WRITERS
+
+    assert set(command._CODECS) == set(WRITERS)
+    source, path = GOLDEN / "hf" / "qwen2", tmp_path / "out"
+    args = ("quantize", source, "--spec", "uint4_g16", "--output", path)
+    data = cli_json(*args, "--codec", "gptq")
+    formats = {row["path"]: row["format"] for row in data["parameters"]}
+    assert formats["params/layers_0/mlp/up/kernel"] == "uint4 [16,1]"
+    assert formats["params/head/kernel"] == "float32"
+    about = json.loads((path / "config.json").read_text())["quantization_config"]
+    assert (about["quant_method"], about["bits"], about["group_size"]) == ("gptq", 4, 16)
+    _, params, _ = models.load(path)
+    held = params["params"]["layers_0"]["mlp"]["up"]["kernel"]
+    assert (held.format, held.scale.dtype.name) == ("uint4", "float16")
+    assert cli_json("eval", path, *EVAL)["windows"] == 3
+    assert "exists" in failure(*args, "--codec", "gptq")
+    assert "--output must be a new folder" in failure(*args, "--codec", "gptq", "--force")
+    args = ("quantize", TINY, "--spec", "int4_g32", "--output", tmp_path / "x", "--codec", "awq")
+    assert f"and {TINY} is none" in failure(*args)
+    assert not (tmp_path / "x").exists()
+
+
 def test_scales_of_awq_are_folded_into_a_gguf_file_or_refused(tmp_path, failure):
     text = tmp_path / "text"
     text.write_text("the quick brown fox jumps over the lazy dog " * 20)

@@ -15,6 +15,7 @@ from qjax import models
 from qjax.io import safetensors
 
 HF = pathlib.Path(__file__).parent / "golden" / "hf"
+QUANTIZED = HF.with_name("hf_quantized")
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma3")
 SPECS = {  # what a codec holds, scales in float16
     "gptq": "int4_g16",
@@ -46,6 +47,27 @@ def equal(found, wanted):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
+@pytest.mark.parametrize(("name", "format"), [("w4a16", "int4"), ("w4a16_asym", "uint4")])
+def test_folders_of_compressed_tensors_give_its_logits(name, format):
+    golden = np.load(QUANTIZED / name / "logits.npz")
+    model, params, _ = models.load(QUANTIZED / name)
+    kernel = params["params"]["layers_1"]["mlp"]["down"]["kernel"]
+    assert (kernel.format, kernel.block) == (format, (16, 1))
+    assert params["params"]["head"]["kernel"].dtype == jnp.float32
+    found = jax.jit(qjax.quantized(model.apply))(params, golden["tokens"])
+    np.testing.assert_allclose(found, golden["logits"], atol=1e-5, rtol=0)
+
+
+def test_a_folder_of_compressed_tensors_is_written_again_to_the_byte(tmp_path):
+    source = QUANTIZED / "w4a16_asym"
+    models.save_hf(tmp_path / "out", models.load(source)[1], source, "compressed-tensors")
+    found, wanted = (safetensors.read_folder(p)[0] for p in (tmp_path / "out", source))
+    assert found.keys() == wanted.keys()
+    for name, array in wanted.items():
+        assert found[name].dtype == array.dtype
+        np.testing.assert_array_equal(found[name], array, name)
+
+
 CASES = [(family, codec) for family in FAMILIES for codec in SPECS]
 QUICK = [("llama", "gptq"), ("mixtral", "compressed-tensors"), ("gemma3", "awq")]
 
@@ -61,6 +83,10 @@ def test_what_is_written_comes_back(case, tmp_path):
     assert tokenizer.encode("a b") == models.load(HF / family)[2].encode("a b")
     qtensors = [v for v in jax.tree.leaves(params, is_leaf=qjax.is_qtensor) if qjax.is_qtensor(v)]
     assert {q.format for q in qtensors} == {spec_of(SPECS[codec]).format}
+    about = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    if again.config.tied:  # transformers has a module of that name all the same
+        left_out = {"gptq": "lm_head", "awq": "modules_to_not_convert"}.get(codec, "ignore")
+        assert about[left_out] is False or "lm_head" in about[left_out]
     models.save_hf(tmp_path / "again", params, tmp_path / "out", codec)
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -26,10 +27,12 @@ from qjax.cli.common import (
     tracked,
 )
 from qjax.evaluate import batched, text_windows
+from qjax.io.folder import is_folder
 from qjax.models.decoder import Decoder
 from qjax.models.folding import fold
 from qjax.models.saved import save_folder
 from qjax.models.saved_gguf import FORMATS, check_target, save_gguf
+from qjax.models.saved_hf import save_hf
 from qjax.qtensor import dequantize, is_qtensor
 from qjax.recipe import Recipe, Rule, is_gathered
 from qjax.reporting import report
@@ -48,6 +51,8 @@ def run(args: argparse.Namespace) -> Output:
     to_gguf = args.output.lower().endswith(".gguf")
     if to_gguf:
         _check_gguf(args)
+    if args.codec is not None:
+        _check_codec(args)
     algorithm = None if args.algorithm is None else ALGORITHMS[args.algorithm]()
     calibrated = algorithm is not None and bool(algorithm.needs)
     if calibrated != (args.calibration is not None):
@@ -58,7 +63,7 @@ def run(args: argparse.Namespace) -> Output:
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params, is_leaf=is_qtensor
     )
     sites = find_sites(model.apply, shapes, jax.ShapeDtypeStruct((1, 2), jnp.int32))
-    recipe = _recipe(args.spec, args.rule, algorithm)
+    recipe = _recipe(args.spec, args.rule, algorithm, args.codec)
     entries: list[Solved] = []
     log = _logger(entries, quiet=args.json)
     if calibrated:
@@ -75,10 +80,12 @@ def run(args: argparse.Namespace) -> Output:
         progress = lambda weights: tracked(weights, "Quantizing")
         qparams, decisions = requantize_params(params, recipe, sites, progress, log)
     del params
-    if to_gguf:
-        qparams = _without_scales(qparams, model)
+    if to_gguf or args.codec is not None:
+        qparams = _without_scales(qparams, model, args.codec or "GGUF")
     with progress_console().status(f"Writing {args.output}"):
-        if to_gguf:
+        if args.codec is not None:
+            save_hf(args.output, qparams, args.model, args.codec)
+        elif to_gguf:
             save_gguf(args.output, qparams, args.model, overwrite=args.force)
         else:
             save_folder(args.output, model, qparams, tokenizer, overwrite=args.force)
@@ -144,15 +151,36 @@ def _check_gguf(args: argparse.Namespace) -> None:
             )
 
 
-def _without_scales(params: Any, model: Decoder) -> Any:
-    """Folds the `input_scale`s of AWQ, for which GGUF has no place."""
+def _check_codec(args: argparse.Namespace) -> None:
+    """What a Hugging Face folder needs is said before anything is computed."""
+    if not os.path.isdir(args.model) or is_folder(args.model):
+        raise ValueError(
+            f"--codec {args.codec}: settings and tokenizer of a Hugging Face folder are those of "
+            f"the model's, and {args.model} is none"
+        )
+    if os.path.exists(args.output) or args.output.lower().endswith(".gguf"):
+        raise ValueError(f"--codec {args.codec}: --output must be a new folder, is {args.output}")
+
+
+def _for_codec(spec: Spec | str, codec: str | None) -> Spec:
+    """With zero points, and for GPTQ and AWQ with scales, as the files hold them."""
+    spec = Spec.parse(spec)
+    if codec is None:
+        return spec
+    if not spec.symmetric:
+        spec = spec._replace(zero_dtype="uint8")
+    return spec if codec == "compressed-tensors" else spec._replace(scale_dtype="float16")
+
+
+def _without_scales(params: Any, model: Decoder, kind: str) -> Any:
+    """Folds the `input_scale`s of AWQ, for which GGUF files and others have no place."""
     leaves = jax.tree.leaves(params, is_leaf=is_qtensor)
     if not any(is_qtensor(leaf) and leaf.activation is not None for leaf in leaves):
         return params
     folded = fold(params, model)
     for path, why in folded.skipped.items():
         raise ValueError(
-            f"{path}: its input_scale cannot be folded ({why}), and GGUF has no place for it; "
+            f"{path}: its input_scale cannot be folded ({why}), and {kind} has no place for it; "
             f"a rule leaves the algorithm out there: --rule '{path}=SPEC'"
         )
     return folded.params
@@ -166,10 +194,20 @@ def parse_rule(text: str) -> Rule:
     return Rule(pattern, None if spec == "none" else spec)
 
 
-def _recipe(spec: Spec, rules: list[Rule], algorithm: Algorithm | None) -> Recipe:
-    """The rules first; then what a bare spec means, looked-up tables kept."""
+def _recipe(
+    spec: Spec, rules: list[Rule], algorithm: Algorithm | None, codec: str | None
+) -> Recipe:
+    """The rules first; then what a bare spec means, looked-up tables kept, and the head too where a
+    codec's readers expect it.
+    """
     tables = Rule(".*", None, where=is_gathered, optional=True)
-    return Recipe(*rules, tables, Rule(".*", spec, algorithm, optional=True))
+    head = [] if codec is None else [Rule("params/head/kernel", None, optional=True)]
+    rules = [
+        r if r.spec is None else dataclasses.replace(r, spec=_for_codec(r.spec, codec))
+        for r in rules
+    ]
+    bare = Rule(".*", _for_codec(spec, codec), algorithm, optional=True)
+    return Recipe(*rules, *head, tables, bare)
 
 
 def _logger(entries: list[Solved], quiet: bool) -> Callable[[Solved], None]:

@@ -67,6 +67,7 @@ def save_hf(
     if not matrices:
         raise ValueError("params has no quantized matrix; quantize it first")
     linear = {n.removesuffix(".weight") for n, v in tensors.items() if _is_linear(n, v)}
+    linear |= {"lm_head"} - matrices.keys()  # a tied one too: readers have a module of that name
     written, about = WRITERS[codec](matrices, linear)
     config = {**values, "quantization_config": {"quant_method": codec, **about}}
     with new_folder(pathlib.Path(path)) as folder:
