@@ -1,5 +1,6 @@
 """Quantized matrices of Hugging Face's files: the bytes of the libraries that made them."""
 
+import json
 import pathlib
 
 import jax.numpy as jnp
@@ -9,11 +10,21 @@ import pytest
 from helpers import few
 
 import qjax
-from qjax.io import awq, bitstream, codecs, compressed_tensors, fine_grained_fp8, gptq
+from qjax.io import (
+    awq,
+    bitsandbytes,
+    bitstream,
+    codecs,
+    compressed_tensors,
+    fine_grained_fp8,
+    gptq,
+    safetensors,
+)
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 GPTQ, AWQ = (np.load(GOLDEN / f"{name}.npz") for name in ("gptq", "awq"))
 PACKED, FP8 = (np.load(GOLDEN / f"{name}.npz") for name in ("compressed_tensors", "fp8"))
+BNB = np.load(GOLDEN / "bitsandbytes.npz")
 E4M3 = ml_dtypes.float8_e4m3fn
 GPTQ_CASES = [f"w{b}_g64_{kind}" for b in gptq.BITS for kind in ("sym", "asym")]
 GPTQ_CASES += ["w4_g64_sym_actorder", "w4_g64_asym_actorder"]
@@ -156,6 +167,70 @@ def test_fine_grained_fp8_is_that_of_transformers(case):
     s = fine_grained_fp8.settings({"weight_block_size": block}, "c")
     q = fine_grained_fp8.read(parts, s, np.float32, "m")
     np.testing.assert_array_equal(values(q), FP8[f"{case}__dequant"])
+
+
+def bnb_parts(kind, block):
+    """Of a golden matrix, with the JSON that transformers writes."""
+    case, name = f"{kind}_bs{block}__", f"weight.quant_state.bitsandbytes__{kind}"
+    state = {"quant_type": kind, "blocksize": block, "dtype": "float32", "shape": [64, 256]}
+    return {
+        "weight": BNB[case + "packed"],
+        "weight.absmax": BNB[case + "absmax"],
+        "weight.quant_map": BNB[f"{kind}_code"],
+        name: np.frombuffer(json.dumps(state).encode(), np.uint8),
+    }
+
+
+@pytest.mark.parametrize("block", [32, 64, 128])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_bitsandbytes_4_bits(kind, block):
+    q = bitsandbytes.read(bnb_parts(kind, block), None, np.float32, "m")
+    np.testing.assert_array_equal(values(q), BNB[f"{kind}_bs{block}__dequant"])
+
+
+@pytest.mark.parametrize(
+    ("file", "dequant", "bound"),
+    [
+        ("bnb_linear4bit_nf4_nested", "nf4_bs64_nested__dequant", 0),
+        ("bnb_linear8bitlt", "int8__dequant", 2.0**-22),  # two products, rounded once here
+    ],
+)
+def test_files_of_bitsandbytes(file, dequant, bound):
+    tensors, _ = safetensors.read(GOLDEN / f"{file}.safetensors")
+    held = codecs.Matrices({"quant_method": "bitsandbytes"}, tensors, "c")
+    assert held.shapes == {"layer.weight": (64, 256)}
+    assert tensors.keys() - held.used == {"layer.bias"}
+    q = held.read("layer.weight", np.float32)
+    np.testing.assert_allclose(values(q), BNB[dequant], rtol=bound, atol=0)
+
+
+def test_bitsandbytes_says_what_does_not_fit():
+    parts, name = bnb_parts("nf4", 64), "weight.quant_state.bitsandbytes__nf4"
+    state = json.loads(parts[name].tobytes())
+    told = lambda **change: np.frombuffer(json.dumps(state | change).encode(), np.uint8)
+    for part, value, message in (
+        (name, None, "needs one"),
+        (name, told(shape=[64]), "is none of a matrix in nf4"),
+        (name, told(blocksize=True), "is none of a matrix in nf4"),
+        (name, told(quant_type="fp4"), "is none of a matrix in nf4"),
+        (name, told(shape=[128, 96], blocksize=64), "rows of 96 inputs are no whole blocks of 64"),
+        (name, told(shape=[64, 1 << 40]), "'weight.absmax' must be"),
+        (name, told(nested_blocksize=256), "has no blocks of scales"),
+        (name, np.frombuffer(b"[]", np.uint8), "must be an object"),
+        ("weight.absmax", parts["weight.absmax"][1:], "'weight.absmax' must be .*float32 .255,."),
+        ("weight.quant_map", parts["weight.quant_map"] * 2, "holds other values than nf4's"),
+        ("weight", parts["weight"][1:], "'weight' must be 8192 bytes, is uint8"),
+    ):
+        with pytest.raises(ValueError, match=f"^m: .*{message}"):
+            bitsandbytes.read(changed(parts, part, value), None, np.float32, "m")
+    parts = {"weight": BNB["int8__CB"], "SCB": BNB["int8__SCB"].reshape(-1)}
+    for part, value, message in (
+        ("SCB", parts["SCB"][1:], r"'SCB' must be float32 \(64,\)"),
+        ("weight", parts["weight"].astype("u1"), "'weight' must be a matrix of int8, is uint8"),
+        ("weight_format", np.uint8(2) + np.zeros((), "u1"), "'weight_format' must be 0"),
+    ):
+        with pytest.raises(ValueError, match=f"m: {message}"):
+            bitsandbytes.read(changed(parts, part, value), None, np.float32, "m")
 
 
 def test_a_name_counts_before_a_pattern_and_a_pattern_before_a_class():

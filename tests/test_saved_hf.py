@@ -14,8 +14,8 @@ import qjax
 from qjax import models
 from qjax.io import safetensors
 
-HF = pathlib.Path(__file__).parent / "golden" / "hf"
-QUANTIZED = HF.with_name("hf_quantized")
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+HF, QUANTIZED = GOLDEN / "hf", GOLDEN / "hf_quantized"
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma3")
 SPECS = {  # what a codec holds, scales in float16
     "gptq": "int4_g16",
@@ -129,6 +129,38 @@ def test_zero_points_of_zero_need_the_second_version(least, version, tmp_path):
     ):
         if qjax.is_qtensor(a):
             np.testing.assert_array_equal(qjax.dequantize(a), qjax.dequantize(b))
+
+
+def test_a_folder_of_bitsandbytes(tmp_path):
+    model, qparams = quantized(
+        "qwen2", ("params/head/.*", None), (".*", qjax.Spec.parse("nf4_g16"))
+    )
+    tensors, metadata = safetensors.read_folder(HF / "qwen2")
+    tensors = {k: np.array(v) for k, v in tensors.items()}
+    names = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj"}
+    names |= {"o": "self_attn.o_proj"} | {n: f"mlp.{n}_proj" for n in ("gate", "up", "down")}
+    for i in range(2):
+        for part in ("attention", "mlp"):
+            for name, held in qparams["params"][f"layers_{i}"][part].items():
+                q = held["kernel"]
+                codes = np.asarray(q.qvalue).T.astype(np.uint8).reshape(-1, 2)
+                state = {"quant_type": "nf4", "blocksize": 16, "shape": [*q.shape][::-1]}
+                at = f"model.layers.{i}.{names[name]}.weight"
+                tensors[at] = (codes[:, :1] << 4) | codes[:, 1:]
+                tensors[f"{at}.absmax"] = np.asarray(q.scale).T.reshape(-1)
+                tensors[f"{at}.quant_map"] = np.load(GOLDEN / "bitsandbytes.npz")["nf4_code"]
+                text = json.dumps(state).encode()
+                tensors[f"{at}.quant_state.bitsandbytes__nf4"] = np.frombuffer(text, np.uint8)
+    shutil.copytree(HF / "qwen2", tmp_path / "m", ignore=shutil.ignore_patterns("*safetensors*"))
+    safetensors.write(tmp_path / "m" / "model.safetensors", tensors, metadata)
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    again, params, _ = models.load(tmp_path / "m")
+    np.testing.assert_array_equal(
+        jax.jit(qjax.quantized(again.apply))(params, TOKENS),
+        jax.jit(qjax.quantized(model.apply))(qparams, TOKENS),
+    )
 
 
 def refused(path, message, params, like="llama", codec="compressed-tensors"):

@@ -10,9 +10,10 @@ from jax.typing import DTypeLike
 
 from qjax.io import bitstream
 from qjax.io.groups import Grouped, from_qtensor, to_qtensor
+from qjax.io.strict_json import is_count
 from qjax.qtensor import QTensor
 
-MARK = "qweight"
+MARKS = ("qweight",)
 PARTS = ("qweight", "qzeros", "scales")
 _COLUMNS = np.array([0, 2, 4, 6, 1, 3, 5, 7])  # of a word's outputs, from its lowest nibble on
 _NIBBLES = np.argsort(_COLUMNS)
@@ -26,12 +27,12 @@ class Settings(NamedTuple):
 
 def settings(config: Mapping[str, Any], where: str) -> Settings:
     """Reads them, in the spelling of transformers or of AutoAWQ."""
-    bits = config.get("bits", config.get("w_bit"))
-    group = config.get("group_size", config.get("q_group_size"))
+    bits: Any = config.get("bits", config.get("w_bit"))
+    group: Any = config.get("group_size", config.get("q_group_size"))
     version = str(config.get("version") or config.get("format") or "gemm").lower()
-    if bits != 4 or isinstance(bits, bool):
+    if bits != 4 or not is_count(bits):
         raise ValueError(f"{where}: key 'bits': AWQ has 4, is {bits!r}")
-    if not isinstance(group, int) or isinstance(group, bool) or group == 0 or group < -1:
+    if not is_count(group) and group != -1:
         raise ValueError(f"{where}: key 'group_size': must be -1 or a count, is {group!r}")
     if version != "gemm" or config.get("backend") == "llm-awq":
         raise ValueError(f"{where}: key 'version': only 'gemm' is read, is {version!r}")

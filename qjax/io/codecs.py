@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from jax.typing import DTypeLike
 
-from qjax.io import awq, compressed_tensors, fine_grained_fp8, gptq
+from qjax.io import awq, bitsandbytes, compressed_tensors, fine_grained_fp8, gptq
 from qjax.qtensor import QTensor
 
 
@@ -16,7 +17,7 @@ class Codec(NamedTuple):
     """How a method's files hold a matrix: tensors ``<module>.<part>``.
 
     Attributes:
-      mark: the part that every quantized matrix has, and no other.
+      marks: parts of which every quantized matrix has one, and nothing else has.
       parts: all that belong to one.
       settings: (``quantization_config``, where) -> what it says.
       scheme: (settings, module, where) -> what holds for a module.
@@ -24,7 +25,7 @@ class Codec(NamedTuple):
       read: (tensors by part, scheme, dtype, where) -> the QTensor `[inputs, outputs]`.
     """
 
-    mark: str
+    marks: tuple[str, ...]
     parts: tuple[str, ...]
     settings: Callable[[Mapping[str, Any], str], Any]
     scheme: Callable[[Any, str, str], Any]
@@ -33,7 +34,7 @@ class Codec(NamedTuple):
 
 
 def _codec(module: Any, scheme: Callable[[Any, str, str], Any] = lambda s, name, where: s) -> Codec:
-    return Codec(module.MARK, module.PARTS, module.settings, scheme, module.shape, module.read)
+    return Codec(module.MARKS, module.PARTS, module.settings, scheme, module.shape, module.read)
 
 
 CODECS: dict[str, Codec] = {
@@ -41,6 +42,7 @@ CODECS: dict[str, Codec] = {
     "awq": _codec(awq),
     "compressed-tensors": _codec(compressed_tensors, compressed_tensors.scheme_of),
     "fp8": _codec(fine_grained_fp8),
+    "bitsandbytes": _codec(bitsandbytes),
 }
 
 
@@ -73,9 +75,9 @@ class Matrices:
         self._held: dict[str, tuple[dict[str, np.ndarray], Any, str]] = {}
         self.shapes: dict[str, tuple[int, int]] = {}
         self.used: set[str] = set()
-        for name in tensors:
-            module, _, part = name.rpartition(".")
-            if part != codec.mark:
+        for name, mark in itertools.product(tensors, codec.marks):
+            module = name.removesuffix(f".{mark}")
+            if module == name:
                 continue
             names = {p: f"{module}.{p}" for p in codec.parts}
             parts = {p: tensors[n] for p, n in names.items() if n in tensors}

@@ -12,9 +12,10 @@ from jax.typing import DTypeLike
 
 from qjax.io import bitstream, scaled
 from qjax.io.groups import Grouped, from_qtensor, to_qtensor
+from qjax.io.strict_json import is_count
 from qjax.qtensor import QTensor
 
-MARK = "weight_scale"
+MARKS = (SCALE,) = ("weight_scale",)
 # The last two are of the other operand, and not taken over.
 PARTS = ("weight_scale", "weight_packed", "weight_zero_point", "weight_shape", "weight")
 PARTS += ("input_scale", "input_zero_point")
@@ -70,11 +71,11 @@ def settings(config: Mapping[str, Any], where: str) -> Settings:
 
 
 def _scheme(weights: Mapping[str, Any], where: str) -> Scheme:
-    bits, kind, strategy = (weights.get(key) for key in ("num_bits", "type", "strategy"))
-    group, block = weights.get("group_size"), weights.get("block_structure")
+    bits: Any = weights.get("num_bits")
+    kind, strategy = weights.get("type"), weights.get("strategy")
     symmetric = weights.get("symmetric", True)
     known = (kind == "int" and bits in range(2, 9)) or (kind == "float" and bits == 8)
-    if not known or isinstance(bits, bool):
+    if not known or not is_count(bits):
         raise ValueError(
             f"{where}: weights of {bits!r} bits of type {kind!r}; read are int of 2 to 8 and float "
             "of 8"
@@ -82,19 +83,20 @@ def _scheme(weights: Mapping[str, Any], where: str) -> Scheme:
     if strategy not in _STRATEGIES:
         raise ValueError(f"{where}: 'strategy' must be one of {_STRATEGIES}, is {strategy!r}")
     if not isinstance(symmetric, bool) or (kind == "float" and not symmetric):
-        raise ValueError(f"{where}: 'symmetric' is {symmetric!r}")
+        raise ValueError(f"{where}: 'symmetric' must be true or, of int, false, is {symmetric!r}")
     if weights.get("actorder") not in (None, "static", "weight", False):
         raise ValueError(f"{where}: 'actorder' {weights['actorder']!r} is not read")
-    if strategy == "group" and (not isinstance(group, int) or group < 1):
-        raise ValueError(f"{where}: 'group_size' must be a count, is {group!r}")
-    if strategy == "block" and (
-        not isinstance(block, list) or len(block) != 2 or not all(isinstance(b, int) for b in block)
-    ):
-        raise ValueError(f"{where}: 'block_structure' must be two counts, is {block!r}")
-    sizes = (block[0], block[1]) if strategy == "block" else (0, 0)
-    if strategy == "block" and min(sizes) < 1:
-        raise ValueError(f"{where}: 'block_structure' must be two counts, is {block!r}")
-    return Scheme(bits, kind, strategy, symmetric, group if strategy == "group" else 0, sizes)
+    group: Any = 0
+    block: Any = (0, 0)
+    if strategy == "group":
+        group = weights.get("group_size")
+        if not is_count(group):
+            raise ValueError(f"{where}: 'group_size' must be a count, is {group!r}")
+    if strategy == "block":
+        block = weights.get("block_structure")
+        if not isinstance(block, list) or len(block) != 2 or not all(map(is_count, block)):
+            raise ValueError(f"{where}: 'block_structure' must be two counts, is {block!r}")
+    return Scheme(bits, str(kind), strategy, symmetric, group, (block[0], block[1]))
 
 
 def scheme_of(s: Settings, module: str, where: str) -> Scheme:
@@ -126,7 +128,7 @@ def shape(parts: Mapping[str, np.ndarray], scheme: Scheme, where: str) -> tuple[
         if scheme.bits != 8 or not scheme.symmetric:
             raise ValueError(f"{where}: {scheme} is read in packed form only")
         block = _block(scheme, codes.shape)
-        scaled.check_scale(codes, _in_rows(parts[MARK]), block, MARK, where)
+        scaled.check_scale(codes, _in_rows(parts[SCALE]), block, SCALE, where)
         return codes.shape[0], codes.shape[1]
     words, size = parts.get("weight_packed"), parts.get("weight_shape")
     if words is None or size is None or scheme.kind != "int" or scheme.strategy == "block":
@@ -149,10 +151,10 @@ def shape(parts: Mapping[str, np.ndarray], scheme: Scheme, where: str) -> tuple[
                 f"{where}: {name!r} is {given}; {n} outputs of {k} inputs with {scheme.bits} bits "
                 f"in groups of {group} need int32 {needed}"
             )
-    scale = _in_rows(parts[MARK])
+    scale = _in_rows(parts[SCALE])
     if scale.shape not in ((n, groups), (1, 1)) or scale.dtype.kind in "iub":
         raise ValueError(
-            f"{where}: {MARK!r} is {scale.dtype} {scale.shape}, must be floating-point {n, groups}"
+            f"{where}: {SCALE!r} is {scale.dtype} {scale.shape}, must be floating-point {n, groups}"
         )
     return n, k
 
@@ -173,7 +175,7 @@ def read(parts: Mapping[str, np.ndarray], scheme: Scheme, dtype: DTypeLike, wher
       ValueError: the tensors do not fit each other.
     """
     n, k = shape(parts, scheme, where)
-    scale = _in_rows(parts[MARK])
+    scale = _in_rows(parts[SCALE])
     if "weight" in parts:
         return scaled.to_qtensor(parts["weight"], scale, _block(scheme, (n, k)), dtype)
     group, bits = _block(scheme, (n, k))[1], scheme.bits

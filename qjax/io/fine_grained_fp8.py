@@ -10,9 +10,10 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from qjax.io import scaled
+from qjax.io.strict_json import is_count
 from qjax.qtensor import QTensor
 
-MARK = "weight_scale_inv"
+MARKS = (SCALE,) = ("weight_scale_inv",)
 PARTS = ("weight", "weight_scale_inv")
 
 
@@ -24,9 +25,8 @@ class Settings(NamedTuple):
 
 def settings(config: Mapping[str, Any], where: str) -> Settings:
     """Reads them; `activation_scheme` is not taken over."""
-    block = config.get("weight_block_size")
-    sizes = isinstance(block, list | tuple) and len(block) == 2
-    if not sizes or not all(isinstance(v, int) and v > 0 for v in block):
+    block: Any = config.get("weight_block_size")
+    if not isinstance(block, list) or len(block) != 2 or not all(map(is_count, block)):
         raise ValueError(f"{where}: key 'weight_block_size': must be two counts, is {block!r}")
     return Settings((block[0], block[1]))
 
@@ -36,7 +36,7 @@ def shape(parts: Mapping[str, np.ndarray], s: Settings, where: str) -> tuple[int
     codes = parts.get("weight")
     if codes is None or codes.ndim != 2 or codes.dtype != ml_dtypes.float8_e4m3fn:
         raise ValueError(f"{where}: 'weight' is missing or no matrix of float8_e4m3fn")
-    scaled.check_scale(codes, parts[MARK], s.block, MARK, where)
+    scaled.check_scale(codes, parts[SCALE], s.block, SCALE, where)
     return codes.shape[0], codes.shape[1]
 
 
@@ -53,4 +53,4 @@ def read(parts: Mapping[str, np.ndarray], s: Settings, dtype: DTypeLike, where: 
       ValueError: the tensors do not fit each other.
     """
     shape(parts, s, where)
-    return scaled.to_qtensor(parts["weight"], parts[MARK], s.block, dtype)
+    return scaled.to_qtensor(parts["weight"], parts[SCALE], s.block, dtype)

@@ -10,9 +10,10 @@ from jax.typing import DTypeLike
 
 from qjax.io import bitstream
 from qjax.io.groups import Grouped, from_qtensor, to_qtensor
+from qjax.io.strict_json import is_count
 from qjax.qtensor import QTensor
 
-MARK = "qweight"
+MARKS = ("qweight",)
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 BITS = (2, 3, 4, 8)
 
@@ -34,11 +35,12 @@ class Settings(NamedTuple):
 
 def settings(config: Mapping[str, Any], where: str) -> Settings:
     """Reads them; a missing format means "gptq"."""
-    bits, group = config.get("bits"), config.get("group_size", 128)
+    bits: Any = config.get("bits")
+    group: Any = config.get("group_size", 128)
     version = config.get("checkpoint_format") or config.get("format") or "gptq"
-    if bits not in BITS or isinstance(bits, bool):
+    if not is_count(bits) or bits not in BITS:
         raise ValueError(f"{where}: key 'bits': must be one of {BITS}, is {bits!r}")
-    if not isinstance(group, int) or isinstance(group, bool) or group == 0 or group < -1:
+    if not is_count(group) and group != -1:
         raise ValueError(f"{where}: key 'group_size': must be -1 or a count, is {group!r}")
     if version not in ("gptq", "gptq_v2"):
         raise ValueError(

@@ -50,3 +50,8 @@ def read_object(raw: bytes, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{where}: is a JSON {type(value).__name__}, must be an object")
     return value
+
+
+def is_count(value: Any) -> bool:
+    """Whether it is an integer of at least 1, and no boolean."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

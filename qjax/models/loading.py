@@ -35,12 +35,12 @@ def load(
     them is made. Run them with `qjax.quantized`. F32, F16 and BF16 become arrays, and so do the
     IQ1, IQ2 and IQ3 types of GGUF files, which the package `gguf` decodes (the extra
     `qjax[gguf]`). Quantized Hugging Face folders are those of `qjax.io.codecs.CODECS`: GPTQ, AWQ
-    ("gemm"), compressed-tensors (packed integers, int8, FP8) and fine-grained FP8; what they say of
-    codes of activations or of the KV cache is not taken over.
+    ("gemm"), compressed-tensors (packed integers, int8, FP8), fine-grained FP8 and bitsandbytes;
+    what they say of codes of activations or of the KV cache is not taken over.
 
     Args:
       path: a GGUF file (version 2 or 3; llama with or without experts, qwen2, qwen3, qwen3moe,
-        gemma3), or a folder with ``config.json``, safetensors (F32, F16, BF16; one file or an index
+        gemma3), or a folder with ``config.json``, safetensors (one file or an index
         with shards) and ``tokenizer.json``, or a folder that qjax wrote.
       dtype: of the arrays, of what the QTensors stand for, and of the computation; float32 if None.
         A folder that qjax wrote keeps its own.

@@ -1,0 +1,144 @@
+"""bitsandbytes: NF4 and FP4 in blocks of the flattened matrix, int8 with a scale per row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from qjax.formats import FORMATS
+from qjax.io import scaled
+from qjax.io.strict_json import is_count, read_object
+from qjax.qtensor import QTensor
+
+MARKS = ("weight.absmax", "SCB")
+_STATE = "weight.quant_state.bitsandbytes__"
+_KINDS = {"nf4": "nf4", "fp4": "fp4_bnb"}  # of files -> of `FORMATS`
+PARTS = ("weight", "weight.absmax", "weight.quant_map", *(_STATE + kind for kind in _KINDS))
+PARTS += ("weight.nested_absmax", "weight.nested_quant_map", "SCB", "weight_format")
+
+
+class State(NamedTuple):
+    """What a 4-bit matrix' own JSON says.
+
+    Attributes:
+      format: a row of `FORMATS`.
+      block: neighbors in the flattened matrix that share a scale.
+      size: (outputs, inputs).
+      nested: scales that share a scale; None where scales are float32.
+      offset: what is added to scales that have scales.
+    """
+
+    format: str
+    block: int
+    size: tuple[int, int]
+    nested: int | None
+    offset: float
+
+
+def settings(config: Mapping[str, Any], where: str) -> None:
+    """Nothing: each matrix says for itself."""
+
+
+def shape(parts: Mapping[str, np.ndarray], scheme: None, where: str) -> tuple[int, int]:
+    """(outputs, inputs) of the matrix; ValueError where its tensors do not fit each other."""
+    if "SCB" not in parts:
+        return _state(parts, where).size
+    codes, scale = parts.get("weight"), parts["SCB"]
+    if codes is None or codes.ndim != 2 or codes.dtype != np.int8:
+        raise ValueError(f"{where}: 'weight' must be a matrix of int8, is {_told(codes)}")
+    if scale.shape != codes.shape[:1] or scale.dtype != np.float32:
+        raise ValueError(
+            f"{where}: 'SCB' must be float32 {codes.shape[:1]}, a scale per output, is "
+            f"{_told(scale)}"
+        )
+    if parts.get("weight_format", np.zeros(())).any():
+        raise ValueError(f"{where}: 'weight_format' must be 0, rows as they are")
+    return codes.shape[0], codes.shape[1]
+
+
+def read(parts: Mapping[str, np.ndarray], scheme: None, dtype: DTypeLike, where: str) -> QTensor:
+    """The QTensor `[inputs, outputs]` of the file's codes and scales.
+
+    Scales that are quantized in turn (double quantization) run along the flattened matrix, which
+    blocks along the inputs do not: they are held as the float32 that they stand for. int8 codes
+    stand for multiples of SCB / 127, here a product that is rounded to float32 once.
+
+    Args:
+      parts: uint8 ``weight [n k / 2, 1]``, ``weight.absmax [n k / block]`` in float32, or in uint8
+        with ``weight.nested_absmax`` and ``weight.nested_quant_map``, ``weight.quant_map [16]`` and
+        the JSON bytes ``weight.quant_state.bitsandbytes__nf4`` (or ``__fp4``); or int8 ``weight
+        [n, k]`` and float32 ``SCB [n]``.
+      scheme: None.
+      dtype: of the dequantized matrix.
+      where: the file and matrix, for messages.
+
+    Raises:
+      ValueError: the tensors do not fit each other, or blocks run across rows.
+    """
+    n, k = shape(parts, scheme, where)
+    if "SCB" in parts:
+        scale = parts["SCB"][:, None] * np.float32(1 / 127)
+        return scaled.to_qtensor(parts["weight"], scale, (1, k), dtype)
+    state = _state(parts, where)
+    raw = np.ascontiguousarray(parts["weight"]).view(np.uint8).reshape(n, k // 2)
+    codes = np.stack([raw >> 4, raw & 15], axis=-1).reshape(n, k)  # the first in the high nibble
+    scale = parts["weight.absmax"]
+    if state.nested is not None:
+        outer = np.repeat(parts["weight.nested_absmax"], state.nested)[: scale.size]
+        scale = parts["weight.nested_quant_map"][scale] * outer + np.float32(state.offset)
+    return QTensor(
+        jnp.asarray(codes.T).astype(FORMATS[state.format].storage),
+        jnp.asarray(np.ascontiguousarray(scale.reshape(n, k // state.block).T)),
+        None,
+        None,
+        None,
+        state.format,
+        (state.block, 1),
+        np.dtype(dtype),
+    )
+
+
+def _state(parts: Mapping[str, np.ndarray], where: str) -> State:
+    """Read, and held against the tensors."""
+    kinds = [kind for kind in _KINDS if _STATE + kind in parts]
+    if len(kinds) != 1:
+        raise ValueError(f"{where}: needs one '{_STATE}nf4' or '..fp4', has {sorted(parts)}")
+    told = parts[_STATE + kinds[0]]
+    fields = read_object(told.tobytes(), f"{where}: quant_state")
+    block, size, nested = (fields.get(n) for n in ("blocksize", "shape", "nested_blocksize"))
+    sizes = isinstance(size, list) and len(size) == 2 and all(map(is_count, size))
+    if not sizes or not is_count(block) or fields.get("quant_type") != kinds[0]:
+        raise ValueError(f"{where}: quant_state {fields} is none of a matrix in {kinds[0]}")
+    assert isinstance(size, list)
+    assert isinstance(block, int)
+    n, k = size
+    if k % block or k % 2:
+        raise ValueError(f"{where}: rows of {k} inputs are no whole blocks of {block}")
+    count, offset = n * k // block, 0.0 if nested is None else fields.get("nested_offset")
+    needed: dict[str, tuple[Any, Any]] = {"weight.quant_map": ("float32", (16,))}
+    needed["weight.absmax"] = ("float32" if nested is None else "uint8", (count,))
+    if nested is not None:
+        if not is_count(nested) or not isinstance(offset, float):
+            raise ValueError(f"{where}: quant_state {fields} has no blocks of scales")
+        needed["weight.nested_absmax"] = ("float32", (-(-count // nested),))
+        needed["weight.nested_quant_map"] = ("float32", (256,))
+    for name, wanted in needed.items():
+        array = parts.get(name)
+        if array is None or (array.dtype.name, array.shape) != wanted:
+            raise ValueError(f"{where}: {name!r} must be {wanted}, is {_told(array)}")
+    codes = parts.get("weight")
+    if codes is None or codes.nbytes != n * k // 2:
+        raise ValueError(f"{where}: 'weight' must be {n * k // 2} bytes, is {_told(codes)}")
+    fmt = _KINDS[kinds[0]]
+    values = FORMATS[fmt].decode(jnp.arange(16, dtype=jnp.uint8), jnp.dtype("float32"))
+    if not np.array_equal(parts["weight.quant_map"], values):
+        raise ValueError(f"{where}: 'weight.quant_map' holds other values than {kinds[0]}'s")
+    return State(fmt, block, (n, k), nested, offset)
+
+
+def _told(array: np.ndarray | None) -> str:
+    return "missing" if array is None else f"{array.dtype} {array.shape}"
