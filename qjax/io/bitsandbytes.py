@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from qjax.formats import FORMATS
+from qjax.formats import FORMATS, split_planes
 from qjax.io import scaled
 from qjax.io.strict_json import is_count, read_object
 from qjax.qtensor import QTensor
@@ -91,7 +91,7 @@ def read(parts: Mapping[str, np.ndarray], scheme: None, dtype: DTypeLike, where:
         outer = np.repeat(parts["weight.nested_absmax"], state.nested)[: scale.size]
         scale = parts["weight.nested_quant_map"][scale] * outer + np.float32(state.offset)
     return QTensor(
-        jnp.asarray(codes.T).astype(FORMATS[state.format].storage),
+        split_planes(FORMATS[state.format], jnp.asarray(codes.T)),
         jnp.asarray(np.ascontiguousarray(scale.reshape(n, k // state.block).T)),
         None,
         None,
@@ -109,16 +109,17 @@ def _state(parts: Mapping[str, np.ndarray], where: str) -> State:
         raise ValueError(f"{where}: needs one '{_STATE}nf4' or '..fp4', has {sorted(parts)}")
     told = parts[_STATE + kinds[0]]
     fields = read_object(told.tobytes(), f"{where}: quant_state")
-    block, size, nested = (fields.get(n) for n in ("blocksize", "shape", "nested_blocksize"))
+    block: Any = fields.get("blocksize")
+    size: Any = fields.get("shape")
+    nested = fields.get("nested_blocksize")
     sizes = isinstance(size, list) and len(size) == 2 and all(map(is_count, size))
     if not sizes or not is_count(block) or fields.get("quant_type") != kinds[0]:
         raise ValueError(f"{where}: quant_state {fields} is none of a matrix in {kinds[0]}")
-    assert isinstance(size, list)
-    assert isinstance(block, int)
     n, k = size
     if k % block or k % 2:
         raise ValueError(f"{where}: rows of {k} inputs are no whole blocks of {block}")
-    count, offset = n * k // block, 0.0 if nested is None else fields.get("nested_offset")
+    count = n * k // block
+    offset: Any = 0.0 if nested is None else fields.get("nested_offset")
     needed: dict[str, tuple[Any, Any]] = {"weight.quant_map": ("float32", (16,))}
     needed["weight.absmax"] = ("float32" if nested is None else "uint8", (count,))
     if nested is not None:
