@@ -132,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
         "--codec",
         choices=_CODECS,
         help="write DIR as a Hugging Face folder of this kind, for transformers or vLLM; MODEL is "
-        "such a folder, unquantized or not. The head is kept unless a rule says otherwise",
+        "such a folder, quantized or not. Head and routers are kept unless a rule names them",
     )
     quantize.add_argument(
         "--force", action="store_true", help="replace DIR if qjax wrote it earlier, or FILE.gguf"

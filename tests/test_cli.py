@@ -168,9 +168,47 @@ def test_quantize_writes_hugging_face_folders(tmp_path, failure):
     assert cli_json("eval", path, *EVAL)["windows"] == 3
     assert "exists" in failure(*args, "--codec", "gptq")
     assert "--output must be a new folder" in failure(*args, "--codec", "gptq", "--force")
-    args = ("quantize", TINY, "--spec", "int4_g32", "--output", tmp_path / "x", "--codec", "awq")
+    new = ("--output", tmp_path / "x", "--codec")
+    for spec, codec, message in (
+        ("nf4_g16", "gptq", "gptq has no form for nf4_g16"),
+        ("int5", "gptq", "gptq has no form for int5"),
+        ("int8", "awq", "it has int and uint of 4 bits"),
+        ("int8/int8_token", "gptq", "no place for codes of activations"),
+        ("int4_16x16", "compressed-tensors", "groups along the inputs"),
+    ):
+        assert message in failure("quantize", source, "--spec", spec, *new, codec)
+    rule = ("--rule", ".*/up/kernel=nf4_g16")
+    assert "has no form for nf4" in failure(
+        "quantize", source, "--spec", "int4", *rule, *new, "awq"
+    )
+    deep = ("--output", tmp_path / "no" / "x", "--codec", "gptq")
+    assert "there is no folder" in failure("quantize", source, "--spec", "int4_g16", *deep)
+    args = ("quantize", TINY, "--spec", "int4_g32", *new, "awq")
     assert f"and {TINY} is none" in failure(*args)
     assert not (tmp_path / "x").exists()
+
+
+def test_scales_of_awq_are_folded_into_a_hugging_face_folder(tmp_path):
+    source, path = GOLDEN / "hf" / "llama", tmp_path / "out"
+    args = ("quantize", source, "--spec", "int4_g16", "--algorithm", "awq", "--calibration", TEXT)
+    args += ("--rule", ".*/o/kernel=int4_g16", "--length", 16, "--windows", 4, "--output", path)
+    cli_json(*args, "--codec", "awq", "--report", tmp_path / "report")
+    _, params, _ = models.load(path)
+    held = [v for v in jax.tree.leaves(params, is_leaf=qjax.is_qtensor) if qjax.is_qtensor(v)]
+    assert {(q.format, q.activation, q.scale.dtype.name) for q in held} == {
+        ("int4", None, "float16")
+    }
+    norm = models.load(source)[1]["params"]["layers_0"]["mlp_norm"]["scale"]
+    assert np.abs(params["params"]["layers_0"]["mlp_norm"]["scale"] - norm).max() > 1e-3
+
+
+def test_routers_are_kept_in_a_hugging_face_folder(tmp_path):
+    args = ("quantize", GOLDEN / "hf" / "mixtral", "--spec", "int4_g16", "--output", tmp_path / "x")
+    data = cli_json(*args, "--codec", "compressed-tensors")
+    formats = {row["path"]: row["format"] for row in data["parameters"]}
+    assert formats["params/layers_0/mlp/router/kernel"] == "float32"
+    kernel = models.load(tmp_path / "x")[1]["params"]["layers_0"]["attention"]["q"]["kernel"]
+    assert kernel.scale.dtype.name == "bfloat16"
 
 
 def test_scales_of_awq_are_folded_into_a_gguf_file_or_refused(tmp_path, failure):

@@ -1,8 +1,10 @@
 """Quantized matrices of Hugging Face's files: the bytes of the libraries that made them."""
 
+import dataclasses
 import json
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 from helpers import few
 
 import qjax
+from qjax.activation import Activation
 from qjax.io import (
     awq,
     bitsandbytes,
@@ -18,6 +21,7 @@ from qjax.io import (
     compressed_tensors,
     fine_grained_fp8,
     gptq,
+    groups,
     safetensors,
 )
 
@@ -289,8 +293,13 @@ def test_awq_and_compressed_tensors_say_what_does_not_fit():
         ("weight_zero_point", None, "'weight_zero_point' is missing; 64 outputs of 256 inputs"),
         ("weight_shape", np.array([1 << 60, 1 << 60]), "'weight_packed' is int32"),
         ("weight_shape", np.array([64, -256]), "'weight_packed' is int32"),
-        ("weight_scale", parts["weight_scale"].T, r"'weight_scale' is float32 \(4, 64\)"),
+        (
+            "weight_scale",
+            parts["weight_scale"].T,
+            r"'weight_scale' must be floating-point \(64, 4\), is float32 \(4, 64\)",
+        ),
         ("weight", parts["weight_packed"].astype("i1"), "'weight' is int8"),
+        ("weight_packed", None, r".* are no tensors of Scheme"),
     ):
         with pytest.raises(ValueError, match=f"m: {message}"):
             compressed_tensors.read(changed(parts, part, value), s, np.float32, "m")
@@ -309,8 +318,13 @@ BAD_SETTINGS = {
     "dynamic": ({"quant_method": "gptq", "bits": 4, "dynamic": {"-:x": {}}}, "key 'dynamic'"),
     "awq version": (
         {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemv"},
-        "key 'version': only 'gemm' is read, is 'gemv'",
+        "key 'version': only AutoAWQ's 'gemm' is read, is 'gemv'",
     ),
+    "llm-awq": (
+        {"quant_method": "awq", "bits": 4, "group_size": 64, "backend": "llm-awq"},
+        "only AutoAWQ's 'gemm' is read, is 'gemm', backend 'llm-awq'",
+    ),
+    "float": ({"quant_method": "gptq", "bits": 4.0}, "key 'bits': must be one of"),
     "awq bits": ({"quant_method": "awq", "bits": 8, "group_size": 64}, "AWQ has 4, is 8"),
     "groups": ({"quant_method": "compressed-tensors"}, "key 'config_groups': must be an object"),
     "block": ({"quant_method": "fp8", "weight_block_size": [128]}, "must be two counts"),
@@ -327,6 +341,9 @@ BAD_SETTINGS = {
             ("strategy", ["Linear"], {"strategy": "row"}, "'strategy' must be one of"),
             ("targets", "Linear", {}, "'targets' must be a list of names"),
             ("pattern", ["re:("], {}, "target 're:\\(' is no pattern"),
+            ("slow", ["re:(.+)+X"], {}, "repeats a group, or too often"),
+            ("huge", ["re:a{99999999999999999999}"], {}, "is no pattern"),
+            ("deep", ["re:" + "(" * 20000 + ")" * 20000], {}, "is no pattern"),
             ("size", ["Linear"], {"group_size": None}, "'group_size' must be a count"),
             ("order", ["Linear"], {"actorder": "group"}, "'actorder' 'group' is not read"),
         )
@@ -339,6 +356,85 @@ def test_settings_that_are_not_read(name):
     config, message = BAD_SETTINGS[name]
     with pytest.raises(ValueError, match=f"^c: .*{message}"):
         codecs.Matrices(config, {}, "c")
+
+
+def test_files_hold_nothing_that_is_not_written():
+    """What a layout has no place for changes the values, so that leaving it out would be wrong."""
+    q = qjax.quantize(jnp.ones((32, 32)), "int4_g16", axis=0)
+    ones = jnp.ones(32)
+    for changes in ({"input_scale": ones}, {"signs": ones}, {"spec": qjax.Spec("int8")}):
+        act = Activation(axis=(-2,) if "spec" not in changes else (), **changes)
+        with pytest.raises(ValueError, match="with an activation"):
+            groups.from_qtensor(dataclasses.replace(q, activation=act))
+    ordered = Activation(axis=(-2,), permutation=jnp.arange(32)[::-1])
+    for write in (awq.write, compressed_tensors.write):
+        with pytest.raises(ValueError, match="inputs in their order"):
+            write(dataclasses.replace(q, activation=ordered))
+    both = qjax.quantize(jnp.ones((32, 32)), "uint4_g16", axis=0)
+    both = dataclasses.replace(both, zero_point=jnp.ones((2, 32), jnp.uint8))
+    with pytest.raises(ValueError, match="these files hold matrices of int2 to int8"):
+        groups.from_qtensor(both)
+    high = dataclasses.replace(both, offset=None, zero_point=jnp.full((2, 32), 16, jnp.uint8))
+    for write in (awq.write, compressed_tensors.write):
+        with pytest.raises(ValueError, match="has zero points 16 to 16"):
+            write(high)
+    assert gptq.write(high, less_one=True)["qzeros"].tolist() == [[-1] * 4] * 2
+    for spec, shape, message in (
+        ("int5_g16", (32, 32), r"hold \(2, 3, 4, 8\) bits"),
+        ("int4_g16", (32, 20), "outputs that fill words of 32"),
+        ("int4_g12", (32, 32), "groups that divide the 32 inputs"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gptq.write(qjax.quantize(jnp.ones(shape), spec, axis=0))
+    for spec in ("fp8_e4m3_g16", "fp8_e4m3_1x16"):
+        with pytest.raises(ValueError, match="FP8"):
+            compressed_tensors.write(qjax.quantize(jnp.ones((32, 32)), spec, axis=0))
+
+
+def experts(*changes):
+    """A QTensor for each change of the tensors of one matrix."""
+    parts = gptq_parts("w4_g64_sym", "v2")
+    s = gptq.Settings(4, 64, less_one=False)
+    return [gptq.read(parts | change, s, np.float32, "m") for change in changes]
+
+
+def test_experts_are_brought_into_one_form():
+    zeros = GPTQ["w4_g64_asym__qzeros_v2"]
+    order = GPTQ["w4_g64_sym_actorder__g_idx"]
+    parts = experts({}, {"qzeros": zeros}, {"g_idx": order})
+    parts.append(gptq.read(gptq_parts("w4_g64_sym", "v2"), gptq.Settings(4, 64), np.float32, "m"))
+    high = {"qzeros": np.full_like(zeros, -1)}  # 15, which stands for 16
+    parts.append(gptq.read(gptq_parts("w4_g64_sym", "v2") | high, gptq.Settings(4, 64), "f4", "m"))
+    made = groups.alike(parts, "m")
+    assert {(q.format, q.zero_point.dtype.name) for q in made} == {("uint4", "uint8")}
+    assert len({jax.tree.structure(q) for q in made}) == 1
+    for a, b in zip(made, parts, strict=True):
+        np.testing.assert_array_equal(values(a), values(b))
+    other = gptq.read(gptq_parts("w8_g64_sym", "v2"), gptq.Settings(8, 64, False), "f4", "m")
+    with pytest.raises(ValueError, match=r"m: are in unlike forms: .*int4.*int8"):
+        groups.alike([parts[0], other], "m")
+
+
+def test_tensors_that_would_be_passed_over():
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 64}
+    tensors = {f"a.up.{k}": v for k, v in gptq_parts("w4_g64_sym", "v1").items()}
+    with pytest.raises(ValueError, match=r"'a.up': there is a tensor 'weight' beside 'qweight'"):
+        codecs.Matrices(config, tensors | {"a.up.weight": np.ones((64, 256), "f4")}, "c")
+    cache = {"a.self_attn.k_scale": np.ones(1, "f4")}
+    assert codecs.Matrices(config, tensors | cache, "c").used == {*tensors, *cache}
+    for case in ("w4a16_g64_sym", "w8a8"):
+        parts = {k.split("__")[1]: v for k, v in PACKED.items() if k.startswith(case + "__")}
+        parts |= {"weight_zero_point": np.ones((64, 1), np.int8)}
+        with pytest.raises(ValueError, match="m: has zero points, which"):
+            compressed_tensors.read(parts, scheme(case)[1], np.float32, "m")
+    empty = {"a.weight": np.ones((0, 256), E4M3), "a.weight_scale_inv": np.ones((0, 2), "f4")}
+    config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    with pytest.raises(ValueError, match=r"'a': is empty, \(0, 256\)"):
+        codecs.Matrices(config, empty, "c")
+    held = {"weight": np.ones((64, 256), E4M3), "weight_scale_inv": np.ones((2, 2), "f4")}
+    s = fine_grained_fp8.settings(config, "c")
+    with pytest.raises(ValueError, match=r"'weight_scale_inv' is float32 \(2, 2\); .* \(1, 2\)"):
+        fine_grained_fp8.read(held, s, np.float32, "m")
 
 
 BAD_WEIGHTS = {

@@ -1,5 +1,6 @@
 """Quantized Hugging Face folders: written, read back, and what is refused."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -18,8 +19,8 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 HF, QUANTIZED = GOLDEN / "hf", GOLDEN / "hf_quantized"
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma3")
 SPECS = {  # what a codec holds, scales in float16
-    "gptq": "int4_g16",
-    "awq": "uint4_g16",
+    "gptq": "int4_g8",
+    "awq": "uint4_g8",
     "compressed-tensors": "int3",
 }
 TOKENS = jnp.arange(8)[None]
@@ -163,10 +164,81 @@ def test_a_folder_of_bitsandbytes(tmp_path):
     )
 
 
+def about(folder):
+    return json.loads((folder / "config.json").read_text())["quantization_config"]
+
+
+def test_a_folder_says_what_it_holds(tmp_path):
+    shutil.copytree(HF / "llama", tmp_path / "like")
+    (tmp_path / "like" / "chat_template.jinja").write_text("{{ messages }}")
+    head = ("params/head/kernel", None)
+    _, qparams = quantized("llama", head, (".*", spec_of("int4_g16")))
+    q = qparams["params"]["layers_0"]["mlp"]["up"]["kernel"]
+    order = qjax.activation.Activation(
+        axis=(-2,), permutation=jnp.arange(32).reshape(16, 2).T.reshape(-1)
+    )
+    ordered = dataclasses.replace(q, activation=order)
+    turned = jax.tree.map(lambda v: ordered if v is q else v, qparams, is_leaf=qjax.is_qtensor)
+    models.save_hf(tmp_path / "a", turned, tmp_path / "like", "gptq")
+    assert (about(tmp_path / "a")["desc_act"], about(tmp_path / "a")["lm_head"]) == (True, False)
+    equal(models.load(tmp_path / "a")[1]["params"]["layers_0"]["mlp"]["up"]["kernel"], ordered)
+    assert (tmp_path / "a" / "chat_template.jinja").read_text() == "{{ messages }}"
+    _, whole = quantized("llama", (".*", spec_of("int4")))
+    models.save_hf(tmp_path / "b", whole, tmp_path / "like", "gptq")
+    found = about(tmp_path / "b")
+    assert (found["desc_act"], found["lm_head"], found["group_size"]) == (False, True, -1)
+    models.save_hf(tmp_path / "c", qparams, tmp_path / "like", "awq")
+    assert about(tmp_path / "c")["zero_point"] is True
+    _, groups = quantized("llama", (".*/up/kernel", spec_of("int4")), (".*", spec_of("int4_g16")))
+    with pytest.raises(ValueError, match=r"one group for all matrices, here they are \[16, 32\]"):
+        models.save_hf(tmp_path / "d", groups, tmp_path / "like", "awq")
+
+
+def test_arrays_keep_the_type_of_the_file_where_it_holds_them(tmp_path):
+    _, qparams = quantized("qwen2", (".*", spec_of("int4_g16")))  # loaded in float32
+    scale = qparams["params"]["norm"]["scale"]
+    qparams["params"]["norm"]["scale"] = scale + 2.0**-20
+    models.save_hf(tmp_path / "out", qparams, HF / "qwen2", "gptq")
+    tensors, _ = safetensors.read_folder(tmp_path / "out")
+    assert tensors["model.embed_tokens.weight"].dtype.name == "bfloat16"
+    assert tensors["model.norm.weight"].dtype.name == "float32"
+    equal(models.load(tmp_path / "out")[1], jax.tree.map(jnp.asarray, qparams))
+
+
+def test_experts_are_what_transformers_looks_for(tmp_path):
+    four, eight = spec_of("int4_g16"), spec_of("int8")
+    _, qparams = quantized(
+        "mixtral", (".*/attention/.*", eight), ("params/head/.*", eight), (".*", four)
+    )
+    models.save_hf(tmp_path / "out", qparams, HF / "mixtral", "compressed-tensors")
+    first, second = about(tmp_path / "out")["config_groups"].values()
+    assert (first["targets"], first["weights"]["num_bits"]) == ([r"re:.*\.experts\..*"], 4)
+    assert "lm_head" in second["targets"]
+    equal(models.load(tmp_path / "out")[1], qparams)
+    for rules in (
+        [(".*/experts/down/.*", eight), (".*", four)],
+        [(".*/experts/down/.*", None), (".*", four)],
+        [(".*", qjax.Spec.parse("fp8_e4m3_16x16"))],
+    ):
+        refused(
+            tmp_path,
+            "experts: transformers wants all in one form",
+            quantized("mixtral", *rules)[1],
+            "mixtral",
+        )
+    model, params, _ = models.load(HF / "mixtral")
+    sites = qjax.find_sites(model.apply, params, TOKENS)
+    tables = qjax.Rule(".*", None, where=qjax.is_gathered, optional=True)
+    all_of_it = qjax.Recipe(tables, qjax.Rule(".*", four, optional=True))
+    routed = qjax.quantize_params(params, all_of_it, sites)
+    refused(tmp_path, "router/kernel: .* routers aside", routed, "mixtral")
+
+
 def refused(path, message, params, like="llama", codec="compressed-tensors"):
     with pytest.raises(ValueError, match=message):
         models.save_hf(path / "out", params, HF / like, codec)
-    assert not any(p.name != "in" for p in path.iterdir()), "nothing is left behind"
+    left = {p.name for p in path.iterdir()} - {"out"}
+    assert not left, "nothing is left behind"
 
 
 def test_what_cannot_be_written_is_said_and_nothing_is_left(tmp_path):
@@ -230,8 +302,19 @@ def test_broken_folders(tmp_path):
     broken("missing", f"matrix '{expert}': 'scales' is missing", **{part("scales"): None})
     dense = {part(p): None for p in ("qweight", "qzeros", "scales", "g_idx")}
     dense |= {part("weight"): np.zeros((48, 32), np.float32)}
-    broken("dense", "some are quantized, not all", **dense)
+    broken("dense", "are quantized in part", **dense)
     broken("left", "missing tensors", **{part(p): None for p in ("qweight", "qzeros", "scales")})
+    embed = {
+        f"model.embed_tokens.{p}": tensors[part(p)]
+        for p in ("qweight", "qzeros", "scales", "g_idx")
+    }
+    broken("table", "'model.embed_tokens': there is a tensor 'weight'", **embed)
+    broken(
+        "embedding",
+        "embed_tokens.weight.*(shape|linear layers)",
+        **embed,
+        **{"model.embed_tokens.weight": None},
+    )
     wide = {
         part("scales"): tensors[part("scales")][:, :32],
         part("qweight"): tensors[part("qweight")][:, :32],

@@ -32,7 +32,7 @@ from qjax.models.decoder import Decoder
 from qjax.models.folding import fold
 from qjax.models.saved import save_folder
 from qjax.models.saved_gguf import FORMATS, check_target, save_gguf
-from qjax.models.saved_hf import save_hf
+from qjax.models.saved_hf import save_hf, unfit
 from qjax.qtensor import dequantize, is_qtensor
 from qjax.recipe import Recipe, Rule, is_gathered
 from qjax.reporting import report
@@ -160,6 +160,13 @@ def _check_codec(args: argparse.Namespace) -> None:
         )
     if os.path.exists(args.output) or args.output.lower().endswith(".gguf"):
         raise ValueError(f"--codec {args.codec}: --output must be a new folder, is {args.output}")
+    if not os.path.isdir(os.path.dirname(os.path.abspath(args.output))):
+        raise ValueError(f"--output {args.output}: there is no folder for it")
+    specs = [s for s in (args.spec, *(rule.spec for rule in args.rule)) if s is not None]
+    for spec in specs:
+        why = unfit(Spec.parse(spec), args.codec)
+        if why is not None:
+            raise ValueError(f"--codec {args.codec}: {why}")
 
 
 def _for_codec(spec: Spec | str, codec: str | None) -> Spec:
@@ -179,9 +186,10 @@ def _without_scales(params: Any, model: Decoder, kind: str) -> Any:
         return params
     folded = fold(params, model)
     for path, why in folded.skipped.items():
+        more = f" and of {len(folded.skipped) - 1} more" if len(folded.skipped) > 1 else ""
         raise ValueError(
-            f"{path}: its input_scale cannot be folded ({why}), and {kind} has no place for it; "
-            f"a rule leaves the algorithm out there: --rule '{path}=SPEC'"
+            f"{path}: its input_scale{more} cannot be folded ({why}), and {kind} has no place for "
+            f"it; a rule leaves the algorithm out there: --rule '{path}=SPEC'"
         )
     return folded.params
 
@@ -197,11 +205,11 @@ def parse_rule(text: str) -> Rule:
 def _recipe(
     spec: Spec, rules: list[Rule], algorithm: Algorithm | None, codec: str | None
 ) -> Recipe:
-    """The rules first; then what a bare spec means, looked-up tables kept, and the head too where a
-    codec's readers expect it.
+    """The rules first; then what a bare spec means, looked-up tables kept, and where a codec's
+    readers expect it the head and routers too.
     """
     tables = Rule(".*", None, where=is_gathered, optional=True)
-    head = [] if codec is None else [Rule("params/head/kernel", None, optional=True)]
+    head = [] if codec is None else [Rule(".*/(head|router)/kernel", None, optional=True)]
     rules = [
         r if r.spec is None else dataclasses.replace(r, spec=_for_codec(r.spec, codec))
         for r in rules

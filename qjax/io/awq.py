@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from qjax.io import bitstream
-from qjax.io.groups import Grouped, from_qtensor, to_qtensor
+from qjax.io.groups import FLOATS, Grouped, from_qtensor, plain, to_qtensor, told
 from qjax.io.strict_json import is_count
 from qjax.qtensor import QTensor
 
@@ -35,7 +35,8 @@ def settings(config: Mapping[str, Any], where: str) -> Settings:
     if not is_count(group) and group != -1:
         raise ValueError(f"{where}: key 'group_size': must be -1 or a count, is {group!r}")
     if version != "gemm" or config.get("backend") == "llm-awq":
-        raise ValueError(f"{where}: key 'version': only 'gemm' is read, is {version!r}")
+        given = f"{version!r}, backend {config.get('backend')!r}"
+        raise ValueError(f"{where}: key 'version': only AutoAWQ's 'gemm' is read, is {given}")
     return Settings(group)
 
 
@@ -43,9 +44,9 @@ def shape(parts: Mapping[str, np.ndarray], s: Settings, where: str) -> tuple[int
     """(outputs, inputs) of the matrix; ValueError where its tensors do not fit each other."""
     for name in PARTS:
         if name not in parts or parts[name].ndim != 2:
-            raise ValueError(f"{where}: {name!r} is missing or no matrix")
+            raise ValueError(f"{where}: {name!r} must be a matrix, is {told(parts.get(name))}")
     k, words = parts["qweight"].shape
-    group = k if s.group == -1 else s.group
+    group = _group(k, s)
     groups = -(-k // group) if k else 0
     for name, size in (("qzeros", (groups, words)), ("scales", (groups, 8 * words))):
         if parts[name].shape != size:
@@ -56,10 +57,9 @@ def shape(parts: Mapping[str, np.ndarray], s: Settings, where: str) -> tuple[int
     for name in ("qweight", "qzeros"):
         if parts[name].dtype != np.int32:
             raise ValueError(f"{where}: {name!r} has dtype {parts[name].dtype}, must be int32")
-    if parts["scales"].dtype.itemsize not in (2, 4) or parts["scales"].dtype.kind in "iub":
-        raise ValueError(
-            f"{where}: 'scales' have dtype {parts['scales'].dtype}, must be floating-point"
-        )
+    if parts["scales"].dtype not in FLOATS:
+        kind = parts["scales"].dtype
+        raise ValueError(f"{where}: 'scales' have dtype {kind}, must be floating-point")
     return 8 * words, k
 
 
@@ -76,9 +76,10 @@ def read(parts: Mapping[str, np.ndarray], s: Settings, dtype: DTypeLike, where: 
       ValueError: the tensors do not fit each other.
     """
     n, k = shape(parts, s, where)
-    group = k if s.group == -1 else s.group
+    group = _group(k, s)
     codes, zeros = (_reordered(bitstream.unpack(parts[p], 4, n), _NIBBLES) for p in PARTS[:2])
-    return to_qtensor(Grouped(4, codes, parts["scales"], zeros.astype(np.int32), group), dtype)
+    held = Grouped(4, codes, parts["scales"], zeros.astype(np.int32), group)
+    return to_qtensor(plain(held), dtype)
 
 
 def write(q: QTensor) -> dict[str, np.ndarray]:
@@ -99,6 +100,10 @@ def write(q: QTensor) -> dict[str, np.ndarray]:
         bitstream.pack(_reordered(v, _COLUMNS), 4) for v in (held.codes, zeros.astype(np.uint8))
     ]
     return {"qweight": words[0], "qzeros": words[1], "scales": held.scale}
+
+
+def _group(k: int, s: Settings) -> int:
+    return k if s.group == -1 else min(s.group, k)
 
 
 def _reordered(codes: np.ndarray, order: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from qjax.formats import FORMATS, split_planes
 from qjax.io import scaled
+from qjax.io.groups import told
 from qjax.io.strict_json import is_count, read_object
 from qjax.qtensor import QTensor
 
@@ -49,11 +50,11 @@ def shape(parts: Mapping[str, np.ndarray], scheme: None, where: str) -> tuple[in
         return _state(parts, where).size
     codes, scale = parts.get("weight"), parts["SCB"]
     if codes is None or codes.ndim != 2 or codes.dtype != np.int8:
-        raise ValueError(f"{where}: 'weight' must be a matrix of int8, is {_told(codes)}")
+        raise ValueError(f"{where}: 'weight' must be a matrix of int8, is {told(codes)}")
     if scale.shape != codes.shape[:1] or scale.dtype != np.float32:
         raise ValueError(
             f"{where}: 'SCB' must be float32 {codes.shape[:1]}, a scale per output, is "
-            f"{_told(scale)}"
+            f"{told(scale)}"
         )
     if parts.get("weight_format", np.zeros(())).any():
         raise ValueError(f"{where}: 'weight_format' must be 0, rows as they are")
@@ -107,8 +108,8 @@ def _state(parts: Mapping[str, np.ndarray], where: str) -> State:
     kinds = [kind for kind in _KINDS if _STATE + kind in parts]
     if len(kinds) != 1:
         raise ValueError(f"{where}: needs one '{_STATE}nf4' or '..fp4', has {sorted(parts)}")
-    told = parts[_STATE + kinds[0]]
-    fields = read_object(told.tobytes(), f"{where}: quant_state")
+    state = parts[_STATE + kinds[0]]
+    fields = read_object(state.tobytes(), f"{where}: quant_state")
     block: Any = fields.get("blocksize")
     size: Any = fields.get("shape")
     nested = fields.get("nested_blocksize")
@@ -130,16 +131,12 @@ def _state(parts: Mapping[str, np.ndarray], where: str) -> State:
     for name, wanted in needed.items():
         array = parts.get(name)
         if array is None or (array.dtype.name, array.shape) != wanted:
-            raise ValueError(f"{where}: {name!r} must be {wanted}, is {_told(array)}")
+            raise ValueError(f"{where}: {name!r} must be {wanted}, is {told(array)}")
     codes = parts.get("weight")
     if codes is None or codes.nbytes != n * k // 2:
-        raise ValueError(f"{where}: 'weight' must be {n * k // 2} bytes, is {_told(codes)}")
+        raise ValueError(f"{where}: 'weight' must be {n * k // 2} bytes, is {told(codes)}")
     fmt = _KINDS[kinds[0]]
     values = FORMATS[fmt].decode(jnp.arange(16, dtype=jnp.uint8), jnp.dtype("float32"))
     if not np.array_equal(parts["weight.quant_map"], values):
         raise ValueError(f"{where}: 'weight.quant_map' holds other values than {kinds[0]}'s")
     return State(fmt, block, (n, k), nested, offset)
-
-
-def _told(array: np.ndarray | None) -> str:
-    return "missing" if array is None else f"{array.dtype} {array.shape}"

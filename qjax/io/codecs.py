@@ -46,6 +46,9 @@ CODECS: dict[str, Codec] = {
 }
 
 
+_CACHE = (".self_attn.k_scale", ".self_attn.v_scale", ".self_attn.q_scale")  # not taken over
+
+
 class Matrices:
     """The quantized matrices among the tensors of a folder.
 
@@ -71,10 +74,10 @@ class Matrices:
                 f"{where}: key 'quant_method': can be read: {', '.join(CODECS)}, is {method!r}"
             )
         self._codec = codec = CODECS[method]
+        self.used: set[str] = {name for name in tensors if name.endswith(_CACHE)}
         settings = codec.settings(config, f"{where}: quantization_config")
         self._held: dict[str, tuple[dict[str, np.ndarray], Any, str]] = {}
         self.shapes: dict[str, tuple[int, int]] = {}
-        self.used: set[str] = set()
         for name, mark in itertools.product(tensors, codec.marks):
             module = name.removesuffix(f".{mark}")
             if module == name:
@@ -83,7 +86,11 @@ class Matrices:
             parts = {p: tensors[n] for p, n in names.items() if n in tensors}
             at = f"{where}: matrix {module!r}"
             scheme = codec.scheme(settings, module, at)
-            self.shapes[f"{module}.weight"] = codec.shape(parts, scheme, at)
+            self.shapes[f"{module}.weight"] = size = codec.shape(parts, scheme, at)
+            if 0 in size:
+                raise ValueError(f"{at}: is empty, {size}")
+            if f"{module}.weight" in tensors and "weight" not in parts:
+                raise ValueError(f"{at}: there is a tensor 'weight' beside {mark!r}")
             self._held[f"{module}.weight"] = parts, scheme, at
             self.used |= {names[p] for p in parts}
 

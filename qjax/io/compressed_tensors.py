@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from qjax.io import bitstream, scaled
-from qjax.io.groups import Grouped, from_qtensor, to_qtensor
+from qjax.io.groups import FLOATS, Grouped, from_qtensor, plain, to_qtensor, told
 from qjax.io.strict_json import is_count
 from qjax.qtensor import QTensor
 
@@ -62,12 +62,24 @@ def settings(config: Mapping[str, Any], where: str) -> Settings:
         if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
             raise ValueError(f"{at}: 'targets' must be a list of names, is {targets!r}")
         for target in targets:
-            try:
-                re.compile(target.removeprefix("re:"))
-            except re.error as why:
-                raise ValueError(f"{at}: target {target!r} is no pattern: {why}") from None
+            _check_pattern(target, at)
         found.append((tuple(targets), _scheme(group["weights"], at)))
     return Settings(tuple(found))
+
+
+def _check_pattern(target: str, where: str) -> None:
+    """Refuses what is no pattern, or one that could take forever on a name."""
+    if not target.startswith("re:"):
+        return
+    text = target[3:]
+    try:
+        re.compile(text)
+    except (re.error, OverflowError, RecursionError) as why:
+        raise ValueError(f"{where}: target {target[:80]!r} is no pattern: {why}") from None
+    if len(text) > 1000 or re.search(r"\)[*+?{]", text) or len(re.findall(r"[*+{]", text)) > 5:
+        raise ValueError(
+            f"{where}: target {target[:80]!r} repeats a group, or too often, to be matched safely"
+        )
 
 
 def _scheme(weights: Mapping[str, Any], where: str) -> Scheme:
@@ -127,6 +139,9 @@ def shape(parts: Mapping[str, np.ndarray], scheme: Scheme, where: str) -> tuple[
             )
         if scheme.bits != 8 or not scheme.symmetric:
             raise ValueError(f"{where}: {scheme} is read in packed form only")
+        zeros = parts.get("weight_zero_point")
+        if zeros is not None and zeros.any():
+            raise ValueError(f"{where}: has zero points, which {scheme} does not")
         block = _block(scheme, codes.shape)
         scaled.check_scale(codes, _in_rows(parts[SCALE]), block, SCALE, where)
         return codes.shape[0], codes.shape[1]
@@ -141,6 +156,8 @@ def shape(parts: Mapping[str, np.ndarray], scheme: Scheme, where: str) -> tuple[
     group = _block(scheme, (n, k))[1]
     groups = -(-k // group) if group else 0
     wanted = {"weight_packed": (n, bitstream.words_of(k, scheme.bits))}
+    if scheme.symmetric and "weight_zero_point" in parts:
+        raise ValueError(f"{where}: has zero points, which {scheme} does not")
     if not scheme.symmetric:
         wanted["weight_zero_point"] = (bitstream.words_of(n, scheme.bits), groups)
     for name, needed in wanted.items():
@@ -152,10 +169,9 @@ def shape(parts: Mapping[str, np.ndarray], scheme: Scheme, where: str) -> tuple[
                 f"in groups of {group} need int32 {needed}"
             )
     scale = _in_rows(parts[SCALE])
-    if scale.shape not in ((n, groups), (1, 1)) or scale.dtype.kind in "iub":
-        raise ValueError(
-            f"{where}: {SCALE!r} is {scale.dtype} {scale.shape}, must be floating-point {n, groups}"
-        )
+    size = (1, 1) if scheme.strategy == "tensor" else (n, groups)
+    if scale.shape != size or scale.dtype not in FLOATS:
+        raise ValueError(f"{where}: {SCALE!r} must be floating-point {size}, is {told(scale)}")
     return n, k
 
 
@@ -183,7 +199,7 @@ def read(parts: Mapping[str, np.ndarray], scheme: Scheme, dtype: DTypeLike, wher
     if not scheme.symmetric:
         zeros = bitstream.unpack(parts["weight_zero_point"].T, bits, n).astype(np.int32)
     scale = np.ascontiguousarray(np.broadcast_to(scale.T, (-(-k // group), n)))
-    return to_qtensor(Grouped(bits, codes, scale, zeros, group), dtype)
+    return to_qtensor(plain(Grouped(bits, codes, scale, zeros, group)), dtype)
 
 
 def write(q: QTensor) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -217,8 +233,8 @@ def write(q: QTensor) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def _write_float(q: QTensor) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    plain = q.ndim == 2 and q.param_shape is None and q.activation is None
-    if not plain or isinstance(q.scale, QTensor) or q.zero_point is not None:
+    matrix = q.ndim == 2 and len(q.block) == 2 and q.param_shape is None and q.activation is None
+    if not matrix or isinstance(q.scale, QTensor) or q.zero_point is not None:
         raise ValueError(f"is {q!r}: a matrix in FP8 with scales of one level is needed")
     (k, n), (columns, rows) = q.storage_shape, q.block
     scale = np.ascontiguousarray(np.asarray(q.scale).T)
@@ -242,7 +258,7 @@ def _block(scheme: Scheme, size: Sequence[int]) -> tuple[int, int]:
     return {
         "tensor": (n, k),
         "channel": (1, k),
-        "group": (1, scheme.group),
+        "group": (1, min(scheme.group, k)),
         "block": scheme.block,
     }[scheme.strategy]
 

@@ -10,11 +10,17 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from qjax.io import scaled
+from qjax.io.groups import told
 from qjax.io.strict_json import is_count
 from qjax.qtensor import QTensor
 
 MARKS = (SCALE,) = ("weight_scale_inv",)
-PARTS = ("weight", "weight_scale_inv")
+PARTS = (
+    "weight",
+    "weight_scale_inv",
+    "activation_scale",
+    "input_scale",
+)  # the last: not taken over
 
 
 class Settings(NamedTuple):
@@ -35,7 +41,7 @@ def shape(parts: Mapping[str, np.ndarray], s: Settings, where: str) -> tuple[int
     """(outputs, inputs) of the matrix; ValueError where its tensors do not fit each other."""
     codes = parts.get("weight")
     if codes is None or codes.ndim != 2 or codes.dtype != ml_dtypes.float8_e4m3fn:
-        raise ValueError(f"{where}: 'weight' is missing or no matrix of float8_e4m3fn")
+        raise ValueError(f"{where}: 'weight' must be a matrix of float8_e4m3fn, is {told(codes)}")
     scaled.check_scale(codes, parts[SCALE], s.block, SCALE, where)
     return codes.shape[0], codes.shape[1]
 

@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from qjax.io import bitstream
-from qjax.io.groups import Grouped, from_qtensor, to_qtensor
+from qjax.io.groups import FLOATS, Grouped, from_qtensor, plain, to_qtensor
 from qjax.io.strict_json import is_count
 from qjax.qtensor import QTensor
 
@@ -58,7 +58,7 @@ def shape(parts: Mapping[str, np.ndarray], s: Settings, where: str) -> tuple[int
     index = parts.get("g_idx")
     if index is not None and index.ndim == 1:
         k = index.shape[0]
-    group = k if s.group == -1 else s.group
+    group = _group(k, s)
     groups = -(-k // group) if k else 0
     wanted = {
         "qweight": (bitstream.words_of(k, s.bits), n),
@@ -75,7 +75,9 @@ def shape(parts: Mapping[str, np.ndarray], s: Settings, where: str) -> tuple[int
     for name, array in (("qweight", words), ("qzeros", zeros)):
         if array.dtype != np.int32:
             raise ValueError(f"{where}: {name!r} has dtype {array.dtype}, must be int32")
-    if scales.dtype.itemsize not in (2, 4) or scales.dtype.kind in "iub":
+    if index is not None and index.dtype.kind != "i":
+        raise ValueError(f"{where}: 'g_idx' has dtype {index.dtype}, must be int32")
+    if scales.dtype not in FLOATS:
         raise ValueError(f"{where}: 'scales' have dtype {scales.dtype}, must be floating-point")
     return n, k
 
@@ -97,7 +99,7 @@ def read(parts: Mapping[str, np.ndarray], s: Settings, dtype: DTypeLike, where: 
       ValueError: the tensors do not fit each other, or groups have unlike sizes.
     """
     n, k = shape(parts, s, where)
-    group = k if s.group == -1 else s.group
+    group = _group(k, s)
     codes = bitstream.unpack(parts["qweight"].T, s.bits, k).T
     zeros = bitstream.unpack(parts["qzeros"], s.bits, n).astype(np.int32) + s.less_one
     order = None
@@ -107,7 +109,8 @@ def read(parts: Mapping[str, np.ndarray], s: Settings, dtype: DTypeLike, where: 
         if not np.array_equal(index[order], np.arange(k) // group):
             raise ValueError(f"{where}: 'g_idx' does not put {group} inputs into each group")
         codes = codes[order]
-    return to_qtensor(Grouped(s.bits, codes, parts["scales"], zeros, group, order), dtype)
+    held = Grouped(s.bits, codes, parts["scales"], zeros, group, order)
+    return to_qtensor(plain(held), dtype)
 
 
 def write(q: QTensor, less_one: bool = False) -> dict[str, np.ndarray]:
@@ -124,7 +127,7 @@ def write(q: QTensor, less_one: bool = False) -> dict[str, np.ndarray]:
     (k, n), bits = held.codes.shape, held.bits
     if bits not in BITS or k * bits % 32 or n * bits % 32:
         raise ValueError(
-            f"is {q!r}: GPTQ's files hold {BITS} bits, in whole words of 32 along both axes"
+            f"is {q!r}: GPTQ's files hold {BITS} bits, inputs and outputs that fill words of 32"
         )
     zeros = held.zeros
     if zeros is None:
@@ -147,6 +150,10 @@ def write(q: QTensor, less_one: bool = False) -> dict[str, np.ndarray]:
         "scales": held.scale,
         "g_idx": index,
     }
+
+
+def _group(k: int, s: Settings) -> int:
+    return k if s.group == -1 else min(s.group, k)
 
 
 def _matrix(parts: Mapping[str, np.ndarray], name: str, where: str) -> np.ndarray:

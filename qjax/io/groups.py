@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -36,16 +39,22 @@ class Grouped(NamedTuple):
     order: np.ndarray | None = None
 
 
+FLOATS = tuple(np.dtype(d) for d in (np.float16, ml_dtypes.bfloat16, np.float32))
+
+
+def told(array: np.ndarray | None) -> str:
+    """What an array is, for messages."""
+    return "missing" if array is None else f"{array.dtype} {array.shape}"
+
+
 def to_qtensor(held: Grouped, dtype: DTypeLike) -> QTensor:
     """The QTensor `[k, n]` with the same codes and scales.
 
-    Codes whose zero point is ``2 ** (bits - 1)`` everywhere are held less that, as `int4` and its
-    like, without zero points; others as `uint4` and its like, with them.
+    Without zero points codes are held less ``2 ** (bits - 1)``, as `int4` and its like; with them
+    as `uint4` and its like.
     """
     bits, half = held.bits, 1 << (held.bits - 1)
     zeros = held.zeros
-    if zeros is not None and (zeros == half).all():
-        zeros = None
     name = f"{'int' if zeros is None else 'uint'}{bits}"
     fmt, codes = FORMATS[name], held.codes
     if _is_signed(name):
@@ -60,6 +69,38 @@ def to_qtensor(held: Grouped, dtype: DTypeLike) -> QTensor:
     qvalue = split_planes(fmt, jnp.asarray(codes))
     block = (held.group, 1)
     return QTensor(qvalue, jnp.asarray(held.scale), point, None, act, name, block, np.dtype(dtype))
+
+
+def plain(held: Grouped) -> Grouped:
+    """Without zero points where they are ``2 ** (bits - 1)`` everywhere."""
+    half = 1 << (held.bits - 1)
+    none = held.zeros is not None and bool((held.zeros == half).all())
+    return held._replace(zeros=None) if none else held
+
+
+def alike(parts: Sequence[QTensor], where: str) -> list[QTensor]:
+    """Matrices that are stacked, in one form: with zero points and an order where one has them."""
+    first = parts[0]
+    if all(jax.tree.structure(q) == jax.tree.structure(first) for q in parts) and all(
+        [v.dtype for v in jax.tree.leaves(q)] == [v.dtype for v in jax.tree.leaves(first)]
+        for q in parts
+    ):
+        return list(parts)
+    if any(not re.fullmatch(r"u?int[2-8]", q.format) for q in parts):
+        raise ValueError(f"{where}: are in unlike forms: {sorted({repr(q) for q in parts})}")
+    held = [from_qtensor(q) for q in parts]
+    if len({(h.bits, h.group, h.codes.shape, h.scale.dtype) for h in held}) > 1:
+        raise ValueError(f"{where}: are in unlike forms: {sorted({repr(q) for q in parts})}")
+    if any(h.zeros is not None for h in held):
+        fill = lambda h: np.full(h.scale.shape, 1 << (h.bits - 1), np.int32)
+        held = [h._replace(zeros=fill(h) if h.zeros is None else h.zeros) for h in held]
+    if any(h.order is not None for h in held):
+        order = np.arange(len(held[0].codes))
+        held = [h._replace(order=order if h.order is None else h.order) for h in held]
+    highest = max((int(h.zeros.max(initial=0)) for h in held if h.zeros is not None), default=0)
+    made = [to_qtensor(h, q.dtype) for h, q in zip(held, parts, strict=True)]
+    widen = lambda z: None if z is None else z.astype(_zero_dtype(highest))
+    return [dataclasses.replace(q, zero_point=widen(q.zero_point)) for q in made]
 
 
 def from_qtensor(q: QTensor) -> Grouped:
@@ -78,6 +119,10 @@ def from_qtensor(q: QTensor) -> Grouped:
         )
     if q.format.startswith("u") and q.zero_point is None:
         raise ValueError(f"is {q!r} without zero points: these files hold some for unsigned codes")
+    if q.shape[0] % q.block[0] and q.block[0] < q.shape[0]:
+        raise ValueError(
+            f"is {q!r}: readers of these files want groups that divide the {q.shape[0]} inputs"
+        )
     bits = int(match[1])
     codes = np.asarray(join_planes(FORMATS[q.format], q.qvalue))
     if _is_signed(q.format):

@@ -7,9 +7,10 @@ import numpy as np
 from jax import numpy as jnp
 from jax.typing import DTypeLike
 
+from qjax.io.groups import FLOATS
 from qjax.qtensor import QTensor
 
-FORMATS = {np.dtype(ml_dtypes.float8_e4m3fn): "fp8_e4m3", np.dtype(np.int8): "int8"}
+_FORMATS = {np.dtype(ml_dtypes.float8_e4m3fn): "fp8_e4m3", np.dtype(np.int8): "int8"}
 
 
 def to_qtensor(
@@ -30,7 +31,7 @@ def to_qtensor(
         None,
         None,
         None,
-        FORMATS[codes.dtype],
+        _FORMATS[codes.dtype],
         (columns, rows),
         np.dtype(dtype),
     )
@@ -42,7 +43,7 @@ def check_scale(
     """Raises a ValueError unless there is one floating-point scale for each block of codes."""
     n, k = codes.shape
     wanted = (-(-n // block[0]), -(-k // block[1]))
-    if scale.shape != wanted or scale.dtype.kind in "iub":
+    if scale.shape != wanted or scale.dtype not in (*FLOATS, ml_dtypes.float8_e8m0fnu):
         raise ValueError(
             f"{where}: {name!r} is {scale.dtype} {scale.shape}; a matrix of {n} outputs and {k} "
             f"inputs in blocks of {block} needs floating-point {wanted}"

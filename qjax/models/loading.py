@@ -15,6 +15,7 @@ import numpy as np
 from qjax.io import codecs, folder, gguf, safetensors
 from qjax.io.ggml_dense import DENSE_TYPES, to_array
 from qjax.io.ggml_types import CODECS, to_qtensor
+from qjax.io.groups import alike
 from qjax.io.strict_json import read_object
 from qjax.models import configs, names, saved, tokenizer
 from qjax.models.architecture import Config
@@ -172,10 +173,14 @@ def _load_folder(path: str | os.PathLike[str], dtype: np.dtype):
         quantized = [held is not None and name in held for name in parts]
         if held is not None and any(quantized):
             if not transpose or not all(quantized):
-                raise ValueError(f"{root}: {_listed(parts)}: some are quantized, not all matrices")
+                raise ValueError(
+                    f"{root}: {_listed(parts)}: are quantized in part, or no linear layers, which "
+                    "alone can be"
+                )
             matrices = [held.read(name, dtype) for name in parts]
             if isinstance(found, str):
                 return matrices[0]
+            matrices = alike(matrices, f"{root}: {_listed(parts)}")
             return jax.tree.map(lambda *leaves: jnp.stack(leaves), *matrices)
         if isinstance(found, str):
             return _array(tensor(found), transpose, rows, dtype)

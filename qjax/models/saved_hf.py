@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,12 +17,15 @@ from qjax.io import awq, compressed_tensors, gptq, safetensors
 from qjax.io.replacing import new_folder
 from qjax.models import configs, loading, names
 from qjax.qtensor import QTensor, Quantized, is_qtensor
+from qjax.spec import Spec
 from qjax.tracing import param_path
 
 # What a folder holds beside config.json and weights.
 _BESIDE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
 _BESIDE += ("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")
 _BESIDE += ("generation_config.json",)
+
+EXPERTS = r"re:.*\.experts\..*"  # a target of compressed-tensors
 
 Matrices = Mapping[str, QTensor]
 Written = tuple[dict[str, np.ndarray], dict[str, Any]]
@@ -32,8 +36,9 @@ def save_hf(
 ) -> None:
     """Writes parameters as a quantized Hugging Face folder; settings are those of another one.
 
-    Codes, scales and zero points are written as they are held: what transformers or vLLM dequantize
-    is what the QTensors stand for. `load` reads the folder back, to the bit.
+    Codes, scales and zero points are written as they are held, and `load` reads the same again. An
+    array keeps the type that `like` has for it if that holds every value exactly, else it is
+    written in its own. transformers multiplies experts in the dtype of their scales.
 
     Args:
       path: the folder; it appears whole or not at all.
@@ -43,8 +48,9 @@ def save_hf(
       like: a Hugging Face folder of the same model, quantized or not; ``config.json`` and the
         tokenizer are copied.
       codec: "gptq" (2, 3, 4 and 8 bits, all matrices of the layers in one form, act-order too),
-        "awq" (4 bits) or "compressed-tensors" (2 to 8 bits and FP8, a form for each matrix).
-        GPTQ's and AWQ's readers expect scales in float16: `Spec.scale_dtype`.
+        "awq" (4 bits) or "compressed-tensors" (2 to 8 bits and FP8, a form for each matrix, one
+        for all experts). Groups divide the inputs; routers and embeddings are arrays. GPTQ's and
+        AWQ's readers expect scales in float16: `Spec.scale_dtype`.
 
     Raises:
       ValueError: `path` exists; parameters and `like` are not of one model; or a parameter is
@@ -59,11 +65,13 @@ def save_hf(
       qparams = qjax.quantize_params(params, spec, sites)
       qjax.models.save_hf("Qwen2.5-0.5B-int4", qparams, "Qwen2.5-0.5B", "compressed-tensors")
     """
-    if codec not in WRITERS:
+    if not isinstance(codec, str) or codec not in WRITERS:
         raise ValueError(f"codec: must be one of {', '.join(WRITERS)}, is {codec!r}")
     root = pathlib.Path(like)
     values = loading.read_json(root / "config.json")
+    known, _ = safetensors.read_folder(root)
     matrices, tensors = _by_module(params, values, str(root))
+    tensors = {name: _as_known(array, known.get(name)) for name, array in tensors.items()}
     if not matrices:
         raise ValueError("params has no quantized matrix; quantize it first")
     linear = {n.removesuffix(".weight") for n, v in tensors.items() if _is_linear(n, v)}
@@ -84,7 +92,7 @@ def _by_module(
     """The QTensors by the module of a file, and all other tensors by name."""
     config = configs.from_hf(values, where)
     if not isinstance(params, Mapping) or set(params) != {"params"}:
-        found = sorted(params) if isinstance(params, Mapping) else type(params).__name__
+        found = list(params) if isinstance(params, Mapping) else type(params).__name__
         raise ValueError(f'save_hf takes {{"params": ...}} as load gives it, not {found}')
     flat = lambda tree: {
         param_path(keys): leaf
@@ -104,12 +112,12 @@ def _by_module(
                 f"{tuple(needed[place].shape)}: they are not of one model"
             )
         for name, part in _parts(place, leaf, names.hf_name(place, values["model_type"])):
-            if isinstance(part, QTensor) and place.endswith("/kernel"):
+            if isinstance(part, QTensor) and re.search(r"(?<!/router)/kernel$", place):
                 matrices[name.removesuffix(".weight")] = part
             elif isinstance(part, Quantized):
                 raise ValueError(
-                    f"params/{place}: is {part!r}: these folders hold matrices of linear layers as "
-                    "qjax.quantize makes them; unprepare or dequantize it"
+                    f"params/{place}: is {part!r}: these folders hold matrices of linear layers, "
+                    "routers aside, as qjax.quantize makes them; unprepare or dequantize it"
                 )
             else:
                 tensors[name] = _dense(place, part, config.post_norms)
@@ -133,6 +141,14 @@ def _dense(place: str, leaf: Any, plus_one: bool) -> np.ndarray:
     if plus_one and place.endswith("norm/scale"):  # gemma keeps the difference from one
         return array.astype(np.float32) - np.float32(1)
     return np.swapaxes(array, -1, -2) if place.endswith("/kernel") else array
+
+
+def _as_known(array: np.ndarray, known: np.ndarray | None) -> np.ndarray:
+    """In the dtype of another file, if that holds every value exactly."""
+    if known is None or known.dtype.name not in ("float32", "float16", "bfloat16"):
+        return array
+    cast = array.astype(known.dtype)
+    return cast if np.array_equal(cast.astype(np.float32), array.astype(np.float32)) else array
 
 
 def _is_linear(name: str, array: np.ndarray) -> bool:
@@ -171,7 +187,8 @@ def _write_gptq(matrices: Matrices, linear: set[str]) -> Written:
     if dense or len(forms) > 1:
         found = f"{dense[0]} is not" if dense else f"there are {', '.join(forms)}"
         raise ValueError(
-            f"gptq has all matrices of the layers in one form: {found}; compressed-tensors does not"
+            f"gptq has all matrices of the layers in one form: {found}; compressed-tensors has a "
+            "form for each"
         )
     unsigned = [q.zero_point for q in matrices.values() if q.zero_point is not None]
     less_one = all(int(np.asarray(z).astype(np.int32).min(initial=1)) > 0 for z in unsigned)
@@ -199,6 +216,7 @@ def _write_compressed_tensors(matrices: Matrices, linear: set[str]) -> Written:
     schemes: dict[str, list[str]] = {}
     for module, (_, weights) in written.items():
         schemes.setdefault(json.dumps(weights), []).append(module)
+    schemes = _experts_first(schemes, linear)
     groups, formats = {}, set()
     for i, (text, modules) in enumerate(schemes.items()):
         weights = json.loads(text)
@@ -221,8 +239,45 @@ def _write_compressed_tensors(matrices: Matrices, linear: set[str]) -> Written:
     return _named({module: parts for module, (parts, _) in written.items()}), about
 
 
+def _experts_first(schemes: dict[str, list[str]], linear: set[str]) -> dict[str, list[str]]:
+    """With a pattern for experts in front: transformers takes the scheme of all of them from the
+    first that looks like theirs.
+    """
+    held = [text for text, modules in schemes.items() if any(map(_is_expert, modules))]
+    if not held:
+        return schemes
+    dense = sorted(filter(_is_expert, linear))
+    if len(held) > 1 or dense or '"block"' in held[0]:
+        found = f"{dense[0]} is an array" if dense else " and ".join(held)
+        raise ValueError(
+            f"experts: transformers wants all in one form, in no blocks of both axes: {found}"
+        )
+    others = [name for name in schemes.pop(held[0]) if not _is_expert(name)]
+    return {held[0]: [EXPERTS, *others], **schemes}
+
+
+def _is_expert(module: str) -> bool:
+    return ".experts." in module
+
+
 WRITERS: dict[str, Callable[[Matrices, set[str]], Written]] = {
     "gptq": _write_gptq,
     "awq": _write_awq,
     "compressed-tensors": _write_compressed_tensors,
 }
+
+
+def unfit(spec: Spec, codec: str) -> str | None:
+    """None, or why no matrix of a spec is written by a codec."""
+    match = re.fullmatch(r"u?int([2-8])", spec.format)
+    bits = {"gptq": gptq.BITS, "awq": (4,)}.get(codec, tuple(range(2, 9)))
+    known = match is not None and int(match[1]) in bits
+    if not known and not (codec == "compressed-tensors" and spec.format == "fp8_e4m3"):
+        kinds = "int and uint of " + ", ".join(map(str, bits)) + " bits"
+        more = " and fp8_e4m3" if codec == "compressed-tensors" else ""
+        return f"{codec} has no form for {spec}; it has {kinds}{more}"
+    if spec.activation is not None or spec.scale_spec is not None:
+        return f"{codec} has no place for codes of activations or of scales: {spec}"
+    if match is not None and not isinstance(spec.block, int | None):
+        return f"{codec} has groups along the inputs, not {spec}"
+    return None
