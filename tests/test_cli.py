@@ -166,6 +166,11 @@ def test_quantize_writes_hugging_face_folders(tmp_path, failure):
     held = params["params"]["layers_0"]["mlp"]["up"]["kernel"]
     assert (held.format, held.scale.dtype.name) == ("uint4", "float16")
     assert cli_json("eval", path, *EVAL)["windows"] == 3
+    signed = ("quantize", source, "--spec", "int4_g16_asym", "--output", tmp_path / "signed")
+    cli_json(*signed, "--codec", "gptq")
+    tensors = [safetensors.read_folder(p)[0] for p in (path, tmp_path / "signed")]
+    for name, array in tensors[0].items():
+        np.testing.assert_array_equal(tensors[1][name], array, name)
     assert "exists" in failure(*args, "--codec", "gptq")
     assert "--output must be a new folder" in failure(*args, "--codec", "gptq", "--force")
     new = ("--output", tmp_path / "x", "--codec")

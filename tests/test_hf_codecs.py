@@ -391,6 +391,17 @@ def test_files_hold_nothing_that_is_not_written():
             compressed_tensors.write(qjax.quantize(jnp.ones((32, 32)), spec, axis=0))
 
 
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_zero_points_of_signed_codes_are_written_as_unsigned(bits):
+    w = np.random.default_rng(bits).normal(0.5, 1, (64, 32)).astype(np.float32)
+    spec = qjax.Spec.parse(f"int{bits}_g16_asym")._replace(zero_dtype="int8")
+    q = qjax.quantize(jnp.asarray(w), spec, axis=0)
+    assert int(q.zero_point.min()) < 0
+    back = gptq.read(gptq.write(q), gptq.Settings(bits, 16, less_one=False), np.float32, "m")
+    assert back.format == f"uint{bits}"
+    np.testing.assert_array_equal(values(back), values(q))
+
+
 def experts(*changes):
     """A QTensor for each change of the tensors of one matrix."""
     parts = gptq_parts("w4_g64_sym", "v2")

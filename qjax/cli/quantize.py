@@ -175,7 +175,8 @@ def _for_codec(spec: Spec | str, codec: str | None) -> Spec:
     if codec is None:
         return spec
     if not spec.symmetric:
-        spec = spec._replace(zero_dtype="uint8")
+        unsigned = spec.format if spec.format.startswith("u") else f"u{spec.format}"
+        spec = spec._replace(format=unsigned, zero_dtype="uint8")
     return spec if codec == "compressed-tensors" else spec._replace(scale_dtype="float16")
 
 

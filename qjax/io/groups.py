@@ -111,8 +111,8 @@ def from_qtensor(q: QTensor) -> Grouped:
     """
     check(q)
     match = re.fullmatch(r"u?int([2-8])", q.format)
-    plain = match is not None and q.ndim == 2 and q.block[1:] == (1,) and q.param_shape is None
-    if match is None or not plain or q.offset is not None or isinstance(q.scale, QTensor):
+    matrix = q.ndim == 2 and q.block[1:] == (1,) and q.param_shape is None
+    if match is None or not matrix or q.offset is not None or isinstance(q.scale, QTensor):
         raise ValueError(
             f"is {q!r}: these files hold matrices of int2 to int8, or of uint2 to uint8 with zero "
             "points, in groups along their inputs, with scales of one level"
@@ -124,10 +124,13 @@ def from_qtensor(q: QTensor) -> Grouped:
             f"is {q!r}: readers of these files want groups that divide the {q.shape[0]} inputs"
         )
     bits = int(match[1])
+    half = 1 << (bits - 1)
     codes = np.asarray(join_planes(FORMATS[q.format], q.qvalue))
     if _is_signed(q.format):
-        codes = codes.astype(np.int16) + (1 << (bits - 1))
+        codes = codes.astype(np.int16) + half
     zeros = None if q.zero_point is None else np.asarray(q.zero_point).astype(np.int32)
+    if zeros is not None and not q.format.startswith("u"):
+        zeros = zeros + half
     return Grouped(bits, codes.astype(np.uint8), np.asarray(q.scale), zeros, q.block[0], _order(q))
 
 
