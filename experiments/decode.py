@@ -10,12 +10,11 @@ as soon as it is measured; one that fails says why, and the others go on.
     python experiments/decode.py --formats int8 --batches 1 --profile   # where a step goes, instead
     python experiments/decode.py --formats int8 --batches 1 --compile-only    # its processor time
 
-Four calls of 32 tokens each are in flight, so that the host's work before the first kernel of a
-call, which hands over hundreds of arrays, counts once in 128 steps; a step of one call alone is
-beside it. `share` is steps/s times the bytes that a step must read (weights of matmuls, keys and
-values) over the rate at which the card reads 1 GiB. `error` is the largest difference of the logits
-from those of the bf16 program on the dequantized weights, after the same tokens, over the largest
-logit.
+Four calls of 32 tokens each are in flight, so that what a call costs more that begins on an idle
+card counts once in 128 steps; a step of one call alone is beside it. `share` is steps/s times the
+bytes that a step must read (weights of matmuls, keys and values) over the rate at which the card
+reads 1 GiB. `error` is the largest difference of the logits from those of the bf16 program on the
+dequantized weights, after the same tokens, over the largest logit.
 `launches` counts the paths of the matmuls as `explain` names them. Memory is what the compiled
 program says: arguments and temporaries.
 """

@@ -131,8 +131,8 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument(
         "--codec",
         choices=_CODECS,
-        help="write DIR as a Hugging Face folder of this kind, for transformers or vLLM; MODEL is "
-        "such a folder, quantized or not. Head and routers are kept unless a rule names them",
+        help="write DIR as a Hugging Face folder of this kind; MODEL is such a folder, quantized "
+        "or not. Head and routers are kept unless a rule names them",
     )
     quantize.add_argument(
         "--force", action="store_true", help="replace DIR if qjax wrote it earlier, or FILE.gguf"

@@ -9,7 +9,16 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from qjax.io import bitstream
-from qjax.io.groups import FLOATS, Grouped, from_qtensor, plain, to_qtensor, told
+from qjax.io.groups import (
+    FLOATS,
+    Grouped,
+    check_part,
+    from_qtensor,
+    neighbors,
+    plain,
+    to_qtensor,
+    told,
+)
 from qjax.io.strict_json import is_count
 from qjax.qtensor import QTensor
 
@@ -42,24 +51,15 @@ def settings(config: Mapping[str, Any], where: str) -> Settings:
 
 def shape(parts: Mapping[str, np.ndarray], s: Settings, where: str) -> tuple[int, int]:
     """(outputs, inputs) of the matrix; ValueError where its tensors do not fit each other."""
-    for name in PARTS:
-        if name not in parts or parts[name].ndim != 2:
-            raise ValueError(f"{where}: {name!r} must be a matrix, is {told(parts.get(name))}")
+    if parts["qweight"].ndim != 2:
+        raise ValueError(f"{where}: 'qweight' must be a matrix, is {told(parts['qweight'])}")
     k, words = parts["qweight"].shape
-    group = _group(k, s)
+    group = neighbors(k, s.group)
     groups = -(-k // group) if k else 0
-    for name, size in (("qzeros", (groups, words)), ("scales", (groups, 8 * words))):
-        if parts[name].shape != size:
-            raise ValueError(
-                f"{where}: {name!r} has shape {parts[name].shape}; {8 * words} outputs of {k} "
-                f"inputs in groups of {group} need {size}"
-            )
-    for name in ("qweight", "qzeros"):
-        if parts[name].dtype != np.int32:
-            raise ValueError(f"{where}: {name!r} has dtype {parts[name].dtype}, must be int32")
-    if parts["scales"].dtype not in FLOATS:
-        kind = parts["scales"].dtype
-        raise ValueError(f"{where}: 'scales' have dtype {kind}, must be floating-point")
+    about = f"{where}: {8 * words} outputs of {k} inputs in groups of {group}"
+    check_part(parts, "qweight", [np.int32], (k, words), about)
+    check_part(parts, "qzeros", [np.int32], (groups, words), about)
+    check_part(parts, "scales", FLOATS, (groups, 8 * words), about)
     return 8 * words, k
 
 
@@ -76,7 +76,7 @@ def read(parts: Mapping[str, np.ndarray], s: Settings, dtype: DTypeLike, where: 
       ValueError: the tensors do not fit each other.
     """
     n, k = shape(parts, s, where)
-    group = _group(k, s)
+    group = neighbors(k, s.group)
     codes, zeros = (_reordered(bitstream.unpack(parts[p], 4, n), _NIBBLES) for p in PARTS[:2])
     held = Grouped(4, codes, parts["scales"], zeros.astype(np.int32), group)
     return to_qtensor(plain(held), dtype)
@@ -100,10 +100,6 @@ def write(q: QTensor) -> dict[str, np.ndarray]:
         bitstream.pack(_reordered(v, _COLUMNS), 4) for v in (held.codes, zeros.astype(np.uint8))
     ]
     return {"qweight": words[0], "qzeros": words[1], "scales": held.scale}
-
-
-def _group(k: int, s: Settings) -> int:
-    return k if s.group == -1 else min(s.group, k)
 
 
 def _reordered(codes: np.ndarray, order: np.ndarray) -> np.ndarray:

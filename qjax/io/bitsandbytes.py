@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from qjax.formats import FORMATS, split_planes
 from qjax.io import scaled
-from qjax.io.groups import told
+from qjax.io.groups import check_part, told
 from qjax.io.strict_json import is_count, read_object
 from qjax.qtensor import QTensor
 
@@ -48,14 +48,10 @@ def shape(parts: Mapping[str, np.ndarray], scheme: None, where: str) -> tuple[in
     """(outputs, inputs) of the matrix; ValueError where its tensors do not fit each other."""
     if "SCB" not in parts:
         return _state(parts, where).size
-    codes, scale = parts.get("weight"), parts["SCB"]
+    codes = parts.get("weight")
     if codes is None or codes.ndim != 2 or codes.dtype != np.int8:
         raise ValueError(f"{where}: 'weight' must be a matrix of int8, is {told(codes)}")
-    if scale.shape != codes.shape[:1] or scale.dtype != np.float32:
-        raise ValueError(
-            f"{where}: 'SCB' must be float32 {codes.shape[:1]}, a scale per output, is "
-            f"{told(scale)}"
-        )
+    check_part(parts, "SCB", [np.float32], codes.shape[:1], where)
     if parts.get("weight_format", np.zeros(())).any():
         raise ValueError(f"{where}: 'weight_format' must be 0, rows as they are")
     return codes.shape[0], codes.shape[1]
@@ -80,11 +76,12 @@ def read(parts: Mapping[str, np.ndarray], scheme: None, dtype: DTypeLike, where:
     Raises:
       ValueError: the tensors do not fit each other, or blocks run across rows.
     """
-    n, k = shape(parts, scheme, where)
     if "SCB" in parts:
+        _, k = shape(parts, scheme, where)
         scale = parts["SCB"][:, None] * np.float32(1 / 127)
         return scaled.to_qtensor(parts["weight"], scale, (1, k), dtype)
     state = _state(parts, where)
+    n, k = state.size
     raw = np.ascontiguousarray(parts["weight"]).view(np.uint8).reshape(n, k // 2)
     codes = np.stack([raw >> 4, raw & 15], axis=-1).reshape(n, k)  # the first in the high nibble
     scale = parts["weight.absmax"]
@@ -112,7 +109,7 @@ def _state(parts: Mapping[str, np.ndarray], where: str) -> State:
     fields = read_object(state.tobytes(), f"{where}: quant_state")
     block: Any = fields.get("blocksize")
     size: Any = fields.get("shape")
-    nested = fields.get("nested_blocksize")
+    nested: Any = fields.get("nested_blocksize")
     sizes = isinstance(size, list) and len(size) == 2 and all(map(is_count, size))
     if not sizes or not is_count(block) or fields.get("quant_type") != kinds[0]:
         raise ValueError(f"{where}: quant_state {fields} is none of a matrix in {kinds[0]}")
@@ -121,17 +118,15 @@ def _state(parts: Mapping[str, np.ndarray], where: str) -> State:
         raise ValueError(f"{where}: rows of {k} inputs are no whole blocks of {block}")
     count = n * k // block
     offset: Any = 0.0 if nested is None else fields.get("nested_offset")
-    needed: dict[str, tuple[Any, Any]] = {"weight.quant_map": ("float32", (16,))}
-    needed["weight.absmax"] = ("float32" if nested is None else "uint8", (count,))
-    if nested is not None:
-        if not is_count(nested) or not isinstance(offset, float):
-            raise ValueError(f"{where}: quant_state {fields} has no blocks of scales")
-        needed["weight.nested_absmax"] = ("float32", (-(-count // nested),))
-        needed["weight.nested_quant_map"] = ("float32", (256,))
-    for name, wanted in needed.items():
-        array = parts.get(name)
-        if array is None or (array.dtype.name, array.shape) != wanted:
-            raise ValueError(f"{where}: {name!r} must be {wanted}, is {told(array)}")
+    if nested is not None and not (is_count(nested) and isinstance(offset, float)):
+        raise ValueError(f"{where}: quant_state {fields} has no blocks of scales")
+    check_part(parts, "weight.quant_map", [np.float32], (16,), where)
+    if nested is None:
+        check_part(parts, "weight.absmax", [np.float32], (count,), where)
+    else:
+        check_part(parts, "weight.absmax", [np.uint8], (count,), where)
+        check_part(parts, "weight.nested_absmax", [np.float32], (-(-count // nested),), where)
+        check_part(parts, "weight.nested_quant_map", [np.float32], (256,), where)
     codes = parts.get("weight")
     if codes is None or codes.nbytes != n * k // 2:
         raise ValueError(f"{where}: 'weight' must be {n * k // 2} bytes, is {told(codes)}")

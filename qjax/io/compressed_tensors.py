@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from qjax.io import bitstream, scaled
-from qjax.io.groups import FLOATS, Grouped, from_qtensor, plain, to_qtensor, told
+from qjax.io.groups import FLOATS, Grouped, check_part, from_qtensor, plain, to_qtensor
 from qjax.io.strict_json import is_count
 from qjax.qtensor import QTensor
 
@@ -155,23 +155,16 @@ def shape(parts: Mapping[str, np.ndarray], scheme: Scheme, where: str) -> tuple[
     n, k = (int(v) for v in size)
     group = _block(scheme, (n, k))[1]
     groups = -(-k // group) if group else 0
-    wanted = {"weight_packed": (n, bitstream.words_of(k, scheme.bits))}
     if scheme.symmetric and "weight_zero_point" in parts:
         raise ValueError(f"{where}: has zero points, which {scheme} does not")
+    about = f"{where}: {n} outputs of {k} inputs, {scheme.bits} bits in groups of {group}"
+    check_part(parts, "weight_packed", [np.int32], (n, bitstream.words_of(k, scheme.bits)), about)
     if not scheme.symmetric:
-        wanted["weight_zero_point"] = (bitstream.words_of(n, scheme.bits), groups)
-    for name, needed in wanted.items():
-        array = parts.get(name)
-        if array is None or array.shape != needed or array.dtype != np.int32:
-            given = "missing" if array is None else f"{array.dtype} {array.shape}"
-            raise ValueError(
-                f"{where}: {name!r} is {given}; {n} outputs of {k} inputs with {scheme.bits} bits "
-                f"in groups of {group} need int32 {needed}"
-            )
-    scale = _in_rows(parts[SCALE])
-    size = (1, 1) if scheme.strategy == "tensor" else (n, groups)
-    if scale.shape != size or scale.dtype not in FLOATS:
-        raise ValueError(f"{where}: {SCALE!r} must be floating-point {size}, is {told(scale)}")
+        packed = (bitstream.words_of(n, scheme.bits), groups)
+        check_part(parts, "weight_zero_point", [np.int32], packed, about)
+    whole = scheme.strategy == "tensor"
+    held = {SCALE: _in_rows(parts[SCALE])}
+    check_part(held, SCALE, FLOATS, (1, 1) if whole else (n, groups), about)
     return n, k
 
 

@@ -15,12 +15,8 @@ from qjax.io.strict_json import is_count
 from qjax.qtensor import QTensor
 
 MARKS = (SCALE,) = ("weight_scale_inv",)
-PARTS = (
-    "weight",
-    "weight_scale_inv",
-    "activation_scale",
-    "input_scale",
-)  # the last: not taken over
+PARTS = ("weight", "weight_scale_inv")
+PARTS += ("activation_scale", "input_scale")  # of the other operand, not taken over
 
 
 class Settings(NamedTuple):

@@ -9,7 +9,16 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from qjax.io import bitstream
-from qjax.io.groups import FLOATS, Grouped, from_qtensor, plain, to_qtensor
+from qjax.io.groups import (
+    FLOATS,
+    Grouped,
+    check_part,
+    from_qtensor,
+    neighbors,
+    plain,
+    to_qtensor,
+    told,
+)
 from qjax.io.strict_json import is_count
 from qjax.qtensor import QTensor
 
@@ -53,32 +62,20 @@ def settings(config: Mapping[str, Any], where: str) -> Settings:
 
 def shape(parts: Mapping[str, np.ndarray], s: Settings, where: str) -> tuple[int, int]:
     """(outputs, inputs) of the matrix; ValueError where its tensors do not fit each other."""
-    words, scales, zeros = (_matrix(parts, name, where) for name in ("qweight", "scales", "qzeros"))
+    words, index = parts["qweight"], parts.get("g_idx")
+    if words.ndim != 2:
+        raise ValueError(f"{where}: 'qweight' must be a matrix, is {told(words)}")
     k, n = words.shape[0] * 32 // s.bits, words.shape[1]
-    index = parts.get("g_idx")
     if index is not None and index.ndim == 1:
         k = index.shape[0]
-    group = _group(k, s)
+    group = neighbors(k, s.group)
     groups = -(-k // group) if k else 0
-    wanted = {
-        "qweight": (bitstream.words_of(k, s.bits), n),
-        "scales": (groups, n),
-        "qzeros": (groups, bitstream.words_of(n, s.bits)),
-        **({} if index is None else {"g_idx": (k,)}),
-    }
-    for name, size in wanted.items():
-        if parts[name].shape != size:
-            raise ValueError(
-                f"{where}: {name!r} has shape {parts[name].shape}; {n} outputs of {k} inputs with "
-                f"{s.bits} bits in groups of {group} need {size}"
-            )
-    for name, array in (("qweight", words), ("qzeros", zeros)):
-        if array.dtype != np.int32:
-            raise ValueError(f"{where}: {name!r} has dtype {array.dtype}, must be int32")
-    if index is not None and index.dtype.kind != "i":
-        raise ValueError(f"{where}: 'g_idx' has dtype {index.dtype}, must be int32")
-    if scales.dtype not in FLOATS:
-        raise ValueError(f"{where}: 'scales' have dtype {scales.dtype}, must be floating-point")
+    about = f"{where}: {n} outputs of {k} inputs, {s.bits} bits in groups of {group}"
+    check_part(parts, "qweight", [np.int32], (bitstream.words_of(k, s.bits), n), about)
+    check_part(parts, "qzeros", [np.int32], (groups, bitstream.words_of(n, s.bits)), about)
+    check_part(parts, "scales", FLOATS, (groups, n), about)
+    if index is not None:
+        check_part(parts, "g_idx", [np.int32, np.int64], (k,), about)
     return n, k
 
 
@@ -99,7 +96,7 @@ def read(parts: Mapping[str, np.ndarray], s: Settings, dtype: DTypeLike, where: 
       ValueError: the tensors do not fit each other, or groups have unlike sizes.
     """
     n, k = shape(parts, s, where)
-    group = _group(k, s)
+    group = neighbors(k, s.group)
     codes = bitstream.unpack(parts["qweight"].T, s.bits, k).T
     zeros = bitstream.unpack(parts["qzeros"], s.bits, n).astype(np.int32) + s.less_one
     order = None
@@ -150,15 +147,3 @@ def write(q: QTensor, less_one: bool = False) -> dict[str, np.ndarray]:
         "scales": held.scale,
         "g_idx": index,
     }
-
-
-def _group(k: int, s: Settings) -> int:
-    return k if s.group == -1 else min(s.group, k)
-
-
-def _matrix(parts: Mapping[str, np.ndarray], name: str, where: str) -> np.ndarray:
-    if name not in parts:
-        raise ValueError(f"{where}: {name!r} is missing")
-    if parts[name].ndim != 2:
-        raise ValueError(f"{where}: {name!r} has shape {parts[name].shape}, must be a matrix")
-    return parts[name]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,25 @@ FLOATS = tuple(np.dtype(d) for d in (np.float16, ml_dtypes.bfloat16, np.float32)
 def told(array: np.ndarray | None) -> str:
     """What an array is, for messages."""
     return "missing" if array is None else f"{array.dtype} {array.shape}"
+
+
+def neighbors(k: int, group: int) -> int:
+    """Of `k` inputs those that share a scale; a group of -1 has all."""
+    return k if group == -1 else min(group, k)
+
+
+def check_part(
+    parts: Mapping[str, np.ndarray],
+    name: str,
+    dtypes: Sequence[Any],
+    size: tuple[int, ...],
+    where: str,
+) -> None:
+    """Raises a ValueError unless a tensor is there, in one of the dtypes and of that size."""
+    array = parts.get(name)
+    if array is None or array.dtype not in dtypes or array.shape != size:
+        kinds = " or ".join(np.dtype(d).name for d in dtypes)
+        raise ValueError(f"{where}: {name!r} must be {kinds} {size}, is {told(array)}")
 
 
 def to_qtensor(held: Grouped, dtype: DTypeLike) -> QTensor:

@@ -7,7 +7,7 @@ import numpy as np
 from jax import numpy as jnp
 from jax.typing import DTypeLike
 
-from qjax.io.groups import FLOATS
+from qjax.io.groups import FLOATS, check_part
 from qjax.qtensor import QTensor
 
 _FORMATS = {np.dtype(ml_dtypes.float8_e4m3fn): "fp8_e4m3", np.dtype(np.int8): "int8"}
@@ -43,8 +43,5 @@ def check_scale(
     """Raises a ValueError unless there is one floating-point scale for each block of codes."""
     n, k = codes.shape
     wanted = (-(-n // block[0]), -(-k // block[1]))
-    if scale.shape != wanted or scale.dtype not in (*FLOATS, ml_dtypes.float8_e8m0fnu):
-        raise ValueError(
-            f"{where}: {name!r} is {scale.dtype} {scale.shape}; a matrix of {n} outputs and {k} "
-            f"inputs in blocks of {block} needs floating-point {wanted}"
-        )
+    about = f"{where}: {n} outputs of {k} inputs in blocks of {block}"
+    check_part({name: scale}, name, (*FLOATS, ml_dtypes.float8_e8m0fnu), wanted, about)

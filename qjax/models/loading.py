@@ -20,6 +20,7 @@ from qjax.io.strict_json import read_object
 from qjax.models import configs, names, saved, tokenizer
 from qjax.models.architecture import Config
 from qjax.models.decoder import Decoder
+from qjax.qtensor import is_qtensor
 
 Names: TypeAlias = str | tuple[str, ...]
 
@@ -238,8 +239,17 @@ def _assemble(config: Config, source: _Source) -> dict[str, Any]:
     return {"params": jax.tree_util.tree_map_with_path(fill, tree)}
 
 
+def leaves_of(params: Any, function: str) -> dict[str, Any]:
+    """The parameters in ``{"params": ...}`` by path; a ValueError where that is something else."""
+    if not isinstance(params, Mapping) or set(params) != {"params"}:
+        found = sorted(map(str, params)) if isinstance(params, Mapping) else type(params).__name__
+        raise ValueError(f'{function} takes {{"params": ...}} as load gives it, not {found}')
+    leaves = jax.tree_util.tree_leaves_with_path(params["params"], is_leaf=is_qtensor)
+    return {_path(keys): leaf for keys, leaf in leaves}
+
+
 def parameters_of(config: Config) -> dict[str, Any]:
-    """The shapes of a decoder's parameters."""
+    """The shapes of a decoder's parameters, the layers not stacked."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     # All layers have the same shapes: one is traced, whatever number a file claims.
     one = dataclasses.replace(config, num_layers=1, local_layers=config.local_layers[:1])

@@ -16,8 +16,7 @@ from qjax.io import gguf, gguf_writing
 from qjax.io.ggml_types import CODECS, GGML_TYPES, GGMLType, from_qtensor
 from qjax.models import loading, names
 from qjax.prepared import Prepared
-from qjax.qtensor import QTensor, is_qtensor
-from qjax.tracing import param_path
+from qjax.qtensor import QTensor
 
 FORMATS = tuple(name.lower() for name in CODECS)
 
@@ -110,13 +109,8 @@ def check_target(path: str | os.PathLike[str], overwrite: bool) -> None:
 
 def _by_name(params: Any) -> dict[str, tuple[str, Any]]:
     """The name in a file of each parameter -> its path and value."""
-    if not isinstance(params, Mapping) or set(params) != {"params"}:
-        found = sorted(params) if isinstance(params, Mapping) else type(params).__name__
-        raise ValueError(f'save_gguf takes {{"params": ...}} as load gives it, not {found}')
     held = {}
-    leaves = jax.tree_util.tree_leaves_with_path(params["params"], is_leaf=is_qtensor)
-    for keys, value in leaves:
-        where = param_path(keys)
+    for where, value in loading.leaves_of(params, "save_gguf").items():
         try:
             held[names.gguf_name(where)] = where, value
         except KeyError:

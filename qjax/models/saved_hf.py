@@ -1,4 +1,4 @@
-"""Language models as quantized Hugging Face folders, which transformers and vLLM run."""
+"""Language models as quantized Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ import numpy as np
 from qjax.io import awq, compressed_tensors, gptq, safetensors
 from qjax.io.replacing import new_folder
 from qjax.models import configs, loading, names
-from qjax.qtensor import QTensor, Quantized, is_qtensor
+from qjax.qtensor import QTensor, Quantized
 from qjax.spec import Spec
-from qjax.tracing import param_path
 
 # What a folder holds beside config.json and weights.
 _BESIDE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
@@ -91,14 +90,8 @@ def _by_module(
 ) -> tuple[dict[str, QTensor], dict[str, np.ndarray]]:
     """The QTensors by the module of a file, and all other tensors by name."""
     config = configs.from_hf(values, where)
-    if not isinstance(params, Mapping) or set(params) != {"params"}:
-        found = list(params) if isinstance(params, Mapping) else type(params).__name__
-        raise ValueError(f'save_hf takes {{"params": ...}} as load gives it, not {found}')
-    flat = lambda tree: {
-        param_path(keys): leaf
-        for keys, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_qtensor)
-    }
-    held, needed = flat(params["params"]), flat(loading.parameters_of(config))
+    held = loading.leaves_of(params, "save_hf")
+    needed = loading.leaves_of({"params": loading.parameters_of(config)}, "save_hf")
     odd = sorted(held.keys() ^ needed.keys())
     if odd:
         what = "is none of the model" if odd[0] in held else "is missing"
