@@ -32,14 +32,6 @@ def _left(word: ir.Value, bits: int) -> ir.Value:
     return arith.shli(word, ptx.number(bits)) if bits else word
 
 
-def _and_or(word: ir.Value, right: int, mask: int, bits: int) -> ir.Value:
-    """`word >> right & mask | bits`, two instructions."""
-    return _word(
-        f"{{ .reg .b32 s; shr.u32 s, $1, {right}; lop3.b32 $0, s, {mask:#x}, {bits:#x}, 0xEA; }}",
-        word,
-    )
-
-
 def _lop3(word: ir.Value, mask: int, bits: int, table: str) -> ir.Value:
     """What a table of truth makes of a word and two constants, one instruction."""
     return _word(f"lop3.b32 $0, $1, {mask:#x}, {bits:#x}, {table};", word)
@@ -60,7 +52,7 @@ def _int4(values: None) -> Operand:
 
     def operand(words: Words) -> list[ir.Value]:
         (word,) = words
-        return [_and_or(word, 4 * p, 0xF * PAIRS, 0x4300 * PAIRS) for p in range(4)]
+        return [_lop3(_right(word, 4 * p), 0xF * PAIRS, 0x4300 * PAIRS, "0xEA") for p in range(4)]
 
     return operand
 
