@@ -10,8 +10,8 @@ as soon as it is measured; one that fails says why, and the others go on.
     python experiments/decode.py --formats int8 --batches 1 --profile   # where a step goes, instead
     python experiments/decode.py --formats int8 --batches 1 --compile-only    # its processor time
 
-Four calls of 32 tokens each are in flight, so that what a call costs more that begins on an idle
-card counts once in 128 steps; a step of one call alone is beside it. `share` is steps/s times the
+64 calls of 32 tokens each are in flight, so that what a call costs more that begins on an idle card
+counts once in 2048 steps; a step of one call alone is beside it. `share` is steps/s times the
 bytes that a step must read (weights of matmuls, keys and values) over the rate at which the card
 reads 1 GiB. `error` is the largest difference of the logits from those of the bf16 program on the
 dequantized weights, after the same tokens, over the largest logit.
@@ -80,7 +80,7 @@ FORMATS = {
 }
 # Kernels that XLA captures into a graph do not start before the one in front of them is done.
 OPTIONS = {"xla_gpu_enable_command_buffer": ""}
-RUNS, CALLS = 5, 4  # of each program: medians of runs, each of so many calls in flight
+RUNS, CALLS = 3, 64  # of each program: medians of runs, each of so many calls in flight
 NEW = 32  # tokens of a run
 GIB = 2**30
 
@@ -129,9 +129,9 @@ def program(config: Config) -> Callable[..., Any]:
             logits, cache = carry
             token = jnp.where(token < 0, jnp.argmax(logits, -1).astype(jnp.int32), token)
             logits, cache = apply(params, token[:, None], cache=cache)
-            return (logits[:, 0], cache), None
+            return (logits[:, 0].astype(config.dtype), cache), None  # as the head gives them
 
-        logits = jnp.zeros((batch, config.vocab_size), jnp.float32)
+        logits = jnp.zeros((batch, config.vocab_size), config.dtype)
         return jax.lax.scan(step, (logits, cache), tokens)[0]
 
     return run
@@ -288,7 +288,7 @@ def logits_after(config: Config, params: Any, run: Any, context: int) -> jax.Arr
     """Of given tokens, batch 1."""
     steps = min(NEW, context)
     tokens = jax.random.randint(jax.random.key(7), (steps, 1), 0, config.vocab_size, jnp.int32)
-    return run(params, init_cache(config, 1, context), tokens)[0]
+    return run(params, init_cache(config, 1, context), tokens)[0].astype(jnp.float32)
 
 
 def dense(params: Any) -> Any:

@@ -4,8 +4,8 @@ Each warp takes tiles of 16 positions, strided over the cluster, straight from m
 operands of `mma.m16n8k16`: scores are q k^T with heads as rows, whose result is, as it lies, the
 left operand of the product with the values. The order of head_dim within a product is free, so
 that a lane loads 16 bytes of a key at a time; pairs of neighboring positions are made of values by
-`prmt`. Two tiles of a warp are under way at a time. Each warp keeps its own maximum and sums; they
-meet in shared memory, then in the block that writes the channel.
+`prmt`. A warp takes two tiles at a time. Each warp keeps its own maximum and sums; they meet in
+shared memory, then in the block that writes the channel.
 
 The queries are turned by every warp, the new key by the one warp that also counts it and writes it.
 """
@@ -14,6 +14,8 @@ The queries are turned by every warp, the new key by the one warp that also coun
 # pyright: reportCallIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false
 # pyright: reportAttributeAccessIssue=false
 
+import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -37,20 +39,27 @@ WARPGROUPS = 2
 WARPS = 4 * WARPGROUPS
 TILE = 16  # positions
 LOWEST = -1e30  # below every score, and finite
+TABLES = 4  # words before the cosines
 
 
 def kernel(problem: Problem) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
-    """`f(q, k, v, cos, sin, seen, keys, values) -> (y, keys, values)`; see `op`."""
+    """`f(q, k, v, where, keys, values) -> (y, keys, values)`; see `op`. `where` int32
+    [4 + head_dim] has the first position, the new one, two words for nothing, and the bits of the
+    cosines and sines.
+    """
     p = problem
     size = p.groups * p.head_dim
-    attend, finish, exchange = _attend(p), _finish(p), Exchange(size * 16)
+    place, attend, send, finish = _place(), _attend(p), _send(p), _finish(p)
+    exchange = Exchange(size * 16)
 
-    def decode_attention(q, k, v, cos, sin, seen, keys, values, y, *, parts, tops, slots, arrived):
+    def decode_attention(q, k, v, where, keys, values, y, *, parts, tops, slots, arrived):
         block = jnp.broadcast_to(lax.axis_index("n"), (128,))
         exchange.open(arrived)
-        exchange.meet()
+        seen = place(where)  # of XLA's making, so it is there: only what calls `follow` may not be
         follow()
-        attend(q, k, v, cos, sin, seen, keys, values, parts, tops, slots, arrived, block)
+        attend(q, k, v, where, keys, values, parts, tops, block, seen)
+        exchange.meet()
+        send(parts, tops, slots, arrived)
         exchange.wait(arrived)
         finish(y, slots, block)
 
@@ -72,10 +81,10 @@ def kernel(problem: Problem) -> Callable[..., tuple[jax.Array, jax.Array, jax.Ar
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )
 
-    def call(q, k, v, cos, sin, seen, keys, values):
+    def call(q, k, v, where, keys, values):
         def in_place(refs):
             y, keys, values = refs
-            y[...] = run(q, k, v, cos, sin, seen, keys, values)
+            y[...] = run(q, k, v, where, keys, values)
 
         return pl.run_state(in_place)((jnp.zeros_like(q), keys, values))
 
@@ -122,11 +131,14 @@ class _Lane:
                 words += load(ref, begin, _less(position, last))
         return words
 
-    def turn(self, *tables: ir.Value) -> list[list[ir.Value]]:
-        """Of each table [head_dim / 2], what a head in the order of keys is turned by."""
+    def turn(self, where: ir.Value) -> list[list[ir.Value]]:
+        """The cosines and the sines by which a head in the order of keys is turned."""
         always, f32 = arith.constant(ir.IntegerType.get_signless(1), 1), ir.F32Type.get()
         bytes_ = [128 * b + 16 * i for b in range(self.chunks // 2) for i in range(2)]
-        places = [_at(table, self.at_key, f32) for table in tables]
+        places = [
+            _at(where, ptx.add(self.at_key, TABLES + begin), ir.IntegerType.get_signless(32))
+            for begin in (0, self.p.head_dim // 2)
+        ]
         return [
             [arith.bitcast(f32, w) for byte in bytes_ for w in _load(at, byte, always)]
             for at in places
@@ -137,33 +149,38 @@ class _Lane:
         return [ptx.add(_times(self.c, 2), i % 2 + 8 * (i // 2)) for i in range(4)]
 
 
-def _attend(p: Problem) -> Any:
-    """Writes each channel's (maximum, sum, sum of weights) of a block to the block that owns it."""
-    ref = plgpu.RefType()
-    heads, size = p.kv_heads * p.groups, p.groups * p.head_dim
-    step, share = CLUSTER * WARPS, size // CLUSTER
+def _place() -> Any:
+    """The first position that is seen, and that of the new token."""
 
-    @plgpu.inline_mgpu(arg_types=(*[ref] * 12, ptx.SCALAR))
-    def attend(ctx, q, k, v, cos, sin, seen, keys, values, parts, tops, slots, arrived, block):
-        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-        me = _Lane(p, block.registers.item())
-        first, last = (
-            ptx.asm(
-                i32,
-                f"ld.global.b32 $0, [$1+{4 * i}];",
-                "=r,l,~{memory}",
-                utils.memref_ptr(seen),
-                effects=True,
-            )
-            for i in range(2)
-        )
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=ptx.held(2))
+    def place(ctx, where):
+        i32 = ir.IntegerType.get_signless(32)
+        at = utils.memref_ptr(where)
+        load = "ld.global.v2.b32 {$0, $1}, [$2];"
+        pair = llvm.StructType.get_literal([i32] * 2)
+        got = ptx.asm(pair, load, "=r,=r,l,~{memory}", at, effects=True)
+        return ptx.registers([llvm.extractvalue(i32, got, [i]) for i in range(2)], i32)
+
+    return place
+
+
+def _attend(p: Problem) -> Any:
+    """Leaves each warp's sums of each channel, and maximum and sum of weights of each head."""
+    ref = plgpu.RefType()
+    heads, size, step = p.kv_heads * p.groups, p.groups * p.head_dim, CLUSTER * WARPS
+
+    @plgpu.inline_mgpu(arg_types=(*[ref] * 8, ptx.SCALAR, ptx.held(2).layout))
+    def attend(ctx, q, k, v, where, keys, values, parts, tops, block, seen):
+        f32, me = ir.F32Type.get(), _Lane(p, block.registers.item())
+        first, last = ptx.words(seen)
         is_head = _less(me.r, _n(p.groups))
         head = _sum(_times(me.kv, p.groups), arith.select(is_head, me.r, _n(0)))
         queries = me.key(q, _times(_sum(_times(me.row, heads), head), p.head_dim), is_head)
         mine = _sum(_sum(_times(me.rank, WARPS), me.warp), arith.shrui(first, _n(4)))
-        queries = _rotated(queries, *me.turn(cos, sin))
-        held = [me.tile(keys, values, ptx.add(mine, step * i), last) for i in range(2)]
-        add = lambda state, words, live: _add_tile(p, queries, state, words, live)
+        queries = _rotated(queries, *me.turn(where))
+        two = lambda index: [ptx.add(index, step * i) for i in range(2)]
+        held = [me.tile(keys, values, index, last) for index in two(mine)]
+        add = lambda state, tiles, live: _add_tiles(p, queries, state, tiles, live)
 
         state = [ptx.real(LOWEST)] + [ptx.zero()] * (1 + 16 * me.halves)
         chosen = arith.cmpi(
@@ -173,7 +190,7 @@ def _attend(p: Problem) -> Any:
         with ir.InsertionPoint(branch.then_block):
             begin = _times(_sum(_times(me.row, p.kv_heads), me.kv), p.head_dim)
             is_row, is_column = (_equal(v, 0) for v in (me.r, me.c))
-            key = _rotated(me.key(k, begin, is_row), *me.turn(cos, sin))
+            key = _rotated(me.key(k, begin, is_row), *me.turn(where))
             value = me.value(v, begin, is_column)
             new = _sum(me.cache, _times(last, me.stride))
             for b in range(me.chunks):
@@ -185,26 +202,30 @@ def _attend(p: Problem) -> Any:
             none = [_n(0)]  # the other rows of its tile
             words = key + none * len(key) + value + none * (3 * len(value))
             never = arith.constant(ir.IntegerType.get_signless(1), 0)
-            scf.yield_(add(state, words, [is_column, never, never, never]))
+            scf.yield_(add(state, [words], [[is_column, never, never, never]]))
         with ir.InsertionPoint(branch.else_block):
             scf.yield_(state)
         state = list(branch.results)
 
-        tiles = arith.shrui(ptx.add(last, TILE - 1), _n(4))
-        left = arith.maxsi(arith.subi(ptx.add(tiles, step - 1), mine), _n(0))
-        count, words = len(state), len(held[0])
-
-        @utils.fori(arith.divui(left, _n(step)), [*state, *held[0], *held[1]])
-        def loop(i, carry):
-            state, now, then = carry[:count], carry[count:-words], carry[-words:]
-            index = _sum(mine, _times(i, step))
-            live = []
+        def live(index):
+            seen = []
             for place in me.places():
                 position = _sum(_times(index, TILE), place)
-                seen = arith.cmpi(arith.CmpIPredicate.sge, position, first)
-                live.append(arith.andi(_less(position, last), seen))
-            state = add(state, now, live)
-            return [*state, *then, *me.tile(keys, values, ptx.add(index, 2 * step), last)]
+                late = arith.cmpi(arith.CmpIPredicate.sge, position, first)
+                seen.append(arith.andi(_less(position, last), late))
+            return seen
+
+        tiles = arith.shrui(ptx.add(last, TILE - 1), _n(4))
+        left = arith.maxsi(arith.subi(ptx.add(tiles, 2 * step - 1), mine), _n(0))
+        count, words = len(state), len(held[0])
+
+        @utils.fori(arith.divui(left, _n(2 * step)), [*state, *held[0], *held[1]])
+        def loop(i, carry):
+            state, tiles = carry[:count], [carry[count:-words], carry[-words:]]
+            index = _sum(mine, _times(i, 2 * step))
+            state = add(state, tiles, [live(at) for at in two(index)])
+            later = [me.tile(keys, values, at, last) for at in two(ptx.add(index, 2 * step))]
+            return [*state, *later[0], *later[1]]
 
         top, weight, *sums = list(loop.results)[:count]
         for mask in (1, 2):
@@ -226,16 +247,27 @@ def _attend(p: Problem) -> Any:
             scf.yield_([])
         ptx.run("bar.sync 0;", "~{memory}")
 
-        def send(channel):
-            head = arith.divui(channel, _n(p.head_dim))
-            found = []
+    return attend
+
+
+def _send(p: Problem) -> Any:
+    """Writes each channel's (maximum, sum, sum of weights) of a block to the block that owns it."""
+    size = p.groups * p.head_dim
+    share = size // CLUSTER
+
+    @plgpu.inline_mgpu(arg_types=[plgpu.RefType()] * 4)
+    def send(ctx, parts, tops, slots, arrived):
+        rank = ptx.rank(True)
+
+        def one(channel):
+            head, found = arith.divui(channel, _n(p.head_dim)), []
             for i in range(WARPS):
                 place = _times(ptx.add(head, i * p.groups), 2)
-                top, weight = ptx.load(tops, place, 2, f32)
-                (part,) = ptx.load(parts, ptx.add(channel, i * size), 1, f32)
+                top, weight = ptx.load(tops, place, 2, ir.F32Type.get())
+                (part,) = ptx.load(parts, ptx.add(channel, i * size), 1, ir.F32Type.get())
                 found.append((top, part, weight))
             owner, place = (f(channel, _n(share)) for f in (arith.divui, arith.remui))
-            byte = _times(_sum(_times(me.rank, share), place), 16)
+            byte = _times(_sum(_times(rank, share), place), 16)
             ptx.run(
                 "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 "
                 "[$0], {$2, $3, $4, $2}, [$1];",
@@ -245,9 +277,9 @@ def _attend(p: Problem) -> Any:
                 *_combined(found),
             )
 
-        _each(size, send)
+        _each(size, one)
 
-    return attend
+    return send
 
 
 def _finish(p: Problem) -> Any:
@@ -275,47 +307,49 @@ def _finish(p: Problem) -> Any:
     return finish
 
 
-def _add_tile(
+def _add_tiles(
     p: Problem,
     queries: Sequence[ir.Value],
     state: Sequence[ir.Value],
-    words: Sequence[ir.Value],
-    live: Sequence[ir.Value],
+    tiles: Sequence[Sequence[ir.Value]],
+    live: Sequence[Sequence[ir.Value]],
 ) -> list[ir.Value]:
-    """A warp's (maximum, weight, sums) with 16 more positions; `live`: whether a lane's count."""
+    """A warp's (maximum, weight, sums) with 16 more positions of each tile, whose words are given,
+    and which a lane counts where they are `live`.
+    """
     none, word = _n(0), ir.IntegerType.get_signless(32)
     top, weight, *sums = state
     half = p.head_dim // 8  # words of 8 keys of a lane
-    scores = []
-    for key in (words[:half], words[half : 2 * half]):
-        part = [ptx.zero()] * 4
-        for i in range(0, half, 2):
-            part = ptx.mma([queries[i], none, queries[i + 1], none], key[i : i + 2], part)
-        scores += part[:2]
     factor, out = ptx.real(p.scale * math.log2(math.e)), ptx.real(float("-inf"))
-    pairs = zip(scores, live, strict=True)
-    scores = [arith.select(ok, arith.mulf(s, factor), out) for s, ok in pairs]
-    high = top
-    for s in scores:
-        high = arith.maximumf(high, s)
+    scores = []  # 4 of each tile
+    for words, counts in zip(tiles, live, strict=True):
+        found = []
+        for key in (words[:half], words[half : 2 * half]):
+            part = [ptx.zero()] * 4
+            for i in range(0, half, 2):
+                part = ptx.mma([queries[i], none, queries[i + 1], none], key[i : i + 2], part)
+            found += part[:2]
+        pairs = zip(found, counts, strict=True)
+        scores.append([arith.select(ok, arith.mulf(s, factor), out) for s, ok in pairs])
+    high = functools.reduce(arith.maximumf, itertools.chain(*scores), top)
     for mask in (1, 2):
         high = arith.maximumf(high, _shuffle(high, mask))
     shrink = _exp2(arith.subf(top, high))
-    scores = [_exp2(arith.subf(s, high)) for s in scores]
-    weight = arith.mulf(weight, shrink)
-    for s in scores:
-        weight = arith.addf(weight, s)
-    a, new = [_narrow(*scores[:2]), none, _narrow(*scores[2:]), none], []
-    rows = [words[2 * half + p.head_dim // 16 * i :] for i in range(4)]
-    for at in range(p.head_dim // 8):  # channels 64 (at / 8) + 8 r + at % 8
-        pick = _n(0x7632 if at % 2 else 0x5410)
-        b = []
-        for one, other in (rows[:2], rows[2:]):
-            pair = one[at // 2], other[at // 2]
-            b.append(ptx.asm(word, "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", *pair, pick))
-        old = [arith.mulf(s, shrink) for s in sums[2 * at : 2 * at + 2]]
-        new += ptx.mma(a, b, [*old, ptx.zero(), ptx.zero()])[:2]
-    return [high, weight, *new]
+    scores = [[_exp2(arith.subf(s, high)) for s in four] for four in scores]
+    weight = functools.reduce(arith.addf, itertools.chain(*scores), arith.mulf(weight, shrink))
+    sums = [arith.mulf(s, shrink) for s in sums]
+    for words, four in zip(tiles, scores, strict=True):
+        a, new = [_narrow(*four[:2]), none, _narrow(*four[2:]), none], []
+        rows = [words[2 * half + p.head_dim // 16 * i :] for i in range(4)]
+        for at in range(p.head_dim // 8):  # channels 64 (at / 8) + 8 r + at % 8
+            pick = _n(0x7632 if at % 2 else 0x5410)
+            b = []
+            for one, other in (rows[:2], rows[2:]):
+                pair = one[at // 2], other[at // 2]
+                b.append(ptx.asm(word, "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", *pair, pick))
+            new += ptx.mma(a, b, [*sums[2 * at : 2 * at + 2], ptx.zero(), ptx.zero()])[:2]
+        sums = new
+    return [high, weight, *sums]
 
 
 def _rotated(words: list, cos: list, sin: list) -> list[ir.Value]:

@@ -1,6 +1,8 @@
 """Hopper through Pallas Mosaic GPU: what it supports. The kernel is in `hopper_kernel`."""
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels import hopper
 from pallas_kernels.decode_attention.problem import Problem
@@ -40,5 +42,7 @@ def run(
     from pallas_kernels.decode_attention import hopper_kernel  # needs a jax with Mosaic GPU
 
     flat = [x.reshape(problem.batch, -1) for x in (q, k, v)]
-    y, keys, values = hopper_kernel.kernel(problem)(*flat, cos, sin, seen, keys, values)
+    bits = [lax.bitcast_convert_type(x, jnp.int32) for x in (cos, sin)]
+    where = jnp.concatenate([jnp.pad(seen, (0, 2)), *bits])  # one kernel of XLA's, not three
+    y, keys, values = hopper_kernel.kernel(problem)(*flat, where, keys, values)
     return y.reshape(q.shape), keys, values

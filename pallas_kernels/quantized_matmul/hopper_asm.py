@@ -5,6 +5,7 @@ Of the lanes of a warp, lane = 4 r + c.
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import utils
@@ -114,6 +115,17 @@ def flag(condition: ir.Value) -> ir.Value:
 def add_bytes(address: ir.Value, index: ir.Value, size: int) -> ir.Value:
     """`address + index * size`."""
     return arith.addi(address, arith.muli(index, number(size)))
+
+
+def held(count: int) -> Any:
+    """So many 32-bit words of each thread, as a result of inline code or, by its layout, operand."""
+    layout = plgpu.Layout.WG_STRIDED((count, 128), vec_size=1)
+    return plgpu.ShapeDtypeStruct((count, 128), jnp.int32, layout=layout)
+
+
+def words(held: Any) -> list[ir.Value]:
+    """They themselves."""
+    return [llvm.extractelement(v, number(0)) for v in held.registers.flat]
 
 
 def registers(values: list[ir.Value], kind: ir.Type) -> fa.FragmentedArray:

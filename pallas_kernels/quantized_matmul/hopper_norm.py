@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, scf
+from jaxlib.mlir.dialects import arith, scf
 
 from pallas_kernels.quantized_matmul import hopper_asm as ptx
 from pallas_kernels.quantized_matmul.hopper_decode import halves
@@ -54,13 +54,13 @@ class Norm:
             places = [k, ptx.add(k, 4)] if wide else [k]
             return [v for at in places for v in take(scale, at, kind, ptx.flag(live))]
 
-        @plgpu.inline_mgpu(arg_types=(ref,), return_type=_held(factors))
+        @plgpu.inline_mgpu(arg_types=(ref,), return_type=ptx.held(factors))
         def weight(ctx, scale):
             scale = ptx.begin(scale)
             out = [v for at in along_k(shape, config) for v in factor(scale, *at)]
             return ptx.registers(out, ir.IntegerType.get_signless(32))
 
-        @plgpu.inline_mgpu(arg_types=(ref, ref), return_type=_held(2 * count))
+        @plgpu.inline_mgpu(arg_types=(ref, ref), return_type=ptx.held(2 * count))
         def load(ctx, x, y):
             return ptx.registers(both(x, y), ir.IntegerType.get_signless(32))
 
@@ -73,14 +73,14 @@ class Norm:
 
         @plgpu.inline_mgpu(
             arg_types=(
-                _held(2 * count).layout if apart else [ref, ref],
-                _held(factors).layout if early else ref,
+                ptx.held(2 * count).layout if apart else [ref, ref],
+                ptx.held(factors).layout if early else ref,
                 *(ref, ref, ptx.SCALAR),
             ),
-            return_type=_held(count),
+            return_type=ptx.held(count),
         )
         def finish(ctx, terms, scale, squares, total, block):
-            words = _words(terms) if apart else both(*terms)
+            words = ptx.words(terms) if apart else both(*terms)
             s = [_added(words[i : i + 4], words[i + 4 : i + 8]) for i in range(0, 2 * count, 8)]
             first = arith.cmpi(arith.CmpIPredicate.eq, block.registers.item(), ptx.number(0))
             branch = scf.IfOp(first)
@@ -88,7 +88,7 @@ class Norm:
                 store(s, ptx.begin(total))
                 scf.yield_([])
             square(s, squares)
-            held, out = _words(scale) if early else [], []
+            held, out = ptx.words(scale) if early else [], []
             start = None if early else ptx.begin(scale)
             for i, at in enumerate(along_k(shape, config)):
                 by = held[each * i : each * (i + 1)] if early else factor(start, *at)
@@ -147,16 +147,6 @@ class Norm:
 
         self.weight = weight if early else lambda scale: scale
         self.run = run
-
-
-def _held(words: int) -> Any:
-    """So many words of each thread."""
-    layout = plgpu.Layout.WG_STRIDED((words, 128), vec_size=1)
-    return plgpu.ShapeDtypeStruct((words, 128), jnp.int32, layout=layout)
-
-
-def _words(held: Any) -> list[ir.Value]:
-    return [llvm.extractelement(v, ptx.number(0)) for v in held.registers.flat]
 
 
 def _added(first: list[ir.Value], second: list[ir.Value]) -> list[ir.Value]:

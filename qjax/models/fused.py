@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.add_norm import op as add_norm_op
@@ -32,8 +33,12 @@ class Deferred(NamedTuple):
     epsilon: float
 
 
-def deferred(x: jax.Array, y: jax.Array, scale: jax.Array, epsilon: float) -> Deferred | None:
-    """Where `add_norm` runs."""
+def deferred(
+    x: jax.Array, y: jax.Array | None, scale: jax.Array, epsilon: float
+) -> Deferred | None:
+    """Where `add_norm` runs; y None is nothing to add."""
+    if y is None:  # halves of x, where zeros would be an array to write at each step
+        x = y = x * jnp.asarray(0.5, x.dtype)
     return Deferred(x, y, scale, epsilon) if _adds(x, y, epsilon) else None
 
 
