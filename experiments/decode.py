@@ -10,8 +10,8 @@ as soon as it is measured; one that fails says why, and the others go on.
     python experiments/decode.py --formats int8 --batches 1 --profile   # where a step goes, instead
     python experiments/decode.py --formats int8 --batches 1 --compile-only    # its processor time
 
-64 calls of 32 tokens each are in flight, so that what a call costs more that begins on an idle card
-counts once in 2048 steps; a step of one call alone is beside it. `share` is steps/s times the
+Calls of 32 tokens are in flight, 32 of them, so that what a call costs more that begins on an idle
+card counts once in 1024 steps; a step of one call alone is beside it. `share` is steps/s times the
 bytes that a step must read (weights of matmuls, keys and values) over the rate at which the card
 reads 1 GiB. `error` is the largest difference of the logits from those of the bf16 program on the
 dequantized weights, after the same tokens, over the largest logit.
@@ -80,7 +80,7 @@ FORMATS = {
 }
 # Kernels that XLA captures into a graph do not start before the one in front of them is done.
 OPTIONS = {"xla_gpu_enable_command_buffer": ""}
-RUNS, CALLS = 3, 64  # of each program: medians of runs, each of so many calls in flight
+RUNS, CALLS = 3, 32  # of each program: medians of runs, each of so many calls in flight
 NEW = 32  # tokens of a run
 GIB = 2**30
 

@@ -1,11 +1,12 @@
-"""The Hopper kernel: a cluster of eight blocks attends for the heads that share a key head.
+"""The Hopper kernel: a cluster of blocks attends for the heads that share a key head.
 
 Each warp takes tiles of 16 positions, strided over the cluster, straight from memory into the
 operands of `mma.m16n8k16`: scores are q k^T with heads as rows, whose result is, as it lies, the
 left operand of the product with the values. The order of head_dim within a product is free, so
 that a lane loads 16 bytes of a key at a time; pairs of neighboring positions are made of values by
-`prmt`. A warp takes two tiles at a time. Each warp keeps its own maximum and sums; they meet in
-shared memory, then in the block that writes the channel.
+`prmt`. A warp takes two tiles at a time, and asks for the next keys once these have made scores,
+for the next values once these are in the sums. Each warp keeps its own maximum and sums; they meet
+in shared memory, then in the block that writes the channel.
 
 The queries are turned by every warp, the new key by the one warp that also counts it and writes it.
 """
@@ -30,11 +31,11 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf
 
 from pallas_kernels.chained import follow
+from pallas_kernels.decode_attention.mosaic_gpu import cluster_of
 from pallas_kernels.decode_attention.problem import Problem
 from pallas_kernels.quantized_matmul import hopper_asm as ptx
 from pallas_kernels.quantized_matmul.hopper_sums import Exchange
 
-CLUSTER = 8  # blocks that split the positions
 WARPGROUPS = 2
 WARPS = 4 * WARPGROUPS
 TILE = 16  # positions
@@ -74,7 +75,7 @@ def kernel(problem: Problem) -> Callable[..., tuple[jax.Array, jax.Array, jax.Ar
         },
         grid=(p.batch * p.kv_heads,),
         grid_names=("n",),
-        cluster=(CLUSTER,),
+        cluster=(cluster_of(p),),
         cluster_names=("k",),
         num_threads=WARPGROUPS,
         thread_name="wg",
@@ -120,16 +121,19 @@ class _Lane:
         at = _at(ref, _sum(begin, self.at_value))
         return [w for h in range(self.halves) for w in _load(at, 128 * h, live)]
 
-    def tile(self, keys: ir.Value, values: ir.Value, index: ir.Value, last: ir.Value) -> list:
-        """Words of the keys, then of the values of 16 positions; zeros from `last` on."""
-        words: list[ir.Value] = []
-        rows = [ptx.add(self.r, 8 * i) for i in range(2)]
-        for load, ref, places in ((self.key, keys, rows), (self.value, values, self.places())):
-            for place in places:
-                position = _sum(_times(index, TILE), place)
-                begin = _sum(self.cache, _times(position, self.stride))
-                words += load(ref, begin, _less(position, last))
-        return words
+    def keys(self, ref: ir.Value, index: ir.Value, last: ir.Value) -> list[ir.Value]:
+        """Words of the keys of a tile; zeros from `last` on."""
+        return self._tile(self.key, ref, index, last, [ptx.add(self.r, 8 * i) for i in range(2)])
+
+    def values(self, ref: ir.Value, index: ir.Value, last: ir.Value) -> list[ir.Value]:
+        """Words of the values of a tile; zeros from `last` on."""
+        return self._tile(self.value, ref, index, last, self.places())
+
+    def _tile(self, load: Any, ref: Any, index: Any, last: Any, rows: Any) -> list[ir.Value]:
+        positions = [_sum(_times(index, TILE), row) for row in rows]
+        begins = [_sum(self.cache, _times(at, self.stride)) for at in positions]
+        live = [_less(at, last) for at in positions]
+        return [w for begin, ok in zip(begins, live, strict=True) for w in load(ref, begin, ok)]
 
     def turn(self, where: ir.Value) -> list[list[ir.Value]]:
         """The cosines and the sines by which a head in the order of keys is turned."""
@@ -167,7 +171,7 @@ def _place() -> Any:
 def _attend(p: Problem) -> Any:
     """Leaves each warp's sums of each channel, and maximum and sum of weights of each head."""
     ref = plgpu.RefType()
-    heads, size, step = p.kv_heads * p.groups, p.groups * p.head_dim, CLUSTER * WARPS
+    heads, size, step = p.kv_heads * p.groups, p.groups * p.head_dim, cluster_of(p) * WARPS
 
     @plgpu.inline_mgpu(arg_types=(*[ref] * 8, ptx.SCALAR, ptx.held(2).layout))
     def attend(ctx, q, k, v, where, keys, values, parts, tops, block, seen):
@@ -179,8 +183,9 @@ def _attend(p: Problem) -> Any:
         mine = _sum(_sum(_times(me.rank, WARPS), me.warp), arith.shrui(first, _n(4)))
         queries = _rotated(queries, *me.turn(where))
         two = lambda index: [ptx.add(index, step * i) for i in range(2)]
-        held = [me.tile(keys, values, index, last) for index in two(mine)]
-        add = lambda state, tiles, live: _add_tiles(p, queries, state, tiles, live)
+        both = (me.keys, keys), (me.values, values)
+        scores = lambda words, live: _scores(p, queries, words, live)
+        held = [get(ref, index, last) for get, ref in both for index in two(mine)]
 
         state = [ptx.real(LOWEST)] + [ptx.zero()] * (1 + 16 * me.halves)
         chosen = arith.cmpi(
@@ -200,9 +205,9 @@ def _attend(p: Problem) -> Any:
                 at = _at(values, _sum(new, me.at_value))
                 _store(at, 128 * h, value[4 * h : 4 * h + 4], is_column)
             none = [_n(0)]  # the other rows of its tile
-            words = key + none * len(key) + value + none * (3 * len(value))
             never = arith.constant(ir.IntegerType.get_signless(1), 0)
-            scf.yield_(add(state, [words], [[is_column, never, never, never]]))
+            of_new = scores(key + none * len(key), [is_column, never, never, never])
+            scf.yield_(_added(p, state, [of_new], [value + none * (3 * len(value))]))
         with ir.InsertionPoint(branch.else_block):
             scf.yield_(state)
         state = list(branch.results)
@@ -217,15 +222,20 @@ def _attend(p: Problem) -> Any:
 
         tiles = arith.shrui(ptx.add(last, TILE - 1), _n(4))
         left = arith.maxsi(arith.subi(ptx.add(tiles, 2 * step - 1), mine), _n(0))
-        count, words = len(state), len(held[0])
+        count, size_of_two = len(state), 2 * len(held[0])
 
-        @utils.fori(arith.divui(left, _n(2 * step)), [*state, *held[0], *held[1]])
+        @utils.fori(arith.divui(left, _n(2 * step)), [*state, *itertools.chain(*held)])
         def loop(i, carry):
-            state, tiles = carry[:count], [carry[count:-words], carry[-words:]]
+            state, words = carry[:count], carry[count:]
             index = _sum(mine, _times(i, 2 * step))
-            state = add(state, tiles, [live(at) for at in two(index)])
-            later = [me.tile(keys, values, at, last) for at in two(ptx.add(index, 2 * step))]
-            return [*state, *later[0], *later[1]]
+            after = two(ptx.add(index, 2 * step))
+            of_two = lambda words: (words[: size_of_two // 2], words[size_of_two // 2 :])
+            pairs = zip(of_two(words[:size_of_two]), two(index), strict=True)
+            found = [scores(key, live(at)) for key, at in pairs]
+            later = [me.keys(keys, at, last) for at in after]
+            state = _added(p, state, found, of_two(words[size_of_two:]))
+            later += [me.values(values, at, last) for at in after]
+            return [*state, *itertools.chain(*later)]
 
         top, weight, *sums = list(loop.results)[:count]
         for mask in (1, 2):
@@ -252,8 +262,8 @@ def _attend(p: Problem) -> Any:
 
 def _send(p: Problem) -> Any:
     """Writes each channel's (maximum, sum, sum of weights) of a block to the block that owns it."""
-    size = p.groups * p.head_dim
-    share = size // CLUSTER
+    size, cluster = p.groups * p.head_dim, cluster_of(p)
+    share = size // cluster
 
     @plgpu.inline_mgpu(arg_types=[plgpu.RefType()] * 4)
     def send(ctx, parts, tops, slots, arrived):
@@ -284,15 +294,15 @@ def _send(p: Problem) -> Any:
 
 def _finish(p: Problem) -> Any:
     """Adds what the blocks sent, and writes the channels that this block owns."""
-    size = p.groups * p.head_dim
-    share = size // CLUSTER
+    size, cluster = p.groups * p.head_dim, cluster_of(p)
+    share = size // cluster
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), ptx.SCALAR))
     def finish(ctx, y, slots, block):
         i64, f32 = ir.IntegerType.get_signless(64), ir.F32Type.get()
 
         def write(channel):
-            places = [_times(ptx.add(channel, i * share), 4) for i in range(CLUSTER)]
+            places = [_times(ptx.add(channel, i * share), 4) for i in range(cluster)]
             _, total, weight = _combined([ptx.load(slots, at, 4, f32)[:3] for at in places])
             at = _sum(_times(block.registers.item(), size), _times(ptx.rank(True), share))
             ptx.run(
@@ -307,30 +317,30 @@ def _finish(p: Problem) -> Any:
     return finish
 
 
-def _add_tiles(
-    p: Problem,
-    queries: Sequence[ir.Value],
-    state: Sequence[ir.Value],
-    tiles: Sequence[Sequence[ir.Value]],
-    live: Sequence[Sequence[ir.Value]],
+def _scores(
+    p: Problem, queries: Sequence[ir.Value], words: Sequence[ir.Value], live: Sequence[ir.Value]
 ) -> list[ir.Value]:
-    """A warp's (maximum, weight, sums) with 16 more positions of each tile, whose words are given,
-    and which a lane counts where they are `live`.
-    """
+    """A lane's four scores of a tile, in units of log2(e); -inf where they do not count."""
+    none, half, found = _n(0), p.head_dim // 8, []  # words of 8 keys of a lane
+    for key in (words[:half], words[half:]):
+        part = [ptx.zero()] * 4
+        for i in range(0, half, 2):
+            part = ptx.mma([queries[i], none, queries[i + 1], none], key[i : i + 2], part)
+        found += part[:2]
+    factor, out = ptx.real(p.scale * math.log2(math.e)), ptx.real(float("-inf"))
+    pairs = zip(found, live, strict=True)
+    return [arith.select(ok, arith.mulf(s, factor), out) for s, ok in pairs]
+
+
+def _added(
+    p: Problem,
+    state: Sequence[ir.Value],
+    scores: Sequence[Sequence[ir.Value]],
+    values: Sequence[Sequence[ir.Value]],
+) -> list[ir.Value]:
+    """A warp's (maximum, weight, sums) with the positions of more tiles."""
     none, word = _n(0), ir.IntegerType.get_signless(32)
     top, weight, *sums = state
-    half = p.head_dim // 8  # words of 8 keys of a lane
-    factor, out = ptx.real(p.scale * math.log2(math.e)), ptx.real(float("-inf"))
-    scores = []  # 4 of each tile
-    for words, counts in zip(tiles, live, strict=True):
-        found = []
-        for key in (words[:half], words[half : 2 * half]):
-            part = [ptx.zero()] * 4
-            for i in range(0, half, 2):
-                part = ptx.mma([queries[i], none, queries[i + 1], none], key[i : i + 2], part)
-            found += part[:2]
-        pairs = zip(found, counts, strict=True)
-        scores.append([arith.select(ok, arith.mulf(s, factor), out) for s, ok in pairs])
     high = functools.reduce(arith.maximumf, itertools.chain(*scores), top)
     for mask in (1, 2):
         high = arith.maximumf(high, _shuffle(high, mask))
@@ -338,9 +348,9 @@ def _add_tiles(
     scores = [[_exp2(arith.subf(s, high)) for s in four] for four in scores]
     weight = functools.reduce(arith.addf, itertools.chain(*scores), arith.mulf(weight, shrink))
     sums = [arith.mulf(s, shrink) for s in sums]
-    for words, four in zip(tiles, scores, strict=True):
+    for four, words in zip(scores, values, strict=True):
         a, new = [_narrow(*four[:2]), none, _narrow(*four[2:]), none], []
-        rows = [words[2 * half + p.head_dim // 16 * i :] for i in range(4)]
+        rows = [words[p.head_dim // 16 * i :] for i in range(4)]
         for at in range(p.head_dim // 8):  # channels 64 (at / 8) + 8 r + at % 8
             pick = _n(0x7632 if at % 2 else 0x5410)
             b = []

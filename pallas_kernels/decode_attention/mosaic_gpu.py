@@ -8,6 +8,7 @@ from pallas_kernels import hopper
 from pallas_kernels.decode_attention.problem import Problem
 from pallas_kernels.frame import Device
 
+CLUSTERED = 116  # multiprocessors of 132 that clusters of four fill, or a little more than of eight
 GROUPS = 8  # rows of a product that are scores
 HEAD_DIMS = (64, 128)
 
@@ -24,6 +25,14 @@ def supports(problem: Problem, device: Device) -> str | None:
         return f"{p.groups} heads of {p.head_dim} share a key, it takes up to {GROUPS} of 64 or 128"
     large = p.batch * p.length * p.kv_heads * p.head_dim >= 2**31
     return "the cache has 2 ** 31 elements or more" if large else None
+
+
+def cluster_of(problem: Problem) -> int:
+    """How many blocks split the positions of a row and key head: as many as the chip takes at once,
+    since a block has the registers of a multiprocessor and must ask for its first keys.
+    """
+    pairs = problem.batch * problem.kv_heads
+    return next((c for c in (8, 4) if pairs * c <= CLUSTERED), 2)
 
 
 def run(

@@ -118,7 +118,7 @@ def add_bytes(address: ir.Value, index: ir.Value, size: int) -> ir.Value:
 
 
 def held(count: int) -> Any:
-    """So many 32-bit words of each thread, as a result of inline code or, by its layout, operand."""
+    """So many 32-bit words of each thread: a result of inline code or, by its layout, operand."""
     layout = plgpu.Layout.WG_STRIDED((count, 128), vec_size=1)
     return plgpu.ShapeDtypeStruct((count, 128), jnp.int32, layout=layout)
 
