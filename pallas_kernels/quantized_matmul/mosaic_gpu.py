@@ -19,7 +19,8 @@ from pallas_kernels.quantized_matmul.problem import Problem, Weight
 
 SHARED_MEMORY = 232448 - 4096  # bytes of a block, less what Mosaic keeps and aligns
 MULTIPROCESSORS = 132
-FAST_REGISTERS = 4  # depth times eighths of m: more do not fit beside the rest of a warp's values
+FAST_TILES = 4  # depth times eighths of m, of more than eight warps: more do not fit beside the rest
+FAST_REGISTERS = 144  # for x and its sums, of eight warps
 MOST_WAITING = 140_000  # bytes on their way to a multiprocessor; rings that hold more were slower
 MAX_ROWS = 16
 PAIR_TABLE = (256, 32)  # words in shared memory that a codebook needs, `hopper_pairs`
@@ -71,6 +72,12 @@ def tile_words(weight: Weight) -> int:
 def channel_words(weight: Weight, bias: bool) -> int:
     """Words of a tile of channels that are the same for all k: scales per channel, and a bias."""
     return hopper_layout.ROWS * (hopper_layout.per_channel(weight) + bias)
+
+
+def kept_words(weight: Weight) -> int:
+    """Of x and its sums, of a lane, for each tile of 128 along k and 8 rows of x."""
+    summed = weight.values is None and weight.code in ("int4", "uint4")
+    return 16 + 2 * summed * -(-hopper_layout.DEPTH // weight.group)
 
 
 def columns(m: int) -> int:
@@ -126,7 +133,12 @@ def configs(
     n, k = -(-weight.n // hopper_layout.ROWS), -(-weight.k // hopper_layout.DEPTH)
     sizes = itertools.product((1, 2, 3, 4), (1, 2, 3, 4), (1, 2, 4, 8), (1, 2, 4), (1, 2))
     for depth, warpgroups, cluster, rows, resident in sizes:
-        if depth * columns(m) > FAST_REGISTERS or not 2 <= warpgroups * resident <= 4 or n % rows:
+        if not 2 <= warpgroups * resident <= 4 or n % rows:
+            continue
+        tiles = depth * columns(m)
+        if tiles > FAST_TILES and (
+            warpgroups * resident > 2 or tiles * kept_words(weight) > FAST_REGISTERS
+        ):
             continue
         if not 4 * depth <= k <= cluster * warpgroups * 4 * depth:  # each matmul asks: be quick
             continue

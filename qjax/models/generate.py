@@ -111,8 +111,12 @@ def generator(
             lengths = lengths + (~done).astype(jnp.int32)
             return step + 1, token, done | stops(token), out, lengths, cache
 
-        start = (jnp.int32(1), token, stops(token), out, lengths, cache)
-        _, _, _, out, lengths, _ = jax.lax.while_loop(unfinished, advance, start)
+        state = (jnp.int32(1), token, stops(token), out, lengths, cache)
+        if stop_ids:
+            state = jax.lax.while_loop(unfinished, advance, state)
+        else:  # XLA knows how many steps: the host need not ask the device after each
+            state = jax.lax.fori_loop(1, max_new_tokens, lambda _, s: advance(s), state)
+        _, _, _, out, lengths, _ = state
         return Generation(out, lengths)
 
     compiled, alone = jax.jit(run), jax.jit(run, compiler_options=GPU_OPTIONS)
