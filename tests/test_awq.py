@@ -51,6 +51,16 @@ def test_awq_falls_back_to_rtn_where_no_scale_helps():
     assert notes["error"] == notes["rtn_error"] == 0
 
 
+def test_heads_that_share_a_value_head_share_scales():
+    x, w, stats = problem()
+    find = lambda **how: qjax.awq(**how).quantize(jnp.asarray(w), Spec.parse("int4_g16"), stats)[0]
+    q = find(shared=(4, 8))  # 8 heads of 8 features, two value heads
+    scale = np.asarray(q.activation.input_scale).reshape(2, 4, 8)
+    np.testing.assert_array_equal(scale, np.broadcast_to(scale[:, :1], scale.shape))
+    assert len(np.unique(scale)) > 8
+    assert error(x, w, find()) < error(x, w, q) < error(x, w, qjax.quantize(w, "int4_g16", 0))
+
+
 def test_the_clip_search_and_gptq_each_take_a_share():
     x, w, stats = problem()
     found = {}
@@ -126,3 +136,6 @@ def test_wrong_arguments():
         qjax.awq(grid=0)
     with pytest.raises(ValueError, match=r"awq needs the hessian"):
         qjax.awq().quantize(w, spec, stats)
+    known = qjax.Stats(hessian=jnp.eye(4), mean_abs=jnp.ones(4))
+    with pytest.raises(ValueError, match=r"4 features are no heads that share \(3, 2\)"):
+        qjax.awq(shared=(3, 2)).quantize(w, spec, known)

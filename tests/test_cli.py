@@ -196,7 +196,7 @@ def test_quantize_writes_hugging_face_folders(tmp_path, failure):
 def test_scales_of_awq_are_folded_into_a_hugging_face_folder(tmp_path):
     source, path = GOLDEN / "hf" / "llama", tmp_path / "out"
     args = ("quantize", source, "--spec", "int4_g16", "--algorithm", "awq", "--calibration", TEXT)
-    args += ("--rule", ".*/o/kernel=int4_g16", "--length", 16, "--windows", 4, "--output", path)
+    args += ("--length", 16, "--windows", 4, "--output", path)
     cli_json(*args, "--codec", "awq", "--report", tmp_path / "report")
     _, params, _ = models.load(path)
     held = [v for v in jax.tree.leaves(params, is_leaf=qjax.is_qtensor) if qjax.is_qtensor(v)]
@@ -222,13 +222,14 @@ def test_scales_of_awq_are_folded_into_a_gguf_file_or_refused(tmp_path, failure)
     args = ("quantize", TINY, "--spec", "q4_0", "--algorithm", "awq", "--calibration", text)
     args += ("--length", "16", "--windows", "4", "--output")
     path = tmp_path / "out.gguf"
-    # query heads share values: the scale of o has no place to go to
-    refused = failure(*args, path, "--json")
-    assert "params/layers_0/attention/o/kernel: its input_scale cannot be folded" in refused
+    # q has no scale, and k and v behind the same norm do
+    refused = failure(*args, path, "--rule", ".*/q/kernel=q4_0", "--json")
+    assert "params/layers_0/attention/k/kernel: its input_scale and of 1 more cannot" in refused
     assert not path.exists()
     rule = ("--rule", ".*/o/kernel=q4_0")
     cli_json(*args, path, *rule)
     cli_json(*args, tmp_path / "unfolded", *rule)
+    cli_json(*args, tmp_path / "whole.gguf")  # heads that share values share the scales of o
     model, params, _ = models.load(path)
     _, unfolded, _ = models.load(tmp_path / "unfolded")
     assert unfolded["params"]["layers_0"]["attention"]["q"]["kernel"].activation is not None
@@ -236,6 +237,9 @@ def test_scales_of_awq_are_folded_into_a_gguf_file_or_refused(tmp_path, failure)
     run = lambda p: np.asarray(qjax.quantized(model.apply)(p, ids), np.float64)
     logits, wanted = run(params), run(unfolded)
     assert np.linalg.norm(logits - wanted) < 2e-3 * np.linalg.norm(wanted)
+    _, whole, _ = models.load(tmp_path / "whole.gguf")
+    v = lambda p: p["params"]["layers_0"]["attention"]["v"]["kernel"].scale.astype(np.float32)
+    assert np.abs(v(whole) / v(params) - 1).max() > 0.05
 
 
 def test_quantize_overwrites_only_what_qjax_wrote_and_only_when_forced(tmp_path, failure):

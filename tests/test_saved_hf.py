@@ -112,6 +112,26 @@ def test_each_matrix_has_its_own_form_in_compressed_tensors(tmp_path):
     )
 
 
+def test_biases_of_zeros_are_no_parameters_and_others_are_refused(tmp_path):
+    _, qparams = quantized("llama", (".*", spec_of("int4_g16")))
+    models.save_hf(tmp_path / "out", qparams, HF / "llama", "gptq")
+    wanted = models.load(tmp_path / "out")[1]
+    tensors, metadata = safetensors.read_folder(tmp_path / "out")
+    tensors = {name: np.array(array) for name, array in tensors.items()}
+    for name in [name for name in tensors if name.endswith(".qweight")]:  # as AutoGPTQ writes them
+        bias = name.replace("qweight", "bias")
+        tensors[bias] = np.zeros(tensors[name].shape[1], np.float16)
+    write = lambda: safetensors.write(tmp_path / "out" / "model.safetensors", tensors, metadata)
+    write()
+    equal(models.load(tmp_path / "out")[1], wanted)
+    models.save_hf(tmp_path / "again", wanted, tmp_path / "out", "gptq")
+    equal(models.load(tmp_path / "again")[1], wanted)
+    tensors[bias][3] = 1
+    write()
+    with pytest.raises(ValueError, match=f"this architecture does not have: {bias}"):
+        models.load(tmp_path / "out")
+
+
 @pytest.mark.parametrize(("least", "version"), [(1, "gptq"), (0, "gptq_v2")])
 def test_zero_points_of_zero_need_the_second_version(least, version, tmp_path):
     _, qparams = quantized("llama", (".*", spec_of("uint4_g16")))

@@ -19,9 +19,8 @@ from pallas_kernels.quantized_matmul.problem import Problem, Weight
 
 SHARED_MEMORY = 232448 - 4096  # bytes of a block, less what Mosaic keeps and aligns
 MULTIPROCESSORS = 132
-FAST_TILES = (
-    4  # depth times eighths of m, of more than eight warps: more do not fit beside the rest
-)
+# depth times eighths of m, of more than eight warps: more do not fit beside the rest
+FAST_TILES = 4
 FAST_REGISTERS = 144  # for x and its sums, of eight warps
 MOST_WAITING = 140_000  # bytes on their way to a multiprocessor; rings that hold more were slower
 MAX_ROWS = 16

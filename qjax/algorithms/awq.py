@@ -17,7 +17,12 @@ from qjax.qtensor import QTensor, dequantize
 from qjax.spec import Spec
 
 
-def awq(grid: int = 20, clip: bool = True, solver: Callable[[], Algorithm] = rtn) -> Algorithm:
+def awq(
+    grid: int = 20,
+    clip: bool = True,
+    solver: Callable[[], Algorithm] = rtn,
+    shared: tuple[int, int] | None = None,
+) -> Algorithm:
     """AWQ: searches the input scale s that leaves the least error in the output of x @ w.
 
         error(Q) = ||x (w - Q(s * w) / s)||^2 = trace(E^T X^T X E)
@@ -34,16 +39,22 @@ def awq(grid: int = 20, clip: bool = True, solver: Callable[[], Algorithm] = rtn
       clip: whether to search clips. Where a block spans several outputs there is no such search.
       solver: makes the algorithm that then chooses the codes of s * w, with the scales that the
         clips leave: `qjax.rtn` or `qjax.gptq`.
+      shared: (heads, head_dim) for an o projection whose query heads share a value head so many at
+        a time: they get one s, from the means of mean|x_j| and of the other factor over them, so
+        that `qjax.models.fold` can move it into v. None: every feature has its own.
 
     Returns:
       An Algorithm that needs the hessian and mean_abs. Joint: weights with one input share s, which
-      is the QTensor's `input_scale`; `qjax.models.fold` moves it into the norm before. Its notes:
+      is the QTensor's `input_scale`; `qjax.models.fold` moves it into what makes x. Its notes:
       "rtn_error" and "error", the error before and after (with round to nearest), relative to that
       of no weight at all.
 
+    Raises:
+      ValueError: if `grid` is below 1, or the features are no multiple of those of `shared`.
+
     Deviations: the error is that of this weight's own output, exactly, from the hessian; the
     authors take samples, and the output of the block it stands in. s_j is 1 for a feature that
-    calibration never saw.
+    calibration never saw. The authors leave out an o whose heads share value heads.
 
     Example:
       >>> x = jax.random.normal(jax.random.key(0), (64, 32)) * jnp.ones(32).at[3].set(30)[None]
@@ -59,17 +70,26 @@ def awq(grid: int = 20, clip: bool = True, solver: Callable[[], Algorithm] = rtn
 
     def quantize(w: jax.Array, spec: Spec, stats: Stats) -> tuple[QTensor, Notes]:
         h, mean_abs = (needed("awq", stats, name) for name in ("hessian", "mean_abs"))
-        scale, within, notes = _search(w, spec, h, mean_abs, grid, clip)
+        if shared is not None and w.shape[0] % (shared[0] * shared[1]):
+            raise ValueError(f"awq: {w.shape[0]} features are no heads that share {shared}")
+        scale, within, notes = _search(w, spec, h, mean_abs, grid, clip, shared)
         q, more = quantize_scaled(inner, w, spec, stats, scale, within)
         return q, notes | more
 
     needs, options = frozenset({"hessian", "mean_abs"}) | inner.needs, f"{grid}, {clip}, {inner}"
+    options += f", shared {shared}" if shared is not None else ""
     return Algorithm("awq", needs, True, quantize, options=options)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 4, 5))
+@functools.partial(jax.jit, static_argnums=(1, 4, 5, 6))
 def _search(
-    w: jax.Array, spec: Spec, hessian: jax.Array, mean_abs: jax.Array, grid: int, clip: bool
+    w: jax.Array,
+    spec: Spec,
+    hessian: jax.Array,
+    mean_abs: jax.Array,
+    grid: int,
+    clip: bool,
+    shared: tuple[int, int] | None,
 ) -> tuple[jax.Array, jax.Array | None, Notes]:
     """(s, what to choose the scales of s * w from, notes)."""
     w, h = w.astype(jnp.float32), hessian.astype(jnp.float32)
@@ -78,8 +98,9 @@ def _search(
     error = lambda scale: jnp.sum(
         _errors(h, w - _rounded(w * scale[:, None], spec) / scale[:, None])
     )
+    mean_abs, of_w = (_over_heads(v, shared) for v in (mean_abs, _relative(w, spec)))
     seen = mean_abs > 0
-    of_x, of_w = jnp.where(seen, mean_abs, 1), _relative(w, spec)
+    of_x = jnp.where(seen, mean_abs, 1)
 
     def scale_of(candidate: tuple[jax.Array, jax.Array]) -> jax.Array:
         a, by_weight = candidate
@@ -106,6 +127,14 @@ def _search(
     whole = jnp.sum(_errors(h, w))
     relative = lambda v: v / jnp.where(whole > 0, whole, 1)
     return scale, within, {"rtn_error": relative(rtn_error), "error": relative(least)}
+
+
+def _over_heads(values: jax.Array, shared: tuple[int, int] | None) -> jax.Array:
+    """Those of features, or their means over the heads that share one."""
+    if shared is None:
+        return values
+    heads = values.reshape(-1, *shared)
+    return jnp.broadcast_to(heads.mean(1, keepdims=True), heads.shape).reshape(-1)
 
 
 def _rounded(w: jax.Array, spec: Spec, within: jax.Array | None = None) -> jax.Array:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from qjax.algorithms import ALGORITHMS, Algorithm
+from qjax.algorithms.awq import awq
 from qjax.cli import picture
 from qjax.cli.common import (
     Output,
@@ -63,7 +64,11 @@ def run(args: argparse.Namespace) -> Output:
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params, is_leaf=is_qtensor
     )
     sites = find_sites(model.apply, shapes, jax.ShapeDtypeStruct((1, 2), jnp.int32))
-    recipe = _recipe(args.spec, args.rule, algorithm, args.codec)
+    of_o = None
+    if args.algorithm == "awq" and (to_gguf or args.codec is not None):
+        heads, head_dim = model.config.num_heads // model.config.num_kv_heads, model.config.head_dim
+        of_o = awq(shared=(heads, head_dim))  # so that its scales can be folded into v
+    recipe = _recipe(args.spec, args.rule, algorithm, args.codec, of_o)
     entries: list[Solved] = []
     log = _logger(entries, quiet=args.json)
     if calibrated:
@@ -204,10 +209,14 @@ def parse_rule(text: str) -> Rule:
 
 
 def _recipe(
-    spec: Spec, rules: list[Rule], algorithm: Algorithm | None, codec: str | None
+    spec: Spec,
+    rules: list[Rule],
+    algorithm: Algorithm | None,
+    codec: str | None,
+    of_o: Algorithm | None,
 ) -> Recipe:
-    """The rules first; then what a bare spec means, looked-up tables kept, and where a codec's
-    readers expect it the head and routers too.
+    """The rules first; then what a bare spec means, by another algorithm for o where one is given,
+    looked-up tables kept, and where a codec's readers expect it the head and routers too.
     """
     tables = Rule(".*", None, where=is_gathered, optional=True)
     head = [] if codec is None else [Rule(".*/(head|router)/kernel", None, optional=True)]
@@ -216,7 +225,8 @@ def _recipe(
         for r in rules
     ]
     bare = Rule(".*", _for_codec(spec, codec), algorithm, optional=True)
-    return Recipe(*rules, *head, tables, bare)
+    own = [] if of_o is None else [dataclasses.replace(bare, pattern=".*/o/kernel", algorithm=of_o)]
+    return Recipe(*rules, *head, tables, *own, bare)
 
 
 def _logger(entries: list[Solved], quiet: bool) -> Callable[[Solved], None]:

@@ -77,8 +77,8 @@ class _Source(NamedTuple):
 
     `shapes` are those of its tensors, `names_of` maps a parameter path to the name of its tensor,
     or to a tuple of names where a stacked parameter has a tensor for each of its parts,
-    `read(names, transpose, rows)` makes the parameter, and `permuted` tells llama's order of q and
-    k.
+    `read(names, transpose, rows)` makes the parameter, `permuted` tells llama's order of q and k,
+    and `zeros` are biases that a model which has none loses nothing by.
     """
 
     path: str
@@ -86,6 +86,7 @@ class _Source(NamedTuple):
     names_of: Callable[[str], Names]
     read: Callable[[Any, bool, np.ndarray | None], Any]
     permuted: bool
+    zeros: frozenset[str] = frozenset()
 
 
 def gguf_config(file: gguf.GGUF) -> Config:
@@ -191,7 +192,15 @@ def _load_folder(path: str | os.PathLike[str], dtype: np.dtype):
         name = names.hf_name(path, values["model_type"])
         return tuple(map(name.format, range(config.num_experts))) if "{}" in name else name
 
-    params = _assemble(config, _Source(str(root), shapes, names_of, read, permuted=False))
+    zeros = frozenset(  # AutoGPTQ gave every layer that it quantized a bias
+        name
+        for name in shapes
+        if name.endswith(".bias")
+        and held is not None
+        and f"{name.removesuffix('bias')}weight" in held
+        and not tensors[name].any()
+    )
+    params = _assemble(config, _Source(str(root), shapes, names_of, read, False, zeros))
     tokens = _folder_tokenizer(root)
     if tokens.vocab_size > config.vocab_size:
         raise ValueError(
@@ -223,7 +232,7 @@ def _assemble(config: Config, source: _Source) -> dict[str, Any]:
             shape = (*shape[:-2], shape[-1], shape[-2])
         found = source.names_of(path)
         shapes |= {found: shape} if isinstance(found, str) else dict.fromkeys(found, shape[1:])
-    _check_names(source.path, set(shapes), set(source.shapes))
+    _check_names(source.path, set(shapes), set(source.shapes) - (source.zeros - set(shapes)))
     for name, shape in shapes.items():
         if tuple(source.shapes[name]) != shape:
             raise ValueError(
