@@ -62,7 +62,7 @@ WEIGHTS = {
     "int8": Weight(4096, 4096, 4096, "int8"),
     "fp8": Weight(4096, 4096, 4096, "float8_e4m3fn"),
 }
-CONFIGS = {1: (4, 4, 1, 2, 1, 0), 16: (2, 2, 2, 2, 4, 64)}  # m -> config
+CONFIGS = {1: (4, 4, 1, 2, 1, 0), 16: (4, 2, 1, 2, 2, 128)}  # m -> config
 FUSED = {1: (4, 2, 1, 2, 3, 128), 8: (2, 4, 1, 2, 2, 128), 16: (2, 4, 1, 2, 2, 128)}
 LIMITS = {"int4": 1.0, "nf4": 0.7, "int8": 1.4, "fp8": 1.2}  # integer instructions per code, m = 1
 WIDE = [  # m, config

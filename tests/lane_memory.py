@@ -30,6 +30,9 @@ class Machine:
         self.views = {n: self.bytes.view(f"<u{n}") for n in (2, 4)}
         self.owner = np.zeros(size, np.int16)
         self.end = 0
+        self.followed = True  # the kernel in front is done; until then nothing of `late` is there
+        self.late: list[tuple[int, int]] = []  # where buffers begin and end
+        self.earlier: dict[int, Any] = {}  # by where a buffer begins: its words until then
         # of every two bytes: the warp that wrote it, or minus its barrier; when; that read it; when
         self.writer, self.written, self.reader, self.read = np.zeros((4, size // 2), np.int32)
 
@@ -68,6 +71,7 @@ class Machine:
         self.warp = (1 + self.local + first * cluster * threads // WARP).astype(np.int32)
         self.of_cluster = cluster
         self.live = np.ones(len(lane), bool)
+        self.followed = False
         self.epoch = np.zeros(clusters * cluster, np.int32)  # of a block: how often it met
         self.met = np.zeros(clusters, np.int32)  # how often a cluster did
         self.arrived = np.zeros(clusters, bool)
@@ -80,6 +84,11 @@ class Machine:
         """Checks that nothing is under way."""
         self.barriers.settle()
         assert not self.arrived.any(), "blocks have arrived and do not meet"
+
+    def follow(self) -> None:
+        """All threads wait until the kernel in front is done."""
+        assert self.live.all(), "not all lanes come here"
+        self.followed = True
 
     def whole(self, live: np.ndarray, size: int) -> np.ndarray:
         """Of each `size` lanes whether they are live, which must all be or none."""
@@ -115,6 +124,9 @@ class Machine:
         mine = owner == SHARED + self.block[live]
         right = {"global": owner == GLOBAL, "shared": mine, "cluster": owner >= SHARED}
         right[""] = mine | right["global"]
+        for begin, end in () if self.followed else self.late:
+            early = (at >= begin) & (at < end)
+            assert not early.any(), "does not wait for the kernel in front, which may make this"
         assert right[space].all(), f"outside of the buffers, or not {space or 'its own'}"
         assert (self.owner[at + size - 1] == owner).all(), "beyond the end of a buffer"
         return at
@@ -126,6 +138,10 @@ class Machine:
             at = self.places(address, 4 * count, live, space)[:, None] + 4 * np.arange(count)
             self._reads(at // 2, live)
             got[:, live] = self.views[4][at // 4].T
+            for begin, words in () if self.followed else self.earlier.items():
+                here = (at >= begin) & (at < begin + 4 * len(words))
+                old = words[np.where(here, (at - begin) // 4, 0)]
+                got[:, live] = np.where(here, old, got[:, live].T).T
         return got
 
     def store(

@@ -9,8 +9,8 @@ All lanes of all blocks of a cluster run in step, so a wait that is not over whe
 never would be: that is an error, as is a barrier that gets more or less than it expects, and memory
 that two warps use without a barrier in between (`lane_memory`). Memory begins as NaN, with gaps
 that nothing may read or write. Copies are done when they are asked for; to read them before their
-barrier says so is an error too. What lanes of one warp do in turn, or a fence of memory, is not
-seen.
+barrier says so is an error too, as is to read activations or to write before `follow`. What lanes
+of one warp do in turn, or a fence of memory, is not seen.
 """
 
 import itertools
@@ -142,8 +142,10 @@ class Inline:
 class Launch:
     """What `plgpu.kernel` gives: all clusters of a grid, some at a time."""
 
-    def __init__(self, machine: Machine, body: Callable[..., None], how: dict[str, Any]) -> None:
-        self.machine, self.body = machine, body
+    def __init__(
+        self, machine: Machine, body: Callable[..., None], how: dict[str, Any], guess: Any
+    ) -> None:
+        self.machine, self.body, self.guess = machine, body, guess
         (self.grid,) = how["grid"]
         (self.cluster,), self.groups = how.get("cluster", (1,)), how.get("num_threads", 1)
         self.scratch, self.out_type = how.get("scratch_types", {}), how["out_type"]
@@ -160,6 +162,14 @@ class Launch:
         )
         refs = [v if isinstance(v, Ref) else new(v, np.asarray(v)) for v in operands]
         outs = [new(v) for v in jax.tree.leaves(self.out_type)]
+        activations = [v for v in refs if v.dtype.name == "bfloat16" and len(v.shape) > 1]
+        span = lambda v: (v.address, v.address + int(np.prod(v.shape)) * v.dtype.itemsize)
+        machine.late = [span(v) for v in (*activations, *outs)]
+        machine.earlier = {
+            v.address: np.asarray(self.guess, np.uint32)
+            for v in refs
+            if self.guess is not None and v.dtype.name == "int32" and len(v.shape) == 1
+        }
         at_once = max(1, TOGETHER // (self.cluster * self.groups * GROUP))
         sizes = [int(np.prod(s.shape)) * np.dtype(s.dtype).itemsize for s in self.scratch.values()]
         places = machine.windows(sizes, min(at_once, self.grid) * self.cluster)
@@ -173,6 +183,7 @@ class Launch:
                 for place, (name, s) in zip(places, self.scratch.items(), strict=True)
             }
             self.body(*refs, *outs, **shared)
+            assert machine.followed or not refs, "never waits for the kernel in front"
             machine.finish()
         results = [jnp.asarray(o.array) for o in outs]
         return results if isinstance(self.out_type, list) else results[0]
@@ -230,15 +241,17 @@ def _run_state(machine: Machine) -> Callable[..., Any]:
     return run_state
 
 
-def on_a_cpu(monkeypatch: Any, size: int = 2**25) -> Machine:
-    """Makes the kernels run here, with `size` bytes of memory."""
+def on_a_cpu(monkeypatch: Any, size: int = 2**25, guess: Sequence[int] | None = None) -> Machine:
+    """Makes the kernels run here, with `size` bytes of memory; `guess` is what the words of
+    vectors of integers are until the kernel in front is done.
+    """
     machine = Machine(size)
     inline = lambda arg_types, return_type=None: lambda body: Inline(body, machine)
     monkeypatch.setattr(plgpu, "inline_mgpu", inline)
-    monkeypatch.setattr(plgpu, "kernel", lambda body, **how: Launch(machine, body, how))
+    monkeypatch.setattr(plgpu, "kernel", lambda body, **how: Launch(machine, body, how, guess))
     for module in (hopper_kernel, attention_kernel):
         monkeypatch.setattr(module, "lax", _lax(machine))
-        monkeypatch.setattr(module, "follow", lambda: None)
+        monkeypatch.setattr(module, "follow", machine.follow)
     by_lane = {**vars(jnp), "broadcast_to": lambda value, shape: value}
     monkeypatch.setattr(attention_kernel, "jnp", types.SimpleNamespace(**by_lane))
     pallas = types.SimpleNamespace(run_state=_run_state(machine))

@@ -34,6 +34,7 @@ PLAIN: Mapping[str, Callable[..., Any]] = {
     "arith.remui": np.remainder,
     "arith.minui": np.minimum,
     "arith.maxsi": lambda *v: _signed(np.maximum)(*v).view(U32),
+    "arith.minsi": lambda *v: _signed(np.minimum)(*v).view(U32),
     "arith.shli": np.left_shift,
     "arith.shrui": np.right_shift,
     "arith.addf": np.add,

@@ -126,3 +126,36 @@ def test_attention_lane_by_lane(which, monkeypatch):
     close(y, wanted, 2**-8)
     for held, full in zip(ours, caches, strict=True):
         np.testing.assert_array_equal(wide(held), full)
+
+
+@pytest.mark.parametrize(
+    ("which", "guess"),
+    [(4, (100, 270)), (4, (-5 % 2**32, 300)), (4, (112, 296)), (5, (16, 2**31 - 1))],
+)
+def test_attention_guesses_its_positions_and_asks_again(which, guess, monkeypatch):
+    """What stands there before the kernel in front is done may be anything."""
+    problem, first, last = SMALL[which]
+    given = attention_operands(problem, first, last)
+    wanted, *_ = attended(problem, first, last, *given)
+    lanes.on_a_cpu(monkeypatch, guess=guess)
+    y, *_ = attention.run(*map(jnp.asarray, given), problem=problem)
+    close(y, wanted, 2**-8)
+
+
+def test_attention_of_scores_far_apart(monkeypatch):
+    """Weights are relative to the largest of all tiles: 2 ** of a score alone is infinite."""
+    problem, first, last = SMALL[6]
+    q, *given = attention_operands(problem, first, last)
+    given = (q * BF16(64), *given)
+    wanted, *_ = attended(problem, first, last, *given)
+    lanes.on_a_cpu(monkeypatch)
+    y, *_ = attention.run(*map(jnp.asarray, given), problem=problem)
+    close(y, wanted, 2**-7)
+
+
+@pytest.mark.parametrize(
+    ("batch", "blocks"), [(1, 8), (14, 8), (15, 4), (29, 4), (30, 2), (64, 2), (500, 2)]
+)
+def test_more_rows_and_key_heads_have_fewer_blocks_each(batch, blocks):
+    problem = SMALL[6][0]._replace(batch=batch, kv_heads=1)
+    assert attention.cluster_of(problem) == blocks

@@ -92,10 +92,22 @@ def test_the_loop_ends_when_all_rows_have_stopped():
         jax.debug.callback(lambda: calls.append(tokens.shape))
         return model.apply(params, tokens, **kwargs)
 
-    found = generator(fn, config, max_new_tokens=NEW, stop_ids=stops)(params, some_tokens())
-    jax.effects_barrier()
-    assert found.lengths.tolist() == [1, 1]
-    assert calls == [(2, 11)]
+    for given in (stops, np.array(stops)):
+        calls.clear()
+        found = generator(fn, config, max_new_tokens=NEW, stop_ids=given)(params, some_tokens())
+        jax.effects_barrier()
+        assert found.lengths.tolist() == [1, 1]
+        assert calls == [(2, 11)]
+
+
+@pytest.mark.parametrize(("stops", "counted"), [((), True), ((0,), False), (np.array([0]), False)])
+def test_xla_knows_how_many_steps_there_are_without_stop_ids(stops, counted):
+    config = CONFIGS["llama"]
+    model, params = make(config)
+    generate = generator(model.apply, config, max_new_tokens=NEW, stop_ids=stops)
+    program = str(jax.make_jaxpr(generate)(params, some_tokens()))
+    assert ("scan[" in program) == counted
+    assert ("while[" in program) != counted
 
 
 def test_a_second_call_traces_nothing():

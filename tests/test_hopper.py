@@ -349,6 +349,15 @@ def test_configs_fit_the_chip_and_cover_the_product(
         assert plan.box <= plan.tiles_k
 
 
+@pytest.mark.parametrize(("group", "depth"), [(128, 4), (64, 3), (32, 2), (4096, 4)])
+def test_eight_warps_keep_what_x_their_registers_hold(group: int, depth: int) -> None:
+    weight = Weight(4096, 28672, group, "int4", "bfloat16" if group < 4096 else "float32")
+    found = [config for _, config in mosaic_gpu.configs(16, weight)]
+    assert max(c.depth for c in found) == depth
+    assert max(c.depth for c in found if c.warpgroups > 2) == 2
+    assert max(c.depth for _, c in mosaic_gpu.configs(1, weight)) == 4
+
+
 def test_a_codebook_takes_its_table_of_shared_memory() -> None:
     config, weight = mosaic_gpu.Config(4, 2, 1, 1, 2, 128), Weight(4096, 4096, 64, "uint4")
     plain, nf4 = (mosaic_gpu.plan(1, w, config) for w in (weight, weight._replace(values=NF4)))

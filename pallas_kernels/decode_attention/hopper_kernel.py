@@ -9,6 +9,11 @@ for the next values once these are in the sums. Each warp keeps its own maximum 
 in shared memory, then in the block that writes the channel.
 
 The queries are turned by every warp, the new key by the one warp that also counts it and writes it.
+
+The first and the new position are read twice: before the kernel in front is done, so that keys can
+be asked for as soon as it is, and after that. The first time is a guess: XLA may have made them
+just before, and its kernels too may let the next one start early. If it was wrong, all is asked for
+again.
 """
 
 # The decorator of inline code keeps the type of what it wraps, which takes one argument more.
@@ -50,15 +55,15 @@ def kernel(problem: Problem) -> Callable[..., tuple[jax.Array, jax.Array, jax.Ar
     """
     p = problem
     size = p.groups * p.head_dim
-    place, attend, send, finish = _place(), _attend(p), _send(p), _finish(p)
+    guessed, attend, send, finish = _guessed(p), _attend(p), _send(p), _finish(p)
     exchange = Exchange(size * 16)
 
     def decode_attention(q, k, v, where, keys, values, y, *, parts, tops, slots, arrived):
         block = jnp.broadcast_to(lax.axis_index("n"), (128,))
         exchange.open(arrived)
-        seen = place(where)  # of XLA's making, so it is there: only what calls `follow` may not be
+        guess = guessed(where)
         follow()
-        attend(q, k, v, where, keys, values, parts, tops, block, seen)
+        attend(q, k, v, where, keys, values, parts, tops, block, guess)
         exchange.meet()
         send(parts, tops, slots, arrived)
         exchange.wait(arrived)
@@ -153,19 +158,31 @@ class _Lane:
         return [ptx.add(_times(self.c, 2), i % 2 + 8 * (i // 2)) for i in range(4)]
 
 
-def _place() -> Any:
-    """The first position that is seen, and that of the new token."""
+def _guessed(p: Problem) -> Any:
+    """The first position that is seen, and that of the new token, or what stood there before; in
+    any case such that keys between them are in the cache.
+    """
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=ptx.held(2))
-    def place(ctx, where):
-        i32 = ir.IntegerType.get_signless(32)
-        at = utils.memref_ptr(where)
-        load = "ld.global.v2.b32 {$0, $1}, [$2];"
-        pair = llvm.StructType.get_literal([i32] * 2)
-        got = ptx.asm(pair, load, "=r,=r,l,~{memory}", at, effects=True)
-        return ptx.registers([llvm.extractvalue(i32, got, [i]) for i in range(2)], i32)
+    def guessed(ctx, where):
+        inside = lambda v: arith.maxsi(arith.minsi(v, _n(p.length - 1)), _n(0))
+        words = [inside(v) for v in _positions(where)]
+        return ptx.registers(words, ir.IntegerType.get_signless(32))
 
-    return place
+    return guessed
+
+
+def _positions(where: ir.Value) -> list[ir.Value]:
+    """As they are in memory now: not from a line that this multiprocessor has read before."""
+    i32 = ir.IntegerType.get_signless(32)
+    got = ptx.asm(
+        llvm.StructType.get_literal([i32] * 2),
+        "ld.relaxed.gpu.global.v2.b32 {$0, $1}, [$2];",
+        "=r,=r,l,~{memory}",
+        utils.memref_ptr(where),
+        effects=True,
+    )
+    return [llvm.extractvalue(i32, got, [i]) for i in range(2)]
 
 
 def _attend(p: Problem) -> Any:
@@ -174,18 +191,33 @@ def _attend(p: Problem) -> Any:
     heads, size, step = p.kv_heads * p.groups, p.groups * p.head_dim, cluster_of(p) * WARPS
 
     @plgpu.inline_mgpu(arg_types=(*[ref] * 8, ptx.SCALAR, ptx.held(2).layout))
-    def attend(ctx, q, k, v, where, keys, values, parts, tops, block, seen):
+    def attend(ctx, q, k, v, where, keys, values, parts, tops, block, guess):
         f32, me = ir.F32Type.get(), _Lane(p, block.registers.item())
-        first, last = ptx.words(seen)
+        own_tile = lambda first: _sum(
+            _sum(_times(me.rank, WARPS), me.warp), arith.shrui(first, _n(4))
+        )
+        two = lambda index: [ptx.add(index, step * i) for i in range(2)]
+        both = (me.keys, keys), (me.values, values)
+        held = lambda first, last: [
+            get(ref, index, last) for get, ref in both for index in two(own_tile(first))
+        ]
+        guess = ptx.words(guess)
+        words = list(itertools.chain(*held(*guess)))
+        first, last = _positions(where)
         is_head = _less(me.r, _n(p.groups))
         head = _sum(_times(me.kv, p.groups), arith.select(is_head, me.r, _n(0)))
         queries = me.key(q, _times(_sum(_times(me.row, heads), head), p.head_dim), is_head)
-        mine = _sum(_sum(_times(me.rank, WARPS), me.warp), arith.shrui(first, _n(4)))
-        queries = _rotated(queries, *me.turn(where))
-        two = lambda index: [ptx.add(index, step * i) for i in range(2)]
-        both = (me.keys, keys), (me.values, values)
+        turn = me.turn(where)
+        off = [arith.xori(a, b) for a, b in zip(guess, (first, last), strict=True)]
+        wrong = arith.cmpi(arith.CmpIPredicate.ne, arith.ori(*off), _n(0))
+        branch = scf.IfOp(wrong, [w.type for w in words], has_else=True)
+        with ir.InsertionPoint(branch.then_block):
+            scf.yield_(list(itertools.chain(*held(first, last))))
+        with ir.InsertionPoint(branch.else_block):
+            scf.yield_(words)
+        words, mine = list(branch.results), own_tile(first)
+        queries = _rotated(queries, *turn)
         scores = lambda words, live: _scores(p, queries, words, live)
-        held = [get(ref, index, last) for get, ref in both for index in two(mine)]
 
         state = [ptx.real(LOWEST)] + [ptx.zero()] * (1 + 16 * me.halves)
         chosen = arith.cmpi(
@@ -213,18 +245,18 @@ def _attend(p: Problem) -> Any:
         state = list(branch.results)
 
         def live(index):
-            seen = []
+            counts = []
             for place in me.places():
                 position = _sum(_times(index, TILE), place)
                 late = arith.cmpi(arith.CmpIPredicate.sge, position, first)
-                seen.append(arith.andi(_less(position, last), late))
-            return seen
+                counts.append(arith.andi(_less(position, last), late))
+            return counts
 
         tiles = arith.shrui(ptx.add(last, TILE - 1), _n(4))
-        left = arith.maxsi(arith.subi(ptx.add(tiles, 2 * step - 1), mine), _n(0))
-        count, size_of_two = len(state), 2 * len(held[0])
+        left = arith.subi(ptx.add(tiles, 2 * step - 1), mine)
+        count, size_of_two = len(state), len(words) // 2
 
-        @utils.fori(arith.divui(left, _n(2 * step)), [*state, *itertools.chain(*held)])
+        @utils.fori(arith.divui(left, _n(2 * step)), [*state, *words])
         def loop(i, carry):
             state, words = carry[:count], carry[count:]
             index = _sum(mine, _times(i, 2 * step))

@@ -28,8 +28,9 @@ def supports(problem: Problem, device: Device) -> str | None:
 
 
 def cluster_of(problem: Problem) -> int:
-    """How many blocks split the positions of a row and key head: as many as the chip takes at once,
-    since a block has the registers of a multiprocessor and must ask for its first keys.
+    """How many blocks split the positions of a row and key head: of 8 and 4 what the chip takes at
+    once, since a block has the registers of a multiprocessor and must ask for its first keys, else
+    2.
     """
     pairs = problem.batch * problem.kv_heads
     return next((c for c in (8, 4) if pairs * c <= CLUSTERED), 2)

@@ -21,7 +21,7 @@ SHARED_MEMORY = 232448 - 4096  # bytes of a block, less what Mosaic keeps and al
 MULTIPROCESSORS = 132
 # depth times eighths of m, of more than eight warps: more do not fit beside the rest
 FAST_TILES = 4
-FAST_REGISTERS = 144  # for x and its sums, of eight warps
+FAST_REGISTERS = 152  # for x and what goes with its groups, of eight warps
 MOST_WAITING = 140_000  # bytes on their way to a multiprocessor; rings that hold more were slower
 MAX_ROWS = 16
 PAIR_TABLE = (256, 32)  # words in shared memory that a codebook needs, `hopper_pairs`
@@ -76,9 +76,11 @@ def channel_words(weight: Weight, bias: bool) -> int:
 
 
 def kept_words(weight: Weight) -> int:
-    """Of x and its sums, of a lane, for each tile of 128 along k and 8 rows of x."""
+    """Of a lane, for each tile of 128 along k and 8 rows of x: of x, and for each group of 4-bit
+    integers two sums of it and about one more.
+    """
     summed = weight.values is None and weight.code in ("int4", "uint4")
-    return 16 + 2 * summed * -(-hopper_layout.DEPTH // weight.group)
+    return 16 + 3 * summed * -(-hopper_layout.DEPTH // weight.group)
 
 
 def columns(m: int) -> int:
@@ -102,6 +104,8 @@ def plan(
         return f"{n} tiles of 16 channels do not divide into turns of {c.rows}"
     if c.cluster > 1 and (norm or gate):
         return "blocks of a cluster have sums of a part of k: no norm and no gate there"
+    if norm and c.depth * columns(m) > FAST_TILES:
+        return f"{c.depth} tiles of x and of what is added to it do not fit a warp's registers"
     if gate and c.rows % 2:
         return f"a gate and what it multiplies are in one turn, not in turns of {c.rows}"
     if -(-k // parts) > box or k < box:

@@ -37,9 +37,11 @@ def deferred(
     x: jax.Array, y: jax.Array | None, scale: jax.Array, epsilon: float
 ) -> Deferred | None:
     """Where `add_norm` runs; y None is nothing to add."""
-    if y is None:  # halves of x, where zeros would be an array to write at each step
+    if not _adds(x, x if y is None else y, epsilon):
+        return None
+    if y is None:  # halves of x, exact but for subnormals: zeros would be an array to write
         x = y = x * jnp.asarray(0.5, x.dtype)
-    return Deferred(x, y, scale, epsilon) if _adds(x, y, epsilon) else None
+    return Deferred(x, y, scale, epsilon)
 
 
 def normed_products(

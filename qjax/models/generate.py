@@ -76,6 +76,7 @@ def generator(
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"generator: top_p must be above 0 and at most 1, is {top_p}")
 
+    stop_ids = tuple(map(int, stop_ids))
     jax.eval_shape(lambda: init_cache(config, 1, 1, cache_dtype))  # refuses a wrong dtype now
 
     def pick(logits: jax.Array, key: jax.Array | None, step: jax.Array | int) -> jax.Array:
