@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import MOSAIC, needs_mosaic
+from hopper_operands import weight_of
 from jax import lax
 from test_hopper import (
     H100,
@@ -250,8 +251,9 @@ def test_the_table_holds_what_can_run() -> None:
         table = json.loads(path.read_text())
         assert table["command"]
         for row in table["rows"]:
-            weight = Weight(row["k"], row["n"], 128, row["format"], "bfloat16")
-            problem = Problem(row["m"], weight, "hopper4", "bfloat16", "bfloat16")
-            config = Config(*row["config"])
+            weight, config = weight_of(row), Config(*row["config"])
+            layout = "hopper8" if row["format"] in ("int8", "fp8") else "hopper4"
+            problem = Problem(row["m"], weight, layout, "bfloat16", "bfloat16")
+            assert row["words"] == mosaic_gpu.tile_words(weight)
             assert mosaic_wgmma.fits(problem, config) is None
             assert mosaic_wgmma.choose_config(problem, table["device"]) == config
