@@ -355,6 +355,7 @@ def test_eight_warps_keep_what_x_their_registers_hold(group: int, depth: int) ->
     found = [config for _, config in mosaic_gpu.configs(16, weight)]
     assert max(c.depth for c in found) == depth
     assert max(c.depth for c in found if c.warpgroups > 2) == 2
+    assert max(c.depth for _, c in mosaic_gpu.configs(16, weight, norm=True)) == 2
     assert max(c.depth for _, c in mosaic_gpu.configs(1, weight)) == 4
 
 
