@@ -27,7 +27,9 @@ from qjax.io import (
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 GPTQ, AWQ = (np.load(GOLDEN / f"{name}.npz") for name in ("gptq", "awq"))
-PACKED, FP8 = (np.load(GOLDEN / f"{name}.npz") for name in ("compressed_tensors", "fp8"))
+PACKED, FP8, SMALL = (
+    np.load(GOLDEN / f"{name}.npz") for name in ("compressed_tensors", "fp8", "microscaling")
+)
 BNB = np.load(GOLDEN / "bitsandbytes.npz")
 E4M3 = ml_dtypes.float8_e4m3fn
 GPTQ_CASES = [f"w{b}_g64_{kind}" for b in gptq.BITS for kind in ("sym", "asym")]
@@ -148,6 +150,58 @@ def test_compressed_tensors_reads_int8_as_it_is():
     parts = {k: PACKED[f"w8a8__{k}"] for k in ("weight", "weight_scale")}
     q = compressed_tensors.read(parts, scheme("w8a8")[1], np.float32, "m")
     np.testing.assert_array_equal(values(q), PACKED["w8a8__dequant"])
+
+
+@pytest.mark.parametrize(("case", "format"), [("nvfp4a16", "nvfp4"), ("mxfp4a16", "mxfp4")])
+def test_compressed_tensors_reads_and_writes_fp4(case, format):
+    """The library's values are in bfloat16 where scales have scales."""
+    weights = {"num_bits": 4, "type": "float", "symmetric": True}
+    how = {"nvfp4": ("tensor_group", 16, "float8_e4m3fn"), "mxfp4": ("group", 32, "uint8")}[format]
+    weights |= {"strategy": how[0], "group_size": how[1], "scale_dtype": f"torch.{how[2]}"}
+    s = settings_of(weights)
+    held = {k.split("__")[1]: v for k, v in SMALL.items() if k.startswith(case + "__")}
+    wanted = held.pop("dequant")
+    if format == "nvfp4":
+        held["weight_scale"] = held["weight_scale"].view(E4M3)
+    q = compressed_tensors.read(held, s, np.float32, "m")
+    assert (q.format, compressed_tensors.format_of(weights)) == (format, f"{format}-pack-quantized")
+    np.testing.assert_array_equal(values(q).astype(jnp.bfloat16), wanted.astype(jnp.bfloat16))
+    found, about = compressed_tensors.write(q)
+    assert about == weights | {"dynamic": False}
+    for part, array in held.items():
+        if part == "weight_global_scale":
+            np.testing.assert_allclose(found[part], array, rtol=2**-23)
+        else:
+            np.testing.assert_array_equal(found[part].view(np.uint8), array.view(np.uint8), part)
+
+
+def test_fp4_that_does_not_fit_is_refused():
+    fp4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+    s = settings_of(fp4)
+    good = {k.split("__")[1]: v for k, v in SMALL.items() if k.startswith("nvfp4a16__")}
+    good["weight_scale"] = good["weight_scale"].view(E4M3)
+    del good["dequant"]
+    for part, value, message in (
+        ("weight_global_scale", np.zeros(1, np.float32), "is 0.0, must be positive"),
+        ("weight_global_scale", None, "weight_global_scale"),
+        ("weight_scale", good["weight_scale"][:, :-1], "weight_scale"),
+        ("weight_packed", good["weight_packed"][:, :-1], "no whole groups of 16"),
+        ("weight_packed", None, "are no tensors of nvfp4"),
+    ):
+        parts = {k: v for k, v in (good | {part: value}).items() if v is not None}
+        with pytest.raises(ValueError, match=message):
+            compressed_tensors.read(parts, s, np.float32, "m")
+    for change, message in (
+        ({"group_size": 32}, "nvfp4 has no groups of 32"),
+        ({"strategy": "channel"}, "float of 4 bits have no 'strategy' 'channel'"),
+        ({"num_bits": 8}, "float of 8 bits have no 'strategy' 'tensor_group'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            settings_of(fp4 | change)
+    w = jnp.ones((64, 32))
+    for q in (qjax.quantize(w, "nvfp4", axis=1), qjax.quantize(w[None], "mxfp4", axis=1)):
+        with pytest.raises(ValueError, match="a matrix of whole groups"):
+            compressed_tensors.write(q)
 
 
 @pytest.mark.parametrize("case", ["fp8", "fp8_dynamic", "fp8_block", "fp8_block16x64_ragged40x200"])
@@ -342,7 +396,12 @@ BAD_SETTINGS = {
             message,
         )
         for name, targets, change, message in (
-            ("nvfp4", ["Linear"], {"type": "float"}, "weights of 4 bits of type 'float'"),
+            (
+                "mxfp6",
+                ["Linear"],
+                {"type": "float", "num_bits": 6},
+                "weights of 6 bits of type 'float'",
+            ),
             ("strategy", ["Linear"], {"strategy": "row"}, "'strategy' must be one of"),
             ("targets", "Linear", {}, "'targets' must be a list of names"),
             ("pattern", ["re:("], {}, "target 're:\\(' is no pattern"),

@@ -94,6 +94,28 @@ def test_what_is_written_comes_back(case, tmp_path):
     equal(models.load(tmp_path / "again")[1], params)
 
 
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
+def test_fp4_comes_back_with_its_codes(format, tmp_path):
+    """The reciprocal of a reciprocal is off by a unit in the last place."""
+    kept = (".*/(head|down)/kernel", None)  # 48 inputs are no whole groups of 32
+    model, qparams = quantized("llama", kept, (".*", format))
+    models.save_hf(tmp_path / "out", qparams, HF / "llama", "compressed-tensors")
+    about = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert about["format"] == f"{format}-pack-quantized"
+    again, params, _ = models.load(tmp_path / "out")
+    held = params["params"]["layers_1"]["mlp"]["up"]["kernel"]
+    wanted = qparams["params"]["layers_1"]["mlp"]["up"]["kernel"]
+    assert (held.format, held.block) == (format, wanted.block)
+    bits = lambda q: np.asarray(q.qvalue).view(np.uint8)
+    np.testing.assert_array_equal(bits(held), bits(wanted))
+    logits = jax.jit(qjax.quantized(model.apply))(qparams, TOKENS)
+    found = jax.jit(qjax.quantized(again.apply))(params, TOKENS)
+    np.testing.assert_allclose(found, logits, atol=1e-5 * np.abs(logits).max())
+    _, experts = quantized("mixtral", kept, (".*", "nvfp4"))
+    with pytest.raises(ValueError, match="nothing of 4-bit floats there"):
+        models.save_hf(tmp_path / "x", experts, HF / "mixtral", "compressed-tensors")
+
+
 def test_each_matrix_has_its_own_form_in_compressed_tensors(tmp_path):
     rules = ((".*/down/kernel", spec_of("int8")), (".*/v/kernel", None))
     rules += ((".*/o/kernel", qjax.Spec.parse("fp8_e4m3_16x16")), (".*", spec_of("int4_g16")))

@@ -1,4 +1,6 @@
-"""compressed-tensors (llm-compressor, vLLM): integers packed by rows, int8 and FP8 as they are."""
+"""compressed-tensors (llm-compressor, vLLM): integers and FP4 packed by rows, int8 and FP8 as they
+are.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +12,19 @@ import ml_dtypes
 import numpy as np
 from jax.typing import DTypeLike
 
-from qjax.io import bitstream, scaled
+from qjax.io import bitstream, block_floats, scaled
 from qjax.io.groups import FLOATS, Grouped, check_part, from_qtensor, plain, to_qtensor
 from qjax.io.strict_json import is_count
 from qjax.qtensor import QTensor
 
 MARKS = (SCALE,) = ("weight_scale",)
-# The last two are of the other operand, and not taken over.
 PARTS = ("weight_scale", "weight_packed", "weight_zero_point", "weight_shape", "weight")
-PARTS += ("input_scale", "input_zero_point")
+PARTS += ("weight_global_scale",)
+# of the other operand, and not taken over
+PARTS += ("input_scale", "input_zero_point", "input_global_scale")
 
-_STRATEGIES = ("tensor", "channel", "group", "block")
+_STRATEGIES = ("tensor", "channel", "group", "block", "tensor_group")
+_FP4 = {"tensor_group": "nvfp4", "group": "mxfp4"}  # strategy of 4-bit floats -> format
 
 
 class Scheme(NamedTuple):
@@ -28,7 +32,8 @@ class Scheme(NamedTuple):
 
     Attributes:
       bits, kind: of a code; "int" or "float".
-      strategy: which weights share a scale: "tensor", "channel", "group" or "block".
+      strategy: which weights share a scale: "tensor", "channel", "group", "block" or, of NVFP4,
+        "tensor_group".
       symmetric: whether there are no zero points.
       group: inputs of a group.
       block: outputs and inputs of a block.
@@ -86,11 +91,11 @@ def _scheme(weights: Mapping[str, Any], where: str) -> Scheme:
     bits: Any = weights.get("num_bits")
     kind, strategy = weights.get("type"), weights.get("strategy")
     symmetric = weights.get("symmetric", True)
-    known = (kind == "int" and bits in range(2, 9)) or (kind == "float" and bits == 8)
+    known = (kind == "int" and bits in range(2, 9)) or (kind == "float" and bits in (4, 8))
     if not known or not is_count(bits):
         raise ValueError(
             f"{where}: weights of {bits!r} bits of type {kind!r}; read are int of 2 to 8 and float "
-            "of 8"
+            "of 4 and 8"
         )
     if strategy not in _STRATEGIES:
         raise ValueError(f"{where}: 'strategy' must be one of {_STRATEGIES}, is {strategy!r}")
@@ -98,12 +103,17 @@ def _scheme(weights: Mapping[str, Any], where: str) -> Scheme:
         raise ValueError(f"{where}: 'symmetric' must be true or, of int, false, is {symmetric!r}")
     if weights.get("actorder") not in (None, "static", "weight", False):
         raise ValueError(f"{where}: 'actorder' {weights['actorder']!r} is not read")
+    of_fp4 = kind == "float" and bits == 4
+    if of_fp4 != (strategy == "tensor_group") and not (of_fp4 and strategy == "group"):
+        raise ValueError(f"{where}: {kind} of {bits} bits have no 'strategy' {strategy!r}")
     group: Any = 0
     block: Any = (0, 0)
-    if strategy == "group":
+    if strategy in ("group", "tensor_group"):
         group = weights.get("group_size")
         if not is_count(group):
             raise ValueError(f"{where}: 'group_size' must be a count, is {group!r}")
+        if of_fp4 and group != block_floats.GROUPS[_FP4[str(strategy)]]:
+            raise ValueError(f"{where}: {_FP4[str(strategy)]} has no groups of {group}")
     if strategy == "block":
         block = weights.get("block_structure")
         if not isinstance(block, list) or len(block) != 2 or not all(map(is_count, block)):
@@ -130,6 +140,8 @@ def _matches(target: str, module: str, rank: str) -> bool:
 
 def shape(parts: Mapping[str, np.ndarray], scheme: Scheme, where: str) -> tuple[int, int]:
     """(outputs, inputs) of the matrix; ValueError where its tensors do not fit each other."""
+    if (scheme.kind, scheme.bits) == ("float", 4):
+        return block_floats.shape(parts, _FP4[scheme.strategy], where)
     codes = parts.get("weight")
     if codes is not None:
         wanted = np.dtype(np.int8 if scheme.kind == "int" else ml_dtypes.float8_e4m3fn)
@@ -175,7 +187,7 @@ def read(parts: Mapping[str, np.ndarray], scheme: Scheme, dtype: DTypeLike, wher
       parts: of `PARTS`: int32 ``weight_packed [n, k bits / 32]`` with int64 ``weight_shape [2]``
         and, where not symmetric, int32 ``weight_zero_point [n bits / 32, groups]``; or ``weight
         [n, k]`` in int8 or float8_e4m3fn; and ``weight_scale [n, groups]``, ``[n, 1]``, ``[1]`` or
-        one per block.
+        one per block. FP4: see `block_floats.read`.
       scheme: from `scheme_of`.
       dtype: of the dequantized matrix.
       where: the file and matrix, for messages.
@@ -184,6 +196,8 @@ def read(parts: Mapping[str, np.ndarray], scheme: Scheme, dtype: DTypeLike, wher
       ValueError: the tensors do not fit each other.
     """
     n, k = shape(parts, scheme, where)
+    if (scheme.kind, scheme.bits) == ("float", 4):
+        return block_floats.read(parts, _FP4[scheme.strategy], dtype)
     scale = _in_rows(parts[SCALE])
     if "weight" in parts:
         return scaled.to_qtensor(parts["weight"], scale, _block(scheme, (n, k)), dtype)
@@ -198,13 +212,16 @@ def read(parts: Mapping[str, np.ndarray], scheme: Scheme, dtype: DTypeLike, wher
 def write(q: QTensor) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The tensors of a matrix `[inputs, outputs]`, and what ``weights`` of its group says.
 
-    Integers are packed (format "pack-quantized"), FP8 is written as it is ("float-quantized").
+    Integers and FP4 are packed (formats "pack-quantized", "nvfp4-pack-quantized" and
+    "mxfp4-pack-quantized"), FP8 is written as it is ("float-quantized").
 
     Raises:
       ValueError: `q` is nothing that the layout holds.
     """
     if q.format == "fp8_e4m3":
         return _write_float(q)
+    if q.format in block_floats.GROUPS:
+        return block_floats.write(q), _about_fp4(q.format)
     held = from_qtensor(q)
     (k, n), bits = held.codes.shape, held.bits
     if held.order is not None:
@@ -223,6 +240,22 @@ def write(q: QTensor) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     about = {"num_bits": bits, "type": "int", "symmetric": held.zeros is None, "dynamic": False}
     about |= {"strategy": "channel"} if whole else {"strategy": "group", "group_size": held.group}
     return parts, about
+
+
+def format_of(weights: Mapping[str, Any]) -> str:
+    """What the library calls the layout of a group, from what `write` says of it."""
+    if weights["type"] == "int":
+        return "pack-quantized"
+    if weights["num_bits"] == 4:
+        return f"{_FP4[weights['strategy']]}-pack-quantized"
+    return "float-quantized"
+
+
+def _about_fp4(format: str) -> dict[str, Any]:
+    strategy, group = {v: k for k, v in _FP4.items()}[format], block_floats.GROUPS[format]
+    about = {"num_bits": 4, "type": "float", "symmetric": True, "dynamic": False}
+    about |= {"strategy": strategy, "group_size": group}
+    return about | {"scale_dtype": "torch.float8_e4m3fn" if format == "nvfp4" else "torch.uint8"}
 
 
 def _write_float(q: QTensor) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

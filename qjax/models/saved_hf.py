@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from qjax.io import awq, compressed_tensors, gptq, safetensors
+from qjax.io import awq, block_floats, compressed_tensors, gptq, safetensors
 from qjax.io.replacing import new_folder
 from qjax.models import configs, loading, names
 from qjax.qtensor import QTensor, Quantized
@@ -213,7 +213,7 @@ def _write_compressed_tensors(matrices: Matrices, linear: set[str]) -> Written:
     groups, formats = {}, set()
     for i, (text, modules) in enumerate(schemes.items()):
         weights = json.loads(text)
-        name = "pack-quantized" if weights["type"] == "int" else "float-quantized"
+        name = compressed_tensors.format_of(weights)
         formats.add(name)
         groups[f"group_{i}"] = {
             "targets": ["Linear"] if len(schemes) == 1 else modules,
@@ -239,6 +239,9 @@ def _experts_first(schemes: dict[str, list[str]], linear: set[str]) -> dict[str,
     held = [text for text, modules in schemes.items() if any(map(_is_expert, modules))]
     if not held:
         return schemes
+    weights = json.loads(held[0])
+    if (weights["type"], weights["num_bits"]) == ("float", 4):
+        raise ValueError("experts: transformers makes nothing of 4-bit floats there")
     dense = sorted(filter(_is_expert, linear))
     if len(held) > 1 or dense or '"block"' in held[0]:
         found = f"{dense[0]} is an array" if dense else " and ".join(held)
@@ -265,11 +268,14 @@ def unfit(spec: Spec, codec: str) -> str | None:
     match = re.fullmatch(r"u?int([2-8])", spec.format)
     bits = {"gptq": gptq.BITS, "awq": (4,)}.get(codec, tuple(range(2, 9)))
     known = match is not None and int(match[1]) in bits
-    if not known and not (codec == "compressed-tensors" and spec.format == "fp8_e4m3"):
-        kinds = "int and uint of " + ", ".join(map(str, bits)) + " bits"
-        more = " and fp8_e4m3" if codec == "compressed-tensors" else ""
-        return f"{codec} has no form for {spec}; it has {kinds}{more}"
-    if spec.activation is not None or spec.scale_spec is not None:
+    floats = ("fp8_e4m3", *block_floats.GROUPS) if codec == "compressed-tensors" else ()
+    if not known and spec.format not in floats:
+        kinds = ", ".join(["int and uint of " + ", ".join(map(str, bits)) + " bits", *floats])
+        return f"{codec} has no form for {spec}; it has {kinds}"
+    group = block_floats.GROUPS.get(spec.format)
+    if group is not None and spec.block != group:
+        return f"{codec} has {spec.format} in groups of {group}, not {spec}"
+    if spec.activation is not None or (spec.scale_spec is not None and spec.format != "nvfp4"):
         return f"{codec} has no place for codes of activations or of scales: {spec}"
     if match is not None and not isinstance(spec.block, int | None):
         return f"{codec} has groups along the inputs, not {spec}"

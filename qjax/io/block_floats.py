@@ -1,0 +1,99 @@
+"""Matrices of 4-bit floats under scales of NVFP4 and MX, as compressed-tensors holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax.typing import DTypeLike
+
+from qjax.io.groups import check_part
+from qjax.qtensor import QTensor
+
+E2M1, E4M3, E8M0 = (
+    np.dtype(t)
+    for t in (ml_dtypes.float4_e2m1fn, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e8m0fnu)
+)
+GROUPS = {"nvfp4": 16, "mxfp4": 32}  # inputs that share a scale
+
+
+def shape(parts: Mapping[str, np.ndarray], format: str, where: str) -> tuple[int, int]:
+    """(outputs, inputs); ValueError where the tensors do not fit each other."""
+    words = parts.get("weight_packed")
+    if words is None or words.ndim != 2:
+        raise ValueError(f"{where}: {sorted(parts)} are no tensors of {format}")
+    n, k = words.shape[0], 2 * words.shape[1]
+    about = f"{where}: {n} outputs of {k} inputs in {format}"
+    if k % GROUPS[format]:
+        raise ValueError(f"{about}: are no whole groups of {GROUPS[format]}")
+    check_part(parts, "weight_packed", [np.uint8], words.shape, about)
+    dtypes = [E4M3] if format == "nvfp4" else [np.uint8, E8M0]
+    check_part(parts, "weight_scale", dtypes, (n, k // GROUPS[format]), about)
+    if format == "nvfp4":
+        check_part(parts, "weight_global_scale", [np.float32], (1,), about)
+        whole = parts["weight_global_scale"][0]
+        if not (np.isfinite(whole) and whole > 0):
+            raise ValueError(f"{about}: 'weight_global_scale' is {whole}, must be positive")
+    return n, k
+
+
+def read(parts: Mapping[str, np.ndarray], format: str, dtype: DTypeLike) -> QTensor:
+    """The QTensor `[inputs, outputs]` of the file's codes and scales.
+
+    Args:
+      parts: uint8 ``weight_packed [n, k / 2]``, earlier inputs in the low halves; for "nvfp4"
+        float8_e4m3fn ``weight_scale [n, k / 16]`` and float32 ``weight_global_scale [1]``, which
+        divides it; for "mxfp4" ``weight_scale [n, k / 32]``, the exponents' bytes.
+      format: "nvfp4" or "mxfp4".
+      dtype: of the dequantized matrix.
+
+    The reciprocal of the global scale is held: values are within one unit in the last place of
+    float32 of those by division.
+    """
+    words = np.ascontiguousarray(parts["weight_packed"].T)
+    codes = np.stack([words & 15, words >> 4], 1).reshape(-1, words.shape[1]).view(E2M1)
+    scale = np.ascontiguousarray(parts["weight_scale"].T)
+    if format == "mxfp4":
+        held: jax.Array | QTensor = jnp.asarray(scale.view(E8M0))
+    else:
+        whole = 1 / parts["weight_global_scale"].astype(np.float32).reshape(1, 1)
+        held = _qtensor(scale, jnp.asarray(whole), "fp8_e4m3", scale.shape, np.float32)
+    return _qtensor(codes, held, format, (GROUPS[format], 1), dtype)
+
+
+def write(q: QTensor) -> dict[str, np.ndarray]:
+    """The tensors of a matrix `[inputs, outputs]` in "nvfp4" or "mxfp4".
+
+    Raises:
+      ValueError: `q` is none.
+    """
+    group = GROUPS[q.format]
+    matrix = q.ndim == 2 and q.param_shape is None and q.activation is None
+    if not matrix or tuple(q.block) != (group, 1) or q.storage_shape[0] % group:
+        raise ValueError(f"is {q!r}: a matrix of whole groups of {group} inputs is needed")
+    codes = np.asarray(q.qvalue).view(np.uint8)
+    packed = np.ascontiguousarray((codes[::2] & 15 | codes[1::2] << 4).T)
+    parts = {"weight_packed": packed}
+    if q.format == "mxfp4":
+        return parts | {"weight_scale": np.ascontiguousarray(np.asarray(q.scale).T).view(np.uint8)}
+    scale = q.scale
+    if not isinstance(scale, QTensor) or scale.format != "fp8_e4m3" or scale.scale.size != 1:
+        raise ValueError(f"is {q!r}: has no FP8 scales under one of the whole matrix")
+    whole = np.float32(1) / np.asarray(scale.scale, np.float32).reshape(1)
+    held = np.ascontiguousarray(np.asarray(scale.qvalue).T)
+    return parts | {"weight_scale": held, "weight_global_scale": whole}
+
+
+def _qtensor(
+    codes: np.ndarray,
+    scale: jax.Array | QTensor,
+    format: str,
+    block: tuple[int, ...],
+    dtype: DTypeLike,
+) -> QTensor:
+    return QTensor(
+        jnp.asarray(codes), scale, None, None, None, format, tuple(block), np.dtype(dtype)
+    )
