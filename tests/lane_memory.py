@@ -32,6 +32,7 @@ class Machine:
         self.end = 0
         self.followed = True  # the kernel in front is done; until then nothing of `late` is there
         self.late: list[tuple[int, int]] = []  # where buffers begin and end
+        self.guess: Sequence[int] | None = None  # words of vectors of integers until then
         self.earlier: dict[int, Any] = {}  # by where a buffer begins: its words until then
         # of every two bytes: the warp that wrote it, or minus its barrier; when; that read it; when
         self.writer, self.written, self.reader, self.read = np.zeros((4, size // 2), np.int32)

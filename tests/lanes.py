@@ -142,10 +142,8 @@ class Inline:
 class Launch:
     """What `plgpu.kernel` gives: all clusters of a grid, some at a time."""
 
-    def __init__(
-        self, machine: Machine, body: Callable[..., None], how: dict[str, Any], guess: Any
-    ) -> None:
-        self.machine, self.body, self.guess = machine, body, guess
+    def __init__(self, machine: Machine, body: Callable[..., None], how: dict[str, Any]) -> None:
+        self.machine, self.body = machine, body
         (self.grid,) = how["grid"]
         (self.cluster,), self.groups = how.get("cluster", (1,)), how.get("num_threads", 1)
         self.scratch, self.out_type = how.get("scratch_types", {}), how["out_type"]
@@ -166,9 +164,9 @@ class Launch:
         span = lambda v: (v.address, v.address + int(np.prod(v.shape)) * v.dtype.itemsize)
         machine.late = [span(v) for v in (*activations, *outs)]
         machine.earlier = {
-            v.address: np.asarray(self.guess, np.uint32)
+            v.address: np.asarray(machine.guess, np.uint32)
             for v in refs
-            if self.guess is not None and v.dtype.name == "int32" and len(v.shape) == 1
+            if machine.guess is not None and v.dtype.name == "int32" and len(v.shape) == 1
         }
         at_once = max(1, TOGETHER // (self.cluster * self.groups * GROUP))
         sizes = [int(np.prod(s.shape)) * np.dtype(s.dtype).itemsize for s in self.scratch.values()]
@@ -241,14 +239,12 @@ def _run_state(machine: Machine) -> Callable[..., Any]:
     return run_state
 
 
-def on_a_cpu(monkeypatch: Any, size: int = 2**25, guess: Sequence[int] | None = None) -> Machine:
-    """Makes the kernels run here, with `size` bytes of memory; `guess` is what the words of
-    vectors of integers are until the kernel in front is done.
-    """
+def on_a_cpu(monkeypatch: Any, size: int = 2**25) -> Machine:
+    """Makes the kernels run here, with `size` bytes of memory."""
     machine = Machine(size)
     inline = lambda arg_types, return_type=None: lambda body: Inline(body, machine)
     monkeypatch.setattr(plgpu, "inline_mgpu", inline)
-    monkeypatch.setattr(plgpu, "kernel", lambda body, **how: Launch(machine, body, how, guess))
+    monkeypatch.setattr(plgpu, "kernel", lambda body, **how: Launch(machine, body, how))
     for module in (hopper_kernel, attention_kernel):
         monkeypatch.setattr(module, "lax", _lax(machine))
         monkeypatch.setattr(module, "follow", machine.follow)

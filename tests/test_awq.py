@@ -134,6 +134,8 @@ def test_wrong_arguments():
         qjax.smoothquant().quantize(w, Spec.parse("int8/int8_token"), stats)
     with pytest.raises(ValueError, match=r"grid must be at least 1, got 0"):
         qjax.awq(grid=0)
+    with pytest.raises(ValueError, match=r"shared must be two counts, .* got \(0, 2\)"):
+        qjax.awq(shared=(0, 2))
     with pytest.raises(ValueError, match=r"awq needs the hessian"):
         qjax.awq().quantize(w, spec, stats)
     known = qjax.Stats(hessian=jnp.eye(4), mean_abs=jnp.ones(4))

@@ -137,7 +137,7 @@ def test_attention_guesses_its_positions_and_asks_again(which, guess, monkeypatc
     problem, first, last = SMALL[which]
     given = attention_operands(problem, first, last)
     wanted, *_ = attended(problem, first, last, *given)
-    lanes.on_a_cpu(monkeypatch, guess=guess)
+    lanes.on_a_cpu(monkeypatch).guess = guess
     y, *_ = attention.run(*map(jnp.asarray, given), problem=problem)
     close(y, wanted, 2**-8)
 

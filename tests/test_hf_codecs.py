@@ -183,7 +183,9 @@ def test_fp4_that_does_not_fit_is_refused():
     del good["dequant"]
     for part, value, message in (
         ("weight_global_scale", np.zeros(1, np.float32), "is 0.0, must be positive"),
-        ("weight_global_scale", None, "weight_global_scale"),
+        ("weight_global_scale", np.full(1, 1e-40, np.float32), "must be positive"),
+        ("weight_global_scale", np.full(1, np.nan, np.float32), "is nan, must be positive"),
+        ("weight_global_scale", None, r"'weight_global_scale' must be float32 \(1,\), is missing"),
         ("weight_scale", good["weight_scale"][:, :-1], "weight_scale"),
         ("weight_packed", good["weight_packed"][:, :-1], "no whole groups of 16"),
         ("weight_packed", None, "are no tensors of nvfp4"),

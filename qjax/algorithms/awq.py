@@ -50,7 +50,8 @@ def awq(
       of no weight at all.
 
     Raises:
-      ValueError: if `grid` is below 1, or the features are no multiple of those of `shared`.
+      ValueError: if `grid` or a number of `shared` is below 1, or the features are no multiple of
+        those of `shared`.
 
     Deviations: the error is that of this weight's own output, exactly, from the hessian; the
     authors take samples, and the output of the block it stands in. s_j is 1 for a feature that
@@ -66,6 +67,8 @@ def awq(
     """
     if grid < 1:
         raise ValueError(f"awq: grid must be at least 1, got {grid}; the paper's is 20")
+    if shared is not None and min(shared) < 1:
+        raise ValueError(f"awq: shared must be two counts, heads and head_dim, got {shared}")
     inner = solver()
 
     def quantize(w: jax.Array, spec: Spec, stats: Stats) -> tuple[QTensor, Notes]:

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 from jax.typing import DTypeLike
 
+from qjax.io import bitstream
 from qjax.io.groups import check_part
 from qjax.qtensor import QTensor
 
@@ -17,6 +18,7 @@ E2M1, E4M3, E8M0 = (
     np.dtype(t)
     for t in (ml_dtypes.float4_e2m1fn, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e8m0fnu)
 )
+TINY = np.finfo(np.float32).tiny  # it and its reciprocal are normal numbers
 GROUPS = {"nvfp4": 16, "mxfp4": 32}  # inputs that share a scale
 
 
@@ -35,7 +37,7 @@ def shape(parts: Mapping[str, np.ndarray], format: str, where: str) -> tuple[int
     if format == "nvfp4":
         check_part(parts, "weight_global_scale", [np.float32], (1,), about)
         whole = parts["weight_global_scale"][0]
-        if not (np.isfinite(whole) and whole > 0):
+        if not TINY <= whole <= 1 / TINY:
             raise ValueError(f"{about}: 'weight_global_scale' is {whole}, must be positive")
     return n, k
 
@@ -53,8 +55,9 @@ def read(parts: Mapping[str, np.ndarray], format: str, dtype: DTypeLike) -> QTen
     The reciprocal of the global scale is held: values are within one unit in the last place of
     float32 of those by division.
     """
-    words = np.ascontiguousarray(parts["weight_packed"].T)
-    codes = np.stack([words & 15, words >> 4], 1).reshape(-1, words.shape[1]).view(E2M1)
+    words = np.ascontiguousarray(parts["weight_packed"])
+    codes = bitstream.unpack(words.view("<u4"), 4, 2 * words.shape[1])
+    codes = np.ascontiguousarray(codes.T).view(E2M1)
     scale = np.ascontiguousarray(parts["weight_scale"].T)
     if format == "mxfp4":
         held: jax.Array | QTensor = jnp.asarray(scale.view(E8M0))
@@ -74,9 +77,8 @@ def write(q: QTensor) -> dict[str, np.ndarray]:
     matrix = q.ndim == 2 and q.param_shape is None and q.activation is None
     if not matrix or tuple(q.block) != (group, 1) or q.storage_shape[0] % group:
         raise ValueError(f"is {q!r}: a matrix of whole groups of {group} inputs is needed")
-    codes = np.asarray(q.qvalue).view(np.uint8)
-    packed = np.ascontiguousarray((codes[::2] & 15 | codes[1::2] << 4).T)
-    parts = {"weight_packed": packed}
+    codes = np.asarray(q.qvalue).view(np.uint8) & 15
+    parts = {"weight_packed": bitstream.pack(codes.T, 4).view(np.uint8)}
     if q.format == "mxfp4":
         return parts | {"weight_scale": np.ascontiguousarray(np.asarray(q.scale).T).view(np.uint8)}
     scale = q.scale

@@ -272,10 +272,8 @@ def unfit(spec: Spec, codec: str) -> str | None:
     if not known and spec.format not in floats:
         kinds = ", ".join(["int and uint of " + ", ".join(map(str, bits)) + " bits", *floats])
         return f"{codec} has no form for {spec}; it has {kinds}"
-    group = block_floats.GROUPS.get(spec.format)
-    if group is not None and spec.block != group:
-        return f"{codec} has {spec.format} in groups of {group}, not {spec}"
-    if spec.activation is not None or (spec.scale_spec is not None and spec.format != "nvfp4"):
+    scaled = spec.scale_spec is not None and spec.format not in block_floats.GROUPS
+    if spec.activation is not None or scaled:
         return f"{codec} has no place for codes of activations or of scales: {spec}"
     if match is not None and not isinstance(spec.block, int | None):
         return f"{codec} has groups along the inputs, not {spec}"
