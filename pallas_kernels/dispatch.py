@@ -16,6 +16,8 @@ from pallas_kernels.decode_attention import reference as attention_reference
 from pallas_kernels.frame import Device, Implementation
 from pallas_kernels.gated import mosaic_gpu as gated_mosaic_gpu
 from pallas_kernels.gated import reference as gated_reference
+from pallas_kernels.int8_matmul import mosaic_gpu as int8_mosaic_gpu
+from pallas_kernels.int8_matmul import reference as int8_reference
 from pallas_kernels.norm_matmul import mosaic_gpu as norm_matmul_mosaic_gpu
 from pallas_kernels.norm_matmul import reference as norm_matmul_reference
 from pallas_kernels.quantized_matmul import mosaic_gpu, mosaic_wgmma, reference, xla_cpu
@@ -37,6 +39,10 @@ IMPLEMENTATIONS: Mapping[str, Mapping[str, Implementation]] = {
         ),
         "xla_cpu": Implementation(xla_cpu.run, xla_cpu.supports),
         "reference": Implementation(reference.run, reference.supports),
+    },
+    "int8_matmul": {
+        "mosaic_gpu": Implementation(int8_mosaic_gpu.run, int8_mosaic_gpu.supports),
+        "reference": Implementation(int8_reference.run, int8_reference.supports),
     },
     "cast_fp8": {
         "mosaic_gpu": Implementation(cast_mosaic_gpu.run, cast_mosaic_gpu.supports),

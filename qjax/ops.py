@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qjax import activation, blocks, prepared_products, prepared_structural, structural
+from qjax import (
+    activation,
+    blocks,
+    prepared_products,
+    prepared_structural,
+    rounded_products,
+    structural,
+)
 from qjax.activation import Activation
 from qjax.formats import FORMATS, join_planes, split_planes
 from qjax.prepared import Prepared
@@ -108,10 +115,12 @@ def _prepared_linear(x: jax.Array, p: Prepared, op: Op, extra: tuple) -> tuple[j
     if reason is not None or not isinstance(op, Dot):
         y = op(x, dequantize(p), extra, op.out_dtype)
         return lax.convert_element_type(y, op.out_dtype), f"dequantized in the call: {reason}"
-    how = prepared_products.path(prepared_products.problem_of(x, p, op), p)
-    if p.activation is not None and p.activation.spec is not None:
-        return _dynamic(x, p, extra, op), f"{_rounding(p.activation)}, {how}"
-    return prepared_products.product(x, p, op, op.out_dtype), how
+    act, path = p.activation, prepared_products.path(prepared_products.problem_of(x, p, op), p)
+    if act is None or act.spec is None:
+        return prepared_products.product(x, p, op, op.out_dtype), path
+    if rounded_products.serves(p):
+        path = rounded_products.path(x, p, op)
+    return _dynamic(x, p, extra, op), f"{_rounding(act)}, {path}"
 
 
 def _rounding(act: Activation) -> str:
@@ -128,18 +137,22 @@ def _dynamic(x: jax.Array, q: Any, extra: tuple, op: Op) -> jax.Array:
 
     Straight-through: the tangent of x is that of the product with `dequantize(q)`.
     """
-    act, apart = q.activation, None
+    act, apart, whole, outlier = q.activation, None, x, None
     assert act is not None
     assert act.spec is not None
     if act.threshold is not None:
         outlier = jnp.any(jnp.abs(x) >= act.threshold, axis=op.rows(x), keepdims=True)
-        outlier = jnp.broadcast_to(outlier, x.shape)
+        everywhere = jnp.broadcast_to(outlier, x.shape)
         apart, x = (
-            jnp.where(outlier, x, jnp.zeros_like(x)),
-            jnp.where(outlier, jnp.zeros_like(x), x),
+            jnp.where(everywhere, x, jnp.zeros_like(x)),
+            jnp.where(everywhere, jnp.zeros_like(x), x),
         )
     x_codes, x_scale = _codes_of(x.astype(jnp.float32), act, op, extra)
     on_kernel = isinstance(q, Prepared)
+    if on_kernel and rounded_products.serves(q):
+        assert isinstance(op, Dot)
+        beside = () if outlier is None else (whole, outlier)
+        return rounded_products.product(x_codes, x_scale, *beside, p=q, dot=op)
     way = "on the kernel" if on_kernel else _way(q, op)
     if on_kernel:
         assert isinstance(op, Dot)

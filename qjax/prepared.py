@@ -318,8 +318,8 @@ def _plan(
     reasons = []
     for name in layouts:
         reason = LAYOUTS[name].supports(weight)
-        if q.activation is not None and not LAYOUTS[name].takes_codes:
-            reason = "its kernels take no quantized activations"
+        if reason is None and q.activation is not None and q.activation.spec is not None:
+            reason = LAYOUTS[name].takes_codes(weight, q.activation.spec.format)
         if reason is None:
             return Plan(lead, k_axes, n_axes, name, weight)
         reasons.append(f"{name}: {reason}")

@@ -1,7 +1,7 @@
 """Matmuls on prepared weights: x in the order of a kernel, its result in that of the matmul."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -158,24 +158,33 @@ def experts(x: jax.Array, p: Prepared, op: RaggedDot, extra: tuple) -> tuple[jax
 
 
 def product(x: jax.Array, p: Prepared, dot: Dot, out: Any) -> jax.Array:
-    """`dot` on the kernel: x as `[*layers, m, k]`, and the result's axes back where they belong.
+    """`dot` on the kernel."""
+    call = lambda x, arrays, weight: quantized_matmul(x, arrays, weight, p.layout, out=out)
+    return placed(call, x, p, dot)
 
-    An axis of layers that x does not have is mapped over with all of x.
+
+def placed(call: Callable[..., jax.Array], xs: Any, p: Prepared, dot: Dot) -> jax.Array:
+    """`call(rows [m, k] of each of xs, arrays, weight)`, and the result's axes where they belong.
+
+    xs are x, or a tuple of it and arrays of its shape or with axes of length 1 for rows or k. An
+    axis of layers that x does not have is mapped over with all of xs.
     """
+    x = jax.tree.leaves(xs)[0]
 
-    def run(x: jax.Array, p: Prepared) -> jax.Array:
+    def run(xs: Any, p: Prepared) -> jax.Array:
         of_w, weight = _meets(p, dot), p.weight
-        call: Any = lambda x, arrays: quantized_matmul(x, arrays, weight, p.layout, out=out)
+        mapped: Any = lambda xs, arrays: call(xs, arrays, weight)
         for a in reversed(range(len(p.lead))):
-            call = jax.vmap(call, (0 if a in of_w else None, 0))
-        return _as_result(call(_as_rows(x, p, dot), p.operands()), x, p, dot)
+            mapped = jax.vmap(mapped, (0 if a in of_w else None, 0))
+        rows = jax.tree.map(lambda v: _as_rows(v, p, dot), xs)
+        return _as_result(mapped(rows, p.operands()), x, p, dot)
 
     where = _out_sharding(x, p, dot)
     if where is None:
-        return run(x, p.local())
+        return run(xs, p.local())
     _check_cut(x, p, dot)
     under_auto: Any = jax.sharding.auto_axes(run, out_sharding=where)
-    return under_auto(x, p.local())
+    return under_auto(xs, p.local())
 
 
 def _meets(p: Prepared, dot: Dot) -> dict[int, int]:
@@ -196,9 +205,9 @@ def _order(x: jax.Array, p: Prepared, dot: Dot) -> tuple[Axes, Axes, Axes]:
 def _as_rows(x: jax.Array, p: Prepared, dot: Dot) -> jax.Array:
     """`[*layers, m, k]`."""
     layers, rows, k = _order(x, p, dot)
-    sizes = [x.shape[a] for a in layers]
-    m = math.prod(x.shape[a] for a in rows)
-    return lax.transpose(x, [*layers, *rows, *k]).reshape(*sizes, m, p.weight.k)
+    sizes = [math.prod(x.shape[a] for a in axes) for axes in (rows, k)]
+    ordered = lax.transpose(x, [*layers, *rows, *k])
+    return ordered.reshape(*(x.shape[a] for a in layers), *sizes)
 
 
 def _as_result(y: jax.Array, x: jax.Array, p: Prepared, dot: Dot) -> jax.Array:

@@ -44,6 +44,7 @@ FLOORS = (
         "prepared_products",
         "prepared_structural",
         "products",
+        "rounded_products",
         "sites",
         "statistics",
         "token_masks",
@@ -62,7 +63,14 @@ FLOORS = (
     {"evaluate", "io", "models", "sequential"},
     {"__main__", "cli"},
 )
-KERNEL_IMPORTERS = {"models", "prepared", "prepared_products", "prepared_structural", "training"}
+KERNEL_IMPORTERS = {
+    "models",
+    "prepared",
+    "prepared_products",
+    "prepared_structural",
+    "rounded_products",
+    "training",
+}
 
 
 class Import(NamedTuple):

@@ -312,9 +312,9 @@ def test_weights_for_hopper_and_back():
     back = qjax.unprepare(p)
     for spec, wanted in q.items():
         assert_same(back[spec], wanted)
-    integers = {"w": qjax.quantize(weight((256, 40)), "int8/int8_token", 0)}
-    with pytest.raises(ValueError, match="hopper8: its kernels take no quantized activations"):
-        qjax.prepare(integers, device=device, unsupported="raise")
+    floats = {"w": qjax.quantize(weight((256, 40)), "fp8_e4m3/fp8_e4m3_token", 0)}
+    with pytest.raises(ValueError, match="hopper8: of quantized activations its kernels take int8"):
+        qjax.prepare(floats, device=device, unsupported="raise")
 
 
 # --- compiled programs

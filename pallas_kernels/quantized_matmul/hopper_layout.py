@@ -209,6 +209,12 @@ def _unpack_scale(words: jax.Array, weight: Weight, name: str) -> jax.Array:
     return lax.bitcast_convert_type(both, dtype)
 
 
+def _takes_codes(weight: Weight, codes: str) -> str | None:
+    if codes != "int8" or weight.code != "int8" or not per_channel(weight):
+        return "of quantized activations its kernels take int8 by int8 with one scale per channel"
+    return None
+
+
 def _code_array(weight: Weight) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((*_tiles(weight), code_words(weight)), jnp.int32)
 
@@ -231,6 +237,8 @@ HOPPER4 = Layout(
     scale_axes=("n", "k", ""),
     tile=lambda weight: (DEPTH, ROWS),
     serves=is_hopper,
-    takes_codes=False,
+    takes_codes=lambda weight, codes: "its kernels take no quantized activations",
 )
-HOPPER8 = HOPPER4._replace(supports=_support8, pack_codes=_pack8, unpack_codes=_unpack8)
+HOPPER8 = HOPPER4._replace(
+    supports=_support8, pack_codes=_pack8, unpack_codes=_unpack8, takes_codes=_takes_codes
+)

@@ -29,7 +29,8 @@ class Layout(NamedTuple):
       tile: weight -> (k, n): a shard of the weight must be a multiple of these along an axis that
         is cut.
       serves: device -> whether an implementation for it reads this layout.
-      takes_codes: whether an implementation for it multiplies x that holds int8 codes.
+      takes_codes: (weight, format of the codes of x) -> None, or the reason why no implementation
+        for it multiplies x in codes.
     """
 
     supports: Callable[[Weight], str | None]
@@ -43,7 +44,7 @@ class Layout(NamedTuple):
     scale_axes: tuple[str, ...]
     tile: Callable[[Weight], tuple[int, int]]
     serves: Callable[[Device], bool]
-    takes_codes: bool = True
+    takes_codes: Callable[[Weight, str], str | None] = lambda weight, codes: None
 
     def shapes(self, weight: Weight) -> dict[str, jax.ShapeDtypeStruct]:
         """The arrays in kernel order that a weight consists of."""
