@@ -169,7 +169,7 @@ DOING = {
 def main() -> None:
     """What the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", nargs="*", default=["check", "time"], choices=[*DOING, []])
+    parser.add_argument("what", nargs="*", default=["check", "time"], help=", ".join(DOING))
     parser.add_argument("--shapes", nargs="*", help="of LARGE, as m x k x n: 1024x8192x8192")
     parser.add_argument("--json", type=pathlib.Path, help="where rows go")
     options, rows = parser.parse_args(), []
