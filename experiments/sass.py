@@ -31,6 +31,8 @@ import nvidia
 from jax.experimental import topologies
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from pallas_kernels.int8_matmul import mosaic_gpu as int8_plan
+from pallas_kernels.int8_matmul.problem import Problem as int8_problem
 from pallas_kernels.quantized_matmul import (
     hopper_layout,
     mosaic_gpu,
@@ -71,6 +73,7 @@ WIDE = [  # m, config
     (64, (64, 1, 8, 2, 1, 8, 128, 2)),
 ]
 WIDE_LIMITS = {"int4": 35, "nf4": 135, "int8": 38, "fp8": 40}  # instructions of a warp, 16 along k
+INT8_LIMIT = 30  # instructions of a warp, 32 along k
 INTEGER = ("LOP3", "SHF", "PRMT", "IDP")
 OTHERS = ("HMMA", "HADD2", "HMUL2", "HFMA2", "FFMA", "FADD", "FMUL", "LDS", "IMAD", "SYNCS")
 
@@ -82,29 +85,31 @@ def sass(
     dtype, and a gate for two such weights.
     """
     layout = next(n for n in mosaic_gpu.LAYOUTS if LAYOUTS[n].supports(weight) is None)
+    x: Any = jax.ShapeDtypeStruct((m, weight.k), jnp.bfloat16)
+    problem, count = Problem(m, weight, layout, "bfloat16", "bfloat16"), 1
+    if norm is not None:
+        whole, count = weight._replace(n=2 * weight.n), 2
+        problem = problem._replace(weight=whole, norm=1e-5, gate="silu")
+        x = x, x, jax.ShapeDtypeStruct((weight.k,), norm)
+    if m > mosaic_gpu.MAX_ROWS:
+        config, launch = mosaic_wgmma.Config(*cut), mosaic_wgmma.launch
+    else:
+        config, launch = mosaic_gpu.Config(*cut), mosaic_gpu.launch
+    call = lambda x, a: launch(problem, config, (weight.n,) * count, x, [a] * count)
+    return compiled(folder, call, x, LAYOUTS[layout].shapes(weight))
+
+
+def compiled(folder: str, call: Any, *args: Any) -> tuple[str, str]:
+    """The disassembly and the compiler's report of the kernel in `call`."""
     topology = topologies.get_topology_desc(
         platform="cuda", topology_name="", target_config=HOPPER, topology="1x1x1"
     )
     device = topology.devices[0]
     on = SingleDeviceSharding(device)
-    shapes = {
-        name: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=on)
-        for name, v in LAYOUTS[layout].shapes(weight).items()
-    }
-    x: Any = jax.ShapeDtypeStruct((m, weight.k), jnp.bfloat16, sharding=on)
-    problem, count = Problem(m, weight, layout, "bfloat16", "bfloat16"), 1
-    if norm is not None:
-        whole, count = weight._replace(n=2 * weight.n), 2
-        problem = problem._replace(weight=whole, norm=1e-5, gate="silu")
-        x = x, x, jax.ShapeDtypeStruct((weight.k,), norm, sharding=on)
-    if m > mosaic_gpu.MAX_ROWS:
-        config, launch = mosaic_wgmma.Config(*cut), mosaic_wgmma.launch
-    else:
-        config, launch = mosaic_gpu.Config(*cut), mosaic_gpu.launch
+    placed = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=on), args)
     os.environ["MOSAIC_GPU_DUMP_TO"] = folder
-    call = jax.jit(lambda x, a: launch(problem, config, (weight.n,) * count, x, [a] * count))
     with jax.sharding.use_abstract_mesh(Mesh([device], ("x",)).abstract_mesh):
-        call.lower(x, shapes).compile()
+        jax.jit(call).lower(*placed).compile()
     newest = lambda end: max(pathlib.Path(folder).glob(end), key=os.path.getmtime).read_text()
     return newest("*.sass*"), newest("*.ptxas")
 
@@ -150,6 +155,32 @@ def wide(name: str, weight: Weight, m: int, cut: tuple[int, ...]) -> list[str]:
     )
     bad = waits or (spilled and int(spilled[1])) or each > WIDE_LIMITS[name] or fenced(text)
     return [f"{name}, m = {m}"] if bad else []
+
+
+def integers(outliers: int) -> list[str]:
+    """Prints the row of the kernel of int8 by int8; what is wrong with it."""
+    weight = WEIGHTS["int8"]
+    problem = int8_problem(1024, weight, "hopper8", outliers, "bfloat16")
+    args: list[Any] = [jax.ShapeDtypeStruct((1024, weight.k), jnp.int8)]
+    args += [jax.ShapeDtypeStruct((1024,), jnp.float32), LAYOUTS["hopper8"].shapes(weight)]
+    if outliers:
+        args += [jax.ShapeDtypeStruct((1024, outliers), jnp.bfloat16)]
+        args += [jax.ShapeDtypeStruct((outliers,), jnp.int32)]
+    config = int8_plan.choose_config(problem)
+    with tempfile.TemporaryDirectory() as folder:
+        text, report = compiled(folder, lambda *v: int8_plan.launch(problem, config, *v), *args)
+    lines = loop(text)
+    each = sum(counts("\n".join(lines)).values()) / sum("IGMMA" in v for v in lines)
+    spilled = re.search(r"(\d+) bytes spill stores", report)
+    waits = "serialized" in report
+    print(
+        f"int8 by int8, {outliers} outlier columns, {tuple(config)}: {each:.1f} instructions a "
+        f"product of 32 along k, spilled {spilled[1] if spilled else '?'}, "
+        f"{'serial' if waits else 'overlapping'}",
+        flush=True,
+    )
+    bad = waits or (spilled and int(spilled[1])) or each > INT8_LIMIT or fenced(text)
+    return [f"int8 by int8, {outliers} outliers"] if bad else []
 
 
 def fused(name: str, weight: Weight, m: int, norm: Any) -> list[str]:
@@ -201,6 +232,7 @@ def main() -> None:
     for name, weight in WEIGHTS.items():
         for m, cut in WIDE:
             bad += wide(name, weight, m, cut)
+    bad += [*integers(0), *integers(64)]
     if bad:
         sys.exit("over the limit: " + "; ".join(bad))
 

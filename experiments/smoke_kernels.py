@@ -1,7 +1,8 @@
 """Launches the Hopper kernels on small problems, for tools that watch them.
 
 Quantized matmuls of every kind of weight, m on both sides of 16, the kernels between the matmuls of
-a decode step and those of FP8 training; or one quantized matmul (m k n format) as a model runs it.
+a decode step, int8 by int8 and those of FP8 training; or one quantized matmul (m k n format) as a
+model runs it.
 
     export XLA_PYTHON_CLIENT_ALLOCATOR=platform    # so that each array is an allocation
     compute-sanitizer --tool memcheck python experiments/smoke_kernels.py
@@ -15,6 +16,7 @@ import sys
 import ceilings
 import decode_kernels
 import fp8_kernels
+import int8_kernels
 import jax
 import jax.numpy as jnp
 import tune_kernels as decode
@@ -70,7 +72,18 @@ def training() -> None:
             print(fp8_kernels.text(measure(problem, False)), flush=True)
 
 
-KINDS = {"matmuls": matmuls, "decoding": decode_kernels.check, "training": training}
+def integers() -> None:
+    """int8 by int8, outlier columns and none."""
+    for problem in int8_kernels.problems.SMALL:
+        print(problem, int8_kernels.check(problem), flush=True)
+
+
+KINDS = {
+    "matmuls": matmuls,
+    "decoding": decode_kernels.check,
+    "integers": integers,
+    "training": training,
+}
 
 
 def main() -> None:
