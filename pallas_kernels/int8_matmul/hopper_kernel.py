@@ -109,7 +109,7 @@ def kernel(problem: Problem, config: Config, twin: Any = None) -> Callable[..., 
         group = lax.axis_index("wg")
 
         def sweep(work):
-            """`work(row, tile of channels, stage, tile)`, the first of each, of all tiles."""
+            """`work(first row, tile of channels, how many came before)` of this block's tiles."""
 
             @plgpu.nd_loop((count,), collective_axes="sm")
             def _(info):
