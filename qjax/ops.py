@@ -142,7 +142,7 @@ def _dynamic(x: jax.Array, q: Any, extra: tuple, op: Op) -> jax.Array:
     assert act.spec is not None
     if act.threshold is not None:
         outlier = jnp.any(jnp.abs(x) >= act.threshold, axis=op.rows(x), keepdims=True)
-        everywhere = jnp.broadcast_to(outlier, x.shape)
+        everywhere = outlier | jnp.zeros_like(x, bool)  # sharded as x, where that is Explicit
         apart, x = (
             jnp.where(everywhere, x, jnp.zeros_like(x)),
             jnp.where(everywhere, jnp.zeros_like(x), x),

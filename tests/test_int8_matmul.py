@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from helpers import needs_mosaic
 from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import qjax
 from pallas_kernels.frame import Device
@@ -252,6 +253,20 @@ def test_layers_tensors_and_other_orders(on_kernel):
     near(jax.jit(batched)(p, xs), batched(q, xs))
     q, p = prepared("int8/int8_token")
     near(jax.vmap(MATMUL, (None, 0))(p, xs), jax.vmap(MATMUL, (None, 0))(q, xs))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_mesh_cuts_rows_and_channels(kind):
+    mesh = jax.make_mesh((2, 4), ("d", "t"), axis_types=(kind,) * 2)
+    put = lambda v, spec: jax.device_put(v, NamedSharding(mesh, spec))
+    x, cut = rows_of_x(), {"w": PartitionSpec(None, "t")}
+    for tree in prepared("int8/int8_token", 6.0, 16):
+        wanted = MATMUL(tree, x)
+        with jax.set_mesh(mesh):
+            sharded = jax.tree.map(put, tree, qjax.partition_specs(tree, cut, mesh))
+            y = jax.jit(MATMUL)(sharded, put(x, PartitionSpec("d", None)))
+        assert y.sharding.spec == PartitionSpec("d", "t")
+        near(y, wanted)
 
 
 def test_float32_outliers_are_not_rounded():
