@@ -130,7 +130,14 @@ def measure(problem: Problem) -> dict[str, Any]:
         "llm_int8": (llm_int8, (prepared, floats)),
         "xla llm_int8": (llm_int8, (q, floats)),
     }
-    return {"us": {name: round(us, 1) for name, us in turns(compiled(calls)).items()}}
+    programs = compiled(calls)
+    got, wanted = (programs[name][0](*programs[name][1]) for name in ("ours", "xla"))
+    largest = jnp.max(jnp.abs(wanted.astype(jnp.float32)), axis=1, keepdims=True)
+    off = float(jnp.max(jnp.abs(got.astype(jnp.float32) - wanted.astype(jnp.float32)) / largest))
+    if not off <= 2**-7:  # one unit of bfloat16
+        raise SystemExit(f"{problem}: {off} from XLA's product")
+    us = {name: round(us, 1) for name, us in turns(programs).items()}
+    return {"off": off, "us": us}
 
 
 def compiled(calls: dict[str, tuple[Any, tuple]]) -> dict[str, tuple[Any, tuple]]:

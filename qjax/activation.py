@@ -43,7 +43,8 @@ class Activation:
     - `threshold` (LLM.int8(), arXiv:2208.07339, section 3.2): features of x' of which any token has
       a magnitude of at least that are multiplied in floating point with the dequantized rows, the
       others in `spec`. Up to `budget` of them are gathered; where a call has more, or the weight
-      has no rows to gather (groups, parallel axes, prepared), that product takes all features.
+      has no rows to gather (groups, parallel axes), that product takes all features; on a kernel
+      the rest is added (64 of them are gathered there without a budget).
 
     Gradients are straight-through: those of x @ dequantize(w).
 

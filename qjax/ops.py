@@ -137,16 +137,13 @@ def _dynamic(x: jax.Array, q: Any, extra: tuple, op: Op) -> jax.Array:
 
     Straight-through: the tangent of x is that of the product with `dequantize(q)`.
     """
-    act, apart, whole, outlier = q.activation, None, x, None
+    act, whole, outlier, everywhere = q.activation, x, None, None
     assert act is not None
     assert act.spec is not None
     if act.threshold is not None:
         outlier = jnp.any(jnp.abs(x) >= act.threshold, axis=op.rows(x), keepdims=True)
         everywhere = outlier | jnp.zeros_like(x, bool)  # sharded as x, where that is Explicit
-        apart, x = (
-            jnp.where(everywhere, x, jnp.zeros_like(x)),
-            jnp.where(everywhere, jnp.zeros_like(x), x),
-        )
+        x = jnp.where(everywhere, jnp.zeros_like(x), x)
     x_codes, x_scale = _codes_of(x.astype(jnp.float32), act, op, extra)
     on_kernel = isinstance(q, Prepared)
     if on_kernel and rounded_products.serves(q):
@@ -169,7 +166,8 @@ def _dynamic(x: jax.Array, q: Any, extra: tuple, op: Op) -> jax.Array:
             assert isinstance(op, Dot)
             y = _grouped_dot(x_codes, codes, q, op, accumulator)
     y = times(y, op.place_x_scale(x_scale, x, q))
-    if apart is not None:
+    if everywhere is not None:
+        apart = jnp.where(everywhere, whole, jnp.zeros_like(whole))
         y = y + _outliers(apart.astype(jnp.float32), q, op, extra)
     return y.astype(op.out_dtype)
 

@@ -10,7 +10,9 @@ from jax import lax
 from pallas_kernels.dispatch import choose
 from pallas_kernels.int8_matmul.op import int8_matmul
 from pallas_kernels.int8_matmul.problem import Problem
+from pallas_kernels.mapping import looped
 from pallas_kernels.quantized_matmul.op import quantized_matmul
+from pallas_kernels.quantized_matmul.problem import Problem as Product
 from pallas_kernels.quantized_matmul.problem import Weight
 from qjax import prepared_products
 from qjax.prepared import Prepared
@@ -25,14 +27,31 @@ def serves(p: Prepared) -> bool:
 def path(x: jax.Array, p: Prepared, dot: Dot) -> str:
     """The implementation and the layout."""
     assert p.activation is not None
-    problem = prepared_products.problem_of(x, p, dot)
-    count = 0 if p.activation.threshold is None else _budget(p)
-    name = choose("int8_matmul", Problem(problem.m, problem.weight, p.layout, count, problem.out))
-    outliers = "" if p.activation.threshold is None else _described(p)
-    if name != "reference":
-        return f"{name} on int8 in {p.layout}{outliers}"
-    rows = problem._replace(m=problem.m * (2 if outliers else 1), x="bfloat16", out="float32")
-    return f"{prepared_products.path(rows, p)}{outliers}"
+    product, apart = prepared_products.problem_of(x, p, dot), p.activation.threshold is not None
+    count = _budget(p) if apart else 0
+    problem = Problem(product.m, product.weight, p.layout, count, product.out)
+    way = _way(problem, x.dtype if apart else None)
+    outliers = _described(p) if apart else ""
+    if way != "in floats":
+        return f"{way} on int8 in {p.layout}{outliers}"
+    return f"{prepared_products.path(_floats(problem), p)}{outliers}"
+
+
+def _way(problem: Problem, outliers: Any) -> str:
+    """The implementation of `int8_matmul`, or "in floats": with few rows or on several devices by a
+    kernel that takes x in bfloat16, as outliers of that dtype (None: there are none) allow.
+    """
+    plain = outliers in (None, jnp.bfloat16)
+    name = choose("int8_matmul", problem) if plain else "reference"
+    if name != "reference" or not plain:
+        return name
+    return name if choose("quantized_matmul", _floats(problem)) == name else "in floats"
+
+
+def _floats(problem: Problem) -> Product:
+    """Codes, and outliers as rows of their own, in bfloat16."""
+    rows = problem.m * (2 if problem.outliers else 1)
+    return Product(rows, problem.weight, problem.layout, "bfloat16", "float32")
 
 
 def _described(p: Prepared) -> str:
@@ -62,7 +81,12 @@ def product(
     shape = [1 if a in contracted else n for a, n in enumerate(codes.shape)]
 
     def call(xs: Any, arrays: Any, weight: Weight) -> jax.Array:
-        return _rows(*xs, arrays=arrays, weight=weight, p=p, out=dot.out_dtype)
+        def run(codes: jax.Array, scale: jax.Array, *rest: jax.Array) -> jax.Array:
+            held = dict(zip(arrays, rest[len(beside) :], strict=True))
+            first = rest[: len(beside)]
+            return _rows(codes, scale, *first, arrays=held, weight=weight, p=p, out=dot.out_dtype)
+
+        return looped(run)(*xs, *arrays.values())  # under a plain vmap `cond` runs both branches
 
     return prepared_products.placed(call, (codes, jnp.broadcast_to(scale, shape), *beside), p, dot)
 
@@ -82,10 +106,10 @@ def _rows(
     )
     floats: Any = lambda x: quantized_matmul(x, arrays, weight, p.layout, out=jnp.float32)
     ints: Any = lambda outliers: int8_matmul(
-        codes, scale[:, 0], arrays, weight, p.layout, outliers=outliers, out=out
+        codes, scale[:, 0], arrays, weight, p.layout, outliers=outliers, out=out, implementation=way
     )
-    fits = not beside or beside[0].dtype == jnp.bfloat16
-    if not fits or choose("int8_matmul", problem) == "reference":
+    way = _way(problem, beside[0].dtype if beside else None)
+    if way == "in floats":
         return _in_floats(codes, scale, *beside, floats=floats).astype(out)
     if not beside:
         return ints(None)
@@ -107,13 +131,10 @@ def _rows(
 def _in_floats(
     codes: jax.Array, scale: jax.Array, *beside: jax.Array, floats: Callable[..., jax.Array]
 ) -> jax.Array:
-    """The same by products of x in bfloat16, which holds all codes; one if outliers fit it too."""
+    """The same by one product of x in bfloat16, which holds all codes."""
     rows, m = codes.astype(jnp.bfloat16), codes.shape[0]
     if not beside:
         return floats(rows) * scale
     x, outlier = beside
-    apart = jnp.where(outlier, x, jnp.zeros_like(x))
-    if x.dtype != rows.dtype:
-        return floats(rows) * scale + floats(apart)
-    y = floats(jnp.concatenate([rows, apart]))
+    y = floats(jnp.concatenate([rows, jnp.where(outlier, x, jnp.zeros_like(x))]))
     return y[:m] * scale + y[m:]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import needs_mosaic
+from helpers import MOSAIC, needs_mosaic
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -20,7 +20,6 @@ from pallas_kernels.int8_matmul.problem import Problem
 from pallas_kernels.quantized_matmul.layouts import LAYOUTS
 from pallas_kernels.quantized_matmul.problem import Weight
 from qjax import rounded_products
-from qjax.activation import Activation
 
 H200 = Device("gpu", "NVIDIA H200")
 ORDER = LAYOUTS["hopper8"]
@@ -88,6 +87,7 @@ def twin(codes):
         (Problem(83, Weight(400, 264, 400, "int8"), "hopper8", 0, "bfloat16"), (32, 2, 1, 2)),
         (Problem(83, Weight(400, 264, 400, "int8"), "hopper8", 70, "float32"), (64, 3, 8, 2)),
         (Problem(17, Weight(40, 8, 40, "int8"), "hopper8", 3, "bfloat16"), (32, 6, 8, 132)),
+        (Problem(300, Weight(300, 264, 300, "int8"), "hopper8", 70, "bfloat16"), (256, 3, 8, 2)),
     ],
     ids=str,
 )
@@ -127,13 +127,14 @@ def test_lanes_hold_what_wgmma_multiplies():
         held = words[warp, stage].reshape(4, 32, 4)[quarter]
         for chunk, half in np.ndindex(2, 2):
             pair = held[:, 2 * chunk : 2 * chunk + 2]
-            picked = (0x6420, 0x7531)[half]
+            picked = hopper_kernel.HALVES[half]
             for i in range(4):
                 byte = picked >> 4 * i & 7
                 got = pair[:, byte // 4] >> np.uint32(8 * (byte % 4)) & np.uint32(255)
                 k = order[128 * stage + 32 * quarter + 16 * chunk + 4 * c + i]
                 wanted = codes[k, 16 * warp + r + 8 * half]
-                np.testing.assert_array_equal((got ^ 128).astype(np.uint8).view(np.int8), wanted)
+                signed = got ^ np.uint32(hopper_kernel.FLIP & 255)
+                np.testing.assert_array_equal(signed.astype(np.uint8).view(np.int8), wanted)
 
 
 def test_rows_of_codes_are_found_where_they_lie():
@@ -213,9 +214,10 @@ MATMUL = qjax.quantized(lambda p, x: x @ p["w"].astype(x.dtype))
 
 
 @pytest.fixture
-def on_kernel(monkeypatch):
-    """Prepared products take the way of the kernel, whose definition runs in its place."""
-    monkeypatch.setattr(rounded_products, "choose", lambda op, problem: "mosaic_gpu")
+def in_floats(monkeypatch):
+    """Prepared products take the way of devices whose kernels multiply bfloat16 only."""
+    found = {"int8_matmul": "reference", "quantized_matmul": "mosaic_wgmma"}
+    monkeypatch.setattr(rounded_products, "choose", lambda op, problem: found[op])
 
 
 def near(a: jax.Array, b: jax.Array) -> None:
@@ -229,8 +231,8 @@ def near(a: jax.Array, b: jax.Array) -> None:
     ("threshold", "budget", "outliers"), [(None, None, 5), (6.0, 16, 5), (6.0, 2, 5), (6.0, 16, 0)]
 )
 def test_prepared_products_are_those_of_qtensors(way, threshold, budget, outliers, request):
-    if way == "kernel":
-        request.getfixturevalue("on_kernel")
+    if way == "in floats":
+        request.getfixturevalue("in_floats")
     q, p = prepared("int8/int8_token", threshold, budget)
     x = rows_of_x(outliers=outliers)
     near(jax.jit(MATMUL)(p, x), MATMUL(q, x))
@@ -241,7 +243,7 @@ def test_prepared_products_are_those_of_qtensors(way, threshold, budget, outlier
     np.testing.assert_array_equal(back.qvalue, q["w"].qvalue)
 
 
-def test_layers_tensors_and_other_orders(on_kernel):
+def test_layers_and_other_orders():
     q, p = prepared("int8/int8_token", 6.0, 16, lead=(3,))
     x = rows_of_x()
     step = qjax.quantized(
@@ -269,14 +271,31 @@ def test_a_mesh_cuts_rows_and_channels(kind):
         near(y, wanted)
 
 
-def test_float32_outliers_are_not_rounded():
-    q, p = prepared("int8/int8_token", 6.0, 16)
-    x = jnp.zeros((24, K)).at[:, 7:12].set(jax.random.uniform(jax.random.key(1), (24, 5)) + 7)
-    got, wanted = MATMUL(p, x), MATMUL(q, x)
-    assert np.abs(got - wanted).max() <= 1e-5 * np.abs(wanted).max()
+def test_float32_is_not_rounded():
+    for threshold in (None, 6.0):
+        q, p = prepared("int8/int8_token", threshold, 16)
+        x = rows_of_x().astype(jnp.float32) * 1.001
+        got, wanted = MATMUL(p, x), MATMUL(q, x)
+        assert np.abs(got - wanted).max() <= 1e-6 * np.abs(wanted).max()
 
 
-def test_a_nan_stays_one(on_kernel):
+def test_only_calls_with_more_outliers_multiply_them_all():
+    _, p = prepared("int8/int8_token", 6.0, 16, lead=(3,))
+    layers = qjax.quantized(lambda p, x: jnp.einsum("mk,lkn->lmn", x, p["w"].astype(x.dtype)))
+    assert " cond[" in str(jax.make_jaxpr(layers)(p, rows_of_x()))
+
+
+@pytest.mark.parametrize("k", [32, 64, 128])
+def test_a_scale_that_lies_as_a_groups_is_refused(k, monkeypatch):
+    problem = Problem(130, Weight(k, 128, k, "int8", "bfloat16"), "hopper8", 0, "bfloat16")
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert MOSAIC is ("no group's size" in str(mosaic_gpu.supports(problem, H200)))
+    q = {"w": qjax.quantize(jnp.ones((k, 64)), "int8/int8_token", 0)}
+    with pytest.raises(ValueError, match="no group's size"):
+        qjax.prepare(q, device=H200, unsupported="raise")
+
+
+def test_a_nan_stays_one():
     _, p = prepared("int8/int8_token", 6.0, 16)
     got = MATMUL(p, rows_of_x().at[3, 50].set(jnp.nan))
     np.testing.assert_array_equal(jnp.isnan(got).all(1), np.arange(24) == 3)
@@ -285,12 +304,11 @@ def test_a_nan_stays_one(on_kernel):
 def test_explain_says_how_and_report_why_not():
     _, p = prepared("int8/int8_token", 6.0, 16)
     (use,) = qjax.explain(MATMUL, p, rows_of_x()).uses
-    assert use.how == "int8_token, reference on hopper8, outliers from 6 apart, 16 at once"
+    assert use.how == "int8_token, reference on int8 in hopper8, outliers from 6 apart, 16 at once"
     with pytest.raises(ValueError, match="int8 by int8 with one scale per channel"):
         prepared("int8_g32/int8_token")
     with pytest.raises(ValueError, match="its kernels take no quantized activations"):
         prepared("int4_g32/int8_token")
-    assert Activation is type(p["w"].activation)
 
 
 @needs_mosaic

@@ -39,6 +39,8 @@ LINES = 64  # channels of a warpgroup
 WORDS = ROWS * DEPTH // 4  # of a tile's codes
 BOX = 256  # words that TMA takes along an axis
 LOADER, MULTIPLIER = 40, 232  # registers of a thread
+HALVES = 0x6420, 0x7531  # bytes of two words that are channel r, and r + 8
+FLIP = 0x80808080  # codes are held plus 128
 
 
 def of_x(x: jax.Array) -> jax.Array:
@@ -68,10 +70,10 @@ def operand() -> Any:
         for quarter in range(4):
             words = ptx.load(codes, ptx.add(start, 128 * quarter), 4, i32)
             for pair in (words[:2], words[2:]):
-                for half in (0x6420, 0x7531):  # channels r, r + 8
+                for half in HALVES:
                     code = f"prmt.b32 $0, $1, $2, {half:#x};"
                     held = ptx.asm(i32, code, "=r,r,r", *pair)
-                    signed = arith.xori(held, ptx.number(0x80808080))  # they are held plus 128
+                    signed = arith.xori(held, ptx.number(FLIP))
                     out.append(utils.bitcast(signed, four))
         shape = fa.WGMMA_LAYOUT_8BIT.registers_shape((LINES, DEPTH))
         return fa.FragmentedArray(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from pallas_kernels import hopper
 from pallas_kernels.frame import Device
 from pallas_kernels.int8_matmul.problem import Problem
+from pallas_kernels.quantized_matmul.hopper_layout import per_channel
 
 CHANNELS = 128  # of a tile; each of two warpgroups has 64
 LEAST_ROWS = 129  # with fewer a product in bfloat16, which can split k, is as fast
@@ -40,8 +41,11 @@ def supports(problem: Problem, device: Device) -> str | None:
     weight, reason = problem.weight, hopper.missing_alone(device)
     if reason is not None:
         return reason
-    if problem.layout != "hopper8" or weight.code != "int8" or weight.groups > 1:
-        return f"{weight} in layout {problem.layout}: it takes int8, one scale per channel, hopper8"
+    if problem.layout != "hopper8" or weight.code != "int8" or not per_channel(weight):
+        return (
+            f"{weight} in layout {problem.layout}: it takes int8 in hopper8 with one scale per "
+            "channel that lies apart, so k of no group's size"
+        )
     if problem.m < LEAST_ROWS:
         return f"x has {problem.m} rows, it takes {LEAST_ROWS} or more"
     if weight.n % 8:

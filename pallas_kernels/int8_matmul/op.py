@@ -64,12 +64,14 @@ def int8_matmul(
         )
     if outliers is not None:
         columns, at = outliers
-        fits = columns.ndim == 2 and columns.shape == (m, at.size) and at.dtype == jnp.int32
+        fits = at.ndim == 1 and columns.shape == (m, at.size) and at.dtype == jnp.int32
         if not fits or not jnp.issubdtype(columns.dtype, jnp.floating):
             raise ValueError(
                 f"int8_matmul: outliers must be floats [{m}, c] and int32 [c]; given are "
                 f"{columns.dtype}{list(columns.shape)} and {at.dtype}{list(at.shape)}"
             )
+    if not jnp.issubdtype(out, jnp.floating):
+        raise ValueError(f"int8_matmul: the result has scales, out must be floats, is {out}")
     count = 0 if outliers is None else outliers[1].size
     problem = Problem(m, weight, layout, count, jnp.dtype(out).name)
     name = choose("int8_matmul", problem, device, implementation)

@@ -211,7 +211,12 @@ def _unpack_scale(words: jax.Array, weight: Weight, name: str) -> jax.Array:
 
 def _takes_codes(weight: Weight, codes: str) -> str | None:
     if codes != "int8" or weight.code != "int8" or not per_channel(weight):
-        return "of quantized activations its kernels take int8 by int8 with one scale per channel"
+        return (
+            "of quantized activations its kernels take int8 by int8 with one scale per channel, "
+            "and k of more than 128 or of no group's size"
+        )
+    if weight.n % 8:
+        return f"its kernel of int8 activations takes multiples of 8 channels, not {weight.n}"
     return None
 
 

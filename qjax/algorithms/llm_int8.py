@@ -24,7 +24,7 @@ def llm_int8(threshold: float = 6.0) -> Algorithm:
     from all its tokens: the result of a token depends on what it is batched with, as in
     bitsandbytes. The second product gathers as many features as `budget` says, which is what
     calibration saw, with half as much to spare; a call that has more takes all features in floating
-    point (`lax.cond`), so that the result is the same.
+    point, or on a kernel the rest (`lax.cond`), so that the result is the same.
 
     Args:
       threshold: of |x|.
