@@ -115,12 +115,15 @@ def _prepared_linear(x: jax.Array, p: Prepared, op: Op, extra: tuple) -> tuple[j
     if reason is not None or not isinstance(op, Dot):
         y = op(x, dequantize(p), extra, op.out_dtype)
         return lax.convert_element_type(y, op.out_dtype), f"dequantized in the call: {reason}"
-    act, path = p.activation, prepared_products.path(prepared_products.problem_of(x, p, op), p)
-    if act is None or act.spec is None:
-        return prepared_products.product(x, p, op, op.out_dtype), path
-    if rounded_products.serves(p):
-        path = rounded_products.path(x, p, op)
-    return _dynamic(x, p, extra, op), f"{_rounding(act)}, {path}"
+    act = p.activation
+    rounds = act is not None and act.spec is not None
+    if rounds and rounded_products.serves(p):
+        how = rounded_products.path(x, p, op)
+    else:
+        how = prepared_products.path(prepared_products.problem_of(x, p, op), p)
+    if act is None or not rounds:
+        return prepared_products.product(x, p, op, op.out_dtype), how
+    return _dynamic(x, p, extra, op), f"{_rounding(act)}, {how}"
 
 
 def _rounding(act: Activation) -> str:

@@ -106,10 +106,10 @@ def unfit(x: jax.Array, p: Prepared, op: Op) -> str | None:
 
 def problem_of(x: jax.Array, p: Prepared, dot: Dot) -> Problem:
     """What the kernel is asked for, of one layer."""
-    weight, lead = p.local().weight, math.prod(p.lead)
+    weight = p.local().weight
     spec = None if p.activation is None else p.activation.spec
     dtype = x.dtype if spec is None else "int8" if spec.format == "int8" else "float32"
-    m = math.prod(x.shape) // max(weight.k * lead, 1)
+    m = math.prod(x.shape[a] for a in dot.rows(x))
     return Problem(m, weight, p.layout, jnp.dtype(dtype).name, jnp.dtype(dot.out_dtype).name)
 
 
