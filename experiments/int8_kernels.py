@@ -8,9 +8,9 @@ row; the result in float32 and in bfloat16). Then, in turns, wall clock of calls
     xla                that dot, its scales and the rounding to bfloat16
     w8a16              the kernel that multiplies the same weight with x in bfloat16
     bf16               XLA's dot of a bfloat16 weight
-    llm_int8           x in bfloat16 through `qjax.quantized`, seven of its features outliers, the
-                       weight prepared
-    xla llm_int8       the same with the weight as it was quantized
+    int8_token         x in bfloat16 through `qjax.quantized`, the weight prepared
+    llm_int8           the same with seven of the features of x as outlier columns
+    xla llm_int8       that with the weight as it was quantized
 
     python experiments/int8_kernels.py [check] [time] [tune] [--json ROWS.json]
 
@@ -73,6 +73,8 @@ def agree(m: int = 300, k: int = 1024, n: int = 512) -> float:
         x = x.at[:, 3 : 3 + count].multiply(30)
         got, wanted = (call(p, x).astype(jnp.float32) for p in (qjax.prepare(q), q))
         worst = max(worst, float(jnp.max(jnp.abs(got - wanted)) / jnp.max(jnp.abs(wanted))))
+    if not worst <= 2**-7:  # one unit of bfloat16
+        raise SystemExit(f"prepared weights are {worst} from QTensors")
     return worst
 
 
@@ -88,8 +90,10 @@ def check(problem: Problem) -> dict[str, Any]:
     truth *= np.asarray(held["scale"], np.float64)
     largest = np.max(np.abs(truth), axis=1, keepdims=True)
     off = lambda y: float(np.max(np.abs(y - truth) / largest))
-    rounded = np.asarray(jnp.asarray(truth, problem.out), np.float64)
-    return {"error": off(got), "rounding": off(rounded)}
+    error, rounding = off(got), off(np.asarray(jnp.asarray(truth, problem.out), np.float64))
+    if not error <= rounding + 1e-6:  # float32 scales and sums of outliers
+        raise SystemExit(f"{problem}: {error} from the exact product, rounding it {rounding}")
+    return {"error": error, "rounding": rounding}
 
 
 def measure(problem: Problem) -> dict[str, Any]:
@@ -114,11 +118,12 @@ def measure(problem: Problem) -> dict[str, Any]:
         return (y * x_scale[:, None] * scale).astype(jnp.bfloat16)
 
     q = qjax.quantize(held["codes"].astype(jnp.float32), "int8/int8_token", 0)
+    tokens = qjax.prepare({"w": q}, unsupported="raise")
     apart = dataclasses.replace(q.activation, threshold=6.0, budget=64)
     q = {"w": dataclasses.replace(q, activation=apart)}
     prepared = qjax.prepare(q, unsupported="raise")
-    llm_int8 = qjax.quantized(lambda p, x: x @ p["w"].astype(x.dtype))
-    print(qjax.explain(llm_int8, prepared, floats).uses[0].how, flush=True)
+    model = qjax.quantized(lambda p, x: x @ p["w"].astype(x.dtype))
+    print(qjax.explain(model, prepared, floats).uses[0].how, flush=True)
     w8a16 = Product(problem.m, weight, problem.layout, "bfloat16", "bfloat16")
     calls = {
         "ours": (ours, (x, x_scale, arrays)),
@@ -127,8 +132,9 @@ def measure(problem: Problem) -> dict[str, Any]:
         "xla": (xla, (x, x_scale, rows, scale)),
         "w8a16": (functools.partial(mosaic_wgmma.run, problem=w8a16), (floats, arrays)),
         "bf16": (lambda x, w: x @ w, (floats, wide)),
-        "llm_int8": (llm_int8, (prepared, floats)),
-        "xla llm_int8": (llm_int8, (q, floats)),
+        "int8_token": (model, (tokens, floats)),
+        "llm_int8": (model, (prepared, floats)),
+        "xla llm_int8": (model, (q, floats)),
     }
     programs = compiled(calls)
     got, wanted = (programs[name][0](*programs[name][1]) for name in ("ours", "xla"))

@@ -324,3 +324,7 @@ def test_explain_names_the_kernel(monkeypatch):
     assert (
         how(rows_of_x(4)) == "int8_token, mosaic_gpu on hopper8, outliers from 6 apart, 16 at once"
     )
+    _, layers = prepared("int8/int8_token", 6.0, 16, lead=(3,))
+    each = qjax.quantized(lambda p, x: jnp.einsum("mk,lkn->lmn", x, p["w"].astype(x.dtype)))
+    assert "mosaic_gpu on int8" in qjax.explain(each, layers, rows_of_x(160)).uses[0].how
+    assert how(rows_of_x(160).astype(jnp.float32)).startswith("int8_token, reference on int8")

@@ -32,6 +32,7 @@ from pallas_kernels.int8_matmul.mosaic_gpu import CHANNELS, COLUMNS, STRIP, Conf
 from pallas_kernels.int8_matmul.problem import Problem
 from pallas_kernels.quantized_matmul import hopper_asm as ptx
 from pallas_kernels.quantized_matmul.hopper_layout import DEPTH, ROWS
+from pallas_kernels.warpgroups import by_turns, scales
 
 F32, BF16, I8, I32 = jnp.float32, jnp.bfloat16, jnp.int8, jnp.int32
 GROUPS = 2  # warpgroups that multiply; the next one loads
@@ -172,24 +173,12 @@ def kernel(problem: Problem, config: Config, twin: Any = None) -> Callable[..., 
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(empty.at[place(i)])
 
-            # two stages a turn, so that the operands of two products have their own registers
             def integers(total):
-                def turn(i, one, last):
-                    product(2 * i, total, one)
-                    other = held(2 * i + 1)
-                    finished(2 * i)
-                    product(2 * i + 1, total, other)
-                    later = one if last else held(2 * i + 2)
-                    finished(2 * i + 1)
-                    return later
-
-                going = functools.partial(turn, last=False)
-                one = lax.fori_loop(0, turns - 1, going, held(I32(0)))
-                turn(turns - 1, one, last=True)
+                by_turns(turns, held, lambda i, codes: product(i, total, codes), finished)
                 return total[...]
 
             sums = pl.run_scoped(integers, plgpu.ACC((LINES, c.rows), I32)).astype(F32)
-            sums = sums * _scales(scale_x.at[pl.ds(row, c.rows)], 1, (LINES, c.rows))
+            sums = sums * scales(scale_x.at[pl.ds(row, c.rows)], 1, (LINES, c.rows))
 
             def added(total):
                 if twin is None:
@@ -208,7 +197,7 @@ def kernel(problem: Problem, config: Config, twin: Any = None) -> Callable[..., 
             if second:
                 sums = pl.run_scoped(added, plgpu.ACC((LINES, c.rows), F32))
             channels = pl.ds(ni * CHANNELS + group * LINES, LINES)
-            sums = sums * _scales(scale_w.at[channels], 0, (LINES, c.rows))
+            sums = sums * scales(scale_w.at[channels], 0, (LINES, c.rows))
             for slot, q in enumerate(range(0, c.rows, strip)):
                 plgpu.wait_smem_to_gmem(outs - 1, wait_read_only=True)
                 y = sums[:, q : q + strip].astype(out)
@@ -268,12 +257,6 @@ def kernel(problem: Problem, config: Config, twin: Any = None) -> Callable[..., 
         return y[:m, :n]
 
     return call
-
-
-def _scales(ref: Any, axis: int, shape: tuple[int, int]) -> jax.Array:
-    """Of the channels (axis 0) or rows of x of a tile."""
-    layout = plgpu.Layout.WGMMA.reduce(1 - axis)
-    return lax.broadcast_in_dim(plgpu.load(ref, layout=layout, optimized=False), shape, (axis,))
 
 
 def _up(size: int, unit: int) -> int:

@@ -41,6 +41,7 @@ from pallas_kernels.quantized_matmul.mosaic_wgmma import (
 from pallas_kernels.quantized_matmul.mosaic_wgmma import fits as misfit
 from pallas_kernels.quantized_matmul.mosaic_wgmma import turns as turns_of
 from pallas_kernels.quantized_matmul.problem import Problem
+from pallas_kernels.warpgroups import by_turns
 
 F32 = jnp.float32
 REGISTERS = 65536  # of a block
@@ -188,21 +189,8 @@ def kernel(
                     plgpu.wgmma_wait(0)
                     plgpu.barrier_arrive(empty.at[place(i)])
 
-                # Two stages a turn, so that the operands of two products have their own registers:
-                # with one set the compiler serializes the instructions of a product.
                 def product(acc):
-                    def turn(i, one, last):
-                        multiply(2 * i, acc, one)
-                        other = operand(2 * i + 1)
-                        finished(2 * i)
-                        multiply(2 * i + 1, acc, other)
-                        later = one if last else operand(2 * i + 2)
-                        finished(2 * i + 1)
-                        return later
-
-                    more = functools.partial(turn, last=False)
-                    held = lax.fori_loop(0, end - begin - 1, more, operand(i32(0)))
-                    turn(end - begin - 1, held, last=True)
+                    by_turns(end - begin, operand, lambda i, a: multiply(i, acc, a), finished)
                     return acc[...]
 
                 total = pl.run_scoped(product, plgpu.ACC((64, c.rows), F32))

@@ -17,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.row_scaled_matmul.mosaic_gpu import COLUMNS, ROWS, Config
 from pallas_kernels.row_scaled_matmul.problem import Problem
+from pallas_kernels.warpgroups import scales
 
 F8, F32 = jnp.float8_e4m3fn, jnp.float32
 GROUPS = 2  # warpgroups that multiply; the next one loads
@@ -91,12 +92,12 @@ def kernel(problem: Problem, config: Config) -> Callable[..., jax.Array]:
                 scratch = [plgpu.ACC((LINES, COLUMNS), F32) for _ in parts]
                 for line, total in zip(parts, pl.run_scoped(sums, *scratch), strict=True):
                     at = pl.ds(row + group * share + line, LINES)
-                    of_rows = _scales(sa_g.at[at], 0, (LINES, strip))
+                    of_rows = scales(sa_g.at[at], 0, (LINES, strip))
                     for slot, q in enumerate(range(0, COLUMNS, strip)):
                         columns = pl.ds(column + q, strip)
                         held = o_s.at[group, slot % c.outs]
                         plgpu.wait_smem_to_gmem(c.outs - 1, wait_read_only=True)
-                        scale = _scales(sb_g.at[columns], 1, (LINES, strip))
+                        scale = scales(sb_g.at[columns], 1, (LINES, strip))
                         held[...] = (total[:, q : q + strip] * of_rows * scale).astype(out)
                         plgpu.commit_smem()
                         plgpu.copy_smem_to_gmem(held, o_g.at[at, columns])
@@ -126,9 +127,3 @@ def kernel(problem: Problem, config: Config) -> Callable[..., jax.Array]:
     # TMA clips what lies beyond m, a plain load of scales does not
     padded = lambda a_scale: jnp.pad(a_scale, (0, -m % ROWS))
     return lambda a, a_scale, b, b_scale: run(a, padded(a_scale), b, b_scale)
-
-
-def _scales(ref, axis: int, shape: tuple[int, int]) -> jax.Array:
-    """Of the rows (axis 0) or columns of a part of a product."""
-    layout = plgpu.Layout.WGMMA.reduce(1 - axis)
-    return lax.broadcast_in_dim(plgpu.load(ref, layout=layout, optimized=False), shape, (axis,))
