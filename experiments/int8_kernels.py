@@ -173,7 +173,7 @@ def tune(problem: Problem) -> dict[str, Any]:
 
 
 DOING = {
-    "check": (check, problems.SMALL),
+    "check": (check, problems.SMALL + problems.TALL),
     "time": (measure, problems.LARGE),
     "tune": (tune, problems.LARGE),
 }

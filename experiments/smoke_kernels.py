@@ -74,7 +74,7 @@ def training() -> None:
 
 def integers() -> None:
     """int8 by int8, outlier columns and none."""
-    for problem in int8_kernels.problems.SMALL:
+    for problem in int8_kernels.problems.SMALL + int8_kernels.problems.TALL:
         print(problem, int8_kernels.check(problem), flush=True)
 
 

@@ -15,6 +15,12 @@ SMALL = (
     _of(300, 1168, 392, 130, "float32"),
     _of(17, 40, 8, 3),
 )
+# Tiles of 256 rows, more of them than multiprocessors.
+TALL = (
+    _of(4001, 400, 2184, 7),
+    _of(2100, 520, 2056, 70, "float32"),
+    _of(4096, 1024, 2304),
+)
 LARGE = tuple(
     _of(m, k, n)
     for k, n in ((4096, 4096), (8192, 8192), (4096, 28672))
