@@ -61,6 +61,7 @@ CONFIGS = [  # that checks go through, where they fit: "int4 square" all, the ot
     Config(64, 1, 6, 2, channels=128, teams=2),
     Config(128, 1, 4, 1, 2),
     Config(256, 1, 3),
+    Config(256, 1, 3, 2),
     Config(32, 1, 4, channels=128, teams=2),
     Config(32, 2, 6, 4, channels=64, teams=2),
     Config(256, 1, 3, 1, 2),

@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import arith, llvm, scf
 
 from pallas_kernels.quantized_matmul import hopper_asm as ptx
 from pallas_kernels.quantized_matmul import hopper_layout as layout
@@ -40,6 +40,12 @@ def _array(values: list[list[ir.Value]], columns: int) -> fa.FragmentedArray:
 def _pairs(array: fa.FragmentedArray) -> list[list[ir.Value]]:
     """Its registers: two neighbors along m of channel r, then of r + 8, per 8 along m."""
     return [[llvm.extractelement(v, ptx.number(i)) for i in range(2)] for v in array.registers.flat]
+
+
+def _quads(array: fa.FragmentedArray) -> list[list[ir.Value]]:
+    """Its registers: those of a thread per 8 along m."""
+    pairs = _pairs(array)
+    return [[*a, *b] for a, b in zip(pairs[::2], pairs[1::2], strict=True)]
 
 
 def finish(problem: Problem, rows: int) -> Any:
@@ -92,14 +98,15 @@ def finish(problem: Problem, rows: int) -> Any:
 class Parts:
     """The sums of warpgroups that share k: of `teams` in a block, of `split` blocks.
 
-    In shared memory they lie as `[member, part, 8 rows, thread, 4]`: what a thread holds is added
-    by the thread of its number in the first team, in the order of the parts. Of a cluster, each
-    block adds up its share of `rows`; of one block, the first team keeps its own in registers.
+    Of a cluster, each block adds up its share of `rows`, whose sums its first team keeps in
+    registers. The others, in shared memory, lie as `[member, part, 8 rows, thread, 4]`: parts of
+    this block's other teams, then of the next blocks' teams. What a thread holds is added by the
+    thread of its number in the first team, in that order.
     """
 
     def __init__(self, rows: int, split: int, teams: int, members: int) -> None:
         eights = rows // 8 // split
-        count = split * teams if split > 1 else teams - 1  # of parts in shared memory
+        count = split * teams - 1  # of parts in shared memory
 
         def quad() -> ir.Value:
             return arith.shrui(ptx.thread(), ptx.number(7))
@@ -116,67 +123,65 @@ class Parts:
             inside = arith.andi(ptx.thread(), ptx.number(THREADS - 1))
             return arith.muli(arith.addi(line, inside), ptx.number(4))
 
-        def part(slots: Any, number: int, eight: int) -> list[ir.Value]:
-            return ptx.load(slots, place(ptx.number(number), eight), 4, ir.F32Type.get())
-
-        def added(totals: list[list[ir.Value]], slots: Any, first: int) -> fa.FragmentedArray:
-            done = []
-            for eight in range(eights):
-                total = totals[eight]
-                for number in range(first, count):
-                    more = part(slots, number, eight)
-                    total = [arith.addf(t, v) for t, v in zip(total, more, strict=True)]
-                done += [total[:2], total[2:]]
-            return _array(done, rows // split)
+        def own(sums: fa.FragmentedArray) -> list[list[ir.Value]]:
+            """Those of the rows that this block adds up."""
+            quads, rank = _quads(sums), ptx.rank(split > 1)
+            mine = quads[:eights]
+            for owner in range(1, split):
+                here = arith.cmpi(arith.CmpIPredicate.eq, rank, ptx.number(owner))
+                pairs = zip(quads[owner * eights :], mine, strict=False)
+                mine = [[arith.select(here, *v) for v in zip(*pair, strict=True)] for pair in pairs]
+            return mine
 
         result = plgpu.ShapeDtypeStruct((64, rows // split), jnp.float32, layout=plgpu.Layout.WGMMA)
 
         @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(), plgpu.RefType()))
         def send(ctx, sums, slots, arrived):
             """To the blocks that own the rows."""
-            pairs = _pairs(sums)
-            mine = arith.addi(arith.muli(ptx.rank(True), ptx.number(teams)), team())
+            quads, rank = _quads(sums), ptx.rank(True)
             for owner in range(split):
+                ahead = arith.remui(ptx.add(rank, split - owner), ptx.number(split))
+                number = arith.addi(arith.muli(ahead, ptx.number(teams)), team())
                 barrier = ptx.far(ptx.near(arrived), ptx.number(owner))
                 start = ptx.far(ptx.near(slots), ptx.number(owner))
-                for eight in range(eights):
-                    at = 2 * (owner * eights + eight)
-                    ptx.run(
-                        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 "
-                        "[$0], {$2, $3, $4, $5}, [$1];",
-                        "r,r,f,f,f,f",
-                        ptx.add_bytes(start, place(mine, eight), 4),
-                        barrier,
-                        *pairs[at],
-                        *pairs[at + 1],
-                    )
-
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=result)
-        def add(ctx, slots):
-            """What was sent here."""
-            return added([part(slots, 0, eight) for eight in range(eights)], slots, 1)
+                branch = scf.IfOp(arith.cmpi(arith.CmpIPredicate.ne, number, ptx.number(0)))
+                with ir.InsertionPoint(branch.then_block):
+                    for eight in range(eights):
+                        ptx.run(
+                            "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 "
+                            "[$0], {$2, $3, $4, $5}, [$1];",
+                            "r,r,f,f,f,f",
+                            ptx.add_bytes(start, place(ptx.add(number, -1), eight), 4),
+                            barrier,
+                            *quads[owner * eights + eight],
+                        )
+                    scf.yield_([])
 
         @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()))
         def leave(ctx, sums, slots):
             """In this block, for the first team."""
-            pairs, f32 = _pairs(sums), ir.F32Type.get()
-            before = ptx.add(team(), -1)
-            for eight in range(eights):
+            f32, before = ir.F32Type.get(), ptx.add(team(), -1)
+            for eight, quad in enumerate(_quads(sums)):
                 vector: Any = llvm.mlir_undef(ir.VectorType.get((4,), f32))
-                for i, value in enumerate([*pairs[2 * eight], *pairs[2 * eight + 1]]):
+                for i, value in enumerate(quad):
                     vector = llvm.insertelement(vector, value, ptx.number(i))
                 llvm.store(vector, ptx.at(slots, place(before, eight), f32), alignment=16)
 
         @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()), return_type=result)
-        def join(ctx, sums, slots):
-            """The sums of the first team and what was left for it."""
-            pairs = _pairs(sums)
-            own = [[*pairs[2 * eight], *pairs[2 * eight + 1]] for eight in range(eights)]
-            return added(own, slots, 0)
+        def add(ctx, sums, slots):
+            """The sums of the first team and what others have for its rows."""
+            done = []
+            for eight, total in enumerate(own(sums)):
+                for number in range(count):
+                    at = place(ptx.number(number), eight)
+                    more = ptx.load(slots, at, 4, ir.F32Type.get())
+                    total = [arith.addf(t, v) for t, v in zip(total, more, strict=True)]
+                done += [total[:2], total[2:]]
+            return _array(done, rows // split)
 
         @plgpu.inline_mgpu(arg_types=())
         def meet(ctx):
             """All teams."""
             ptx.run(f"bar.sync 9, {THREADS * members * teams};", "~{memory}")
 
-        self.send, self.add, self.leave, self.join, self.meet = send, add, leave, join, meet
+        self.send, self.leave, self.meet, self.add = send, leave, meet, add

@@ -207,9 +207,8 @@ def kernel(
                     sums = total
                     if c.split > 1:
                         exchange.wait(arrived.at[0])
-                        sums = parts.add(slots)
-                    elif c.teams > 1:
-                        sums = parts.join(total, slots)
+                    if sum_words(c):
+                        sums = parts.add(total, slots)
                     channel = jnp.broadcast_to(ni * c.channels + member * STRIP, (128,))
                     y = last(sums, channel_refs, channel)
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -73,8 +73,8 @@ def stage_bytes(weight: Weight, config: Config) -> int:
 
 def sum_words(config: Config) -> int:
     """Float32 numbers that warpgroups which share k leave in a block."""
-    c = config
-    return c.channels * c.rows * (c.teams if c.split > 1 else c.teams - 1)
+    c = config  # all parts of a block's share of the rows, but for its first team's
+    return c.channels * c.rows // c.split * (c.split * c.teams - 1)
 
 
 def turns(k: int, config: Config) -> int:
