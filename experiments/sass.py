@@ -72,7 +72,7 @@ WIDE = [  # m, config
     (64, (64, 1, 4, 1, 1, 8, 64, 2)),
     (64, (64, 1, 8, 2, 1, 8, 128, 2)),
 ]
-WIDE_LIMITS = {"int4": 35, "nf4": 135, "int8": 38, "fp8": 40}  # instructions of a warp, 16 along k
+WIDE_LIMITS = {"int4": 35, "nf4": 37, "int8": 38, "fp8": 40}  # instructions of a warp, 16 along k
 INT8_LIMIT = 30  # instructions of a warp, 32 along k
 INTEGER = ("LOP3", "SHF", "PRMT", "IDP")
 OTHERS = ("HMMA", "HADD2", "HMUL2", "HFMA2", "FFMA", "FADD", "FMUL", "LDS", "IMAD", "SYNCS")

@@ -2,8 +2,7 @@
 
 `hopper_layout` gives lane = 4 r + c eight neighbors along k (of each 32) of channels r and r + 8,
 for the sake of decoding; `wgmma` takes of every 8 neighbors two. So the four lanes of a row
-exchange what they hold, still packed: per 16 codes of a lane two shuffles at 4 bits, four at 8;
-eight of a codebook, whose values are exchanged.
+exchange what they hold, still packed: per 16 codes of a lane two shuffles at 4 bits, four at 8.
 Operands are `(code - zero) * scale + offset` rounded once to bfloat16, which is what the reference
 multiplies with; scales per channel are left to the sums.
 """
@@ -25,18 +24,22 @@ from jaxlib.mlir.dialects import arith
 
 from pallas_kernels.quantized_matmul import hopper_asm as ptx
 from pallas_kernels.quantized_matmul import hopper_layout as layout
-from pallas_kernels.quantized_matmul.hopper_decode import OPERANDS, halves
+from pallas_kernels.quantized_matmul.hopper_decode import OPERANDS, Operand, halves
+from pallas_kernels.quantized_matmul.hopper_pairs import looked_up
 from pallas_kernels.quantized_matmul.mosaic_wgmma import part_names, part_words
 from pallas_kernels.quantized_matmul.problem import Weight
 
 ROWS = 64  # channels of a warpgroup
 HALF = 64  # of k: four operands of 16
 PAIRS = 0x0001_0001
+# pairs of bytes are (0, 2) and (1, 3) of a word of numbers, (0, 1) and (2, 3) of a codebook's
+PLACES = ((0x6240, 0x2604), (0x7351, 0x3715)), ((0x5410, 0x1054), (0x7632, 0x3276))
 
 
 def fragments(weight: Weight, deep: int) -> Any:
-    """`f([codes, scale, zero or offset of a stage]) -> bfloat16 [64, 64 deep]`; the warps of a
-    warpgroup take a tile of 16 channels each, from the one on at which the refs begin.
+    """`f([codes, scale, zero or offset of a stage, table]) -> bfloat16 [64, 64 deep]`; the warps
+    of a warpgroup take a tile of 16 channels each, from the one on at which the refs begin. The
+    table is that of a codebook, `hopper_pairs`; others have none.
 
     Args:
       weight: what the stage holds.
@@ -44,11 +47,11 @@ def fragments(weight: Weight, deep: int) -> Any:
     """
     names = part_names(weight)
     words = layout.code_words(weight) // 2 * deep
-    exchanged = _exchange(weight)
+    tables = int(weight.values is not None)
     loads = words // 128  # 16-byte loads of a lane
 
     @plgpu.inline_mgpu(
-        arg_types=([plgpu.RefType()] * (1 + len(names)),),
+        arg_types=([plgpu.RefType()] * (1 + len(names) + tables),),
         return_type=plgpu.ShapeDtypeStruct(
             (ROWS, HALF * deep), jnp.bfloat16, layout=plgpu.Layout.WGMMA
         ),
@@ -64,6 +67,7 @@ def fragments(weight: Weight, deep: int) -> Any:
         for i in range(loads):
             held += ptx.load(refs[0], ptx.add(start, i * 128), 4, i32)
         per_block = len(held) // (2 * deep)
+        exchanged = _exchange(weight, looked_up(refs[-1], lane) if tables else None)
         factors: dict[int, Callable[[ir.Value, int], ir.Value]] = {}
 
         def scaled(group: int) -> Callable[[ir.Value, int], ir.Value]:
@@ -102,45 +106,38 @@ def _is(c: ir.Value, bit: int) -> ir.Value:
     return arith.cmpi(arith.CmpIPredicate.ne, arith.andi(c, ptx.number(bit)), ptx.number(0))
 
 
-def _exchange(weight: Weight) -> Callable[[Sequence[ir.Value], ir.Value], list[ir.Value]]:
+def _exchange(
+    weight: Weight, table: Operand | None
+) -> Callable[[Sequence[ir.Value], ir.Value], list[ir.Value]]:
     """(words of a lane for 32 of k, c) -> the eight registers of two operands, not scaled."""
-    if weight.values is not None:  # decoded, then exchanged
-        operand = OPERANDS["codebook"](weight.values)
-
-        def decoded(words: Sequence[ir.Value], c: ir.Value) -> list[ir.Value]:
-            held = [v for word in words for v in operand([word])]
-            rows = [_swap8(held[row::2], c) for row in range(2)]
-            return [rows[i % 2][i // 2] for i in range(8)]
-
-        return decoded
     wide = "8" in weight.code
-    operand, swap = OPERANDS[weight.code if wide else "int4"](None), _swap8 if wide else _swap4
+    operand = table or OPERANDS[weight.code if wide else "int4"](None)
 
     def packed(words: Sequence[ir.Value], c: ir.Value) -> list[ir.Value]:
-        moved = swap(words, c)
+        moved = _swap8(words, c) if wide else _swap4(words, c, PLACES[table is not None])
         half = len(moved) // 2
         return [*operand(moved[:half]), *operand(moved[half:])]
 
     return packed
 
 
-def _swap4(words: Sequence[ir.Value], c: ir.Value) -> list[ir.Value]:
-    """Two words of a lane, each with the two byte pairs (0, 2) and (1, 3): pair p of lane c goes to
-    lane p, where pairs of lanes 0 and 1 make one word, those of 2 and 3 the other.
+def _swap4(
+    words: Sequence[ir.Value], c: ir.Value, places: Sequence[tuple[int, int]]
+) -> list[ir.Value]:
+    """Two words of a lane, each with two pairs of bytes: pair p of lane c goes to lane p, where
+    pairs of lanes 0 and 1 make one word, those of 2 and 3 the other. `places` has the selectors of
+    two words' first pairs, in order and turned, and those of their second.
     """
     first, second = words
     high, odd = _is(c, 2), _is(c, 1)
-    choose = lambda flag, a, b: arith.select(flag, ptx.number(a), ptx.number(b))
+    turned = lambda flag, pair: arith.select(flag, *(ptx.number(v) for v in reversed(pair)))
     keep, send = arith.select(high, second, first), arith.select(high, first, second)
     got = _shuffled(send, 2)
-    even_pair, odd_pair = choose(high, 0x2604, 0x6240), choose(high, 0x3715, 0x7351)
+    even_pair, odd_pair = (turned(high, pair) for pair in places)
     mine = _bytes(keep, got, arith.select(odd, odd_pair, even_pair))
     theirs = _bytes(keep, got, arith.select(odd, even_pair, odd_pair))
     got = _shuffled(theirs, 1)
-    return [
-        _bytes(mine, got, choose(odd, 0x2604, 0x6240)),
-        _bytes(mine, got, choose(odd, 0x3715, 0x7351)),
-    ]
+    return [_bytes(mine, got, turned(odd, pair)) for pair in places]
 
 
 def _swap8(words: Sequence[ir.Value], c: ir.Value) -> list[ir.Value]:
@@ -155,6 +152,14 @@ def _swap8(words: Sequence[ir.Value], c: ir.Value) -> list[ir.Value]:
     x, y = swap(odd, x, y)
     (a, x), (b, y) = swap(high, a, x), swap(high, b, y)
     return [a, b, x, y]
+
+
+def _split(value: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """A float32 as two bfloat16 whose sum is it but for 2 ** -17, each in both halves of a word."""
+    i32, code = ir.IntegerType.get_signless(32), "cvt.rn.bf16x2.f32 $0, $1, $1;"
+    first = ptx.asm(i32, code, "=r,f", value)
+    rest = arith.subf(value, halves(first, "bfloat16")[0])
+    return first, ptx.asm(i32, code, "=r,f", rest)
 
 
 def _scaling(
@@ -192,6 +197,8 @@ def _scaling(
         start = int(np.float32(128 - layout.lowest(weight)).view(np.uint32)) >> 16
         zero = [ptx.number(start * PAIRS)] * 2
     scale = held("scale") if names else None
+    if weight.values is not None and not short and scale is not None:
+        scale, rest = zip(*(_split(v) for v in scale), strict=True)
     offset = held("offset") if "offset" in names else None
 
     def scaled(value: ir.Value, row: int) -> ir.Value:
@@ -203,6 +210,9 @@ def _scaling(
             return both("mul.rn.bf16x2 $0, $1, $2;", value, scale[row])
         if short:
             return both("fma.rn.bf16x2 $0, $1, $2, $3;", value, scale[row], offset[row])
+        if weight.values is not None and offset is None:
+            part = both("mul.rn.bf16x2 $0, $1, $2;", value, rest[row])
+            return both("fma.rn.bf16x2 $0, $1, $2, $3;", value, scale[row], part)
         wide = [arith.mulf(v, scale[row]) for v in halves(value, "bfloat16")]
         if offset is not None:
             wide = [arith.addf(v, offset[row]) for v in wide]

@@ -28,7 +28,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.quantized_matmul import hopper_layout as layout
 from pallas_kernels.quantized_matmul.hopper_finish import Parts, finish
 from pallas_kernels.quantized_matmul.hopper_fragments import fragments
+from pallas_kernels.quantized_matmul.hopper_pairs import write_pairs
 from pallas_kernels.quantized_matmul.hopper_sums import Exchange
+from pallas_kernels.quantized_matmul.mosaic_gpu import PAIR_TABLE
 from pallas_kernels.quantized_matmul.mosaic_wgmma import (
     CHANNELS,
     MULTIPROCESSORS,
@@ -36,6 +38,7 @@ from pallas_kernels.quantized_matmul.mosaic_wgmma import (
     Config,
     part_names,
     part_words,
+    strips_out,
     sum_words,
 )
 from pallas_kernels.quantized_matmul.mosaic_wgmma import fits as misfit
@@ -75,6 +78,7 @@ def kernel(
     code_words = layout.code_words(weight) // 2 * c.strips
     words = [code_words, *(part_words(weight, n, c.strips) for n in names)]
     decode = twin or fragments(weight, c.strips)
+    fill = write_pairs(weight.values, warpgroups) if weight.values and twin is None else None
     clustered = c.split * c.shared > 1
     # a turn: two stages of each team; what is beyond k reads as zeros
     per_turn, turns = 2 * c.teams, turns_of(weight.k, c)
@@ -82,6 +86,7 @@ def kernel(
     tiles = (-(-m // c.rows), n_tiles)
     count = tiles[0] * tiles[1]
     own_rows = c.rows // c.split
+    outs, strip = strips_out(c)
     blocks = count if c.split > 1 else min(count, MULTIPROCESSORS // c.shared)
     last = finish(problem, own_rows)
     parts, exchange = Parts(c.rows, c.split, c.teams, members), Exchange(4 * sum_words(c))
@@ -99,12 +104,14 @@ def kernel(
         empty,
         slots: Any = None,
         arrived: Any = None,
+        pairs: Any = None,
         a_s: Any = None,
     ):
         weights = [refs[i * len(words) : (i + 1) * len(words)] for i in range(len(sizes))]
         *channel_refs, o_g = refs[len(sizes) * len(words) :]
         group = lax.axis_index("wg")
         rank = lax.axis_index("cluster") if clustered else i32(0)
+        tables = [pairs] if fill is not None else []
         if c.split > 1:
             exchange.open(arrived)  # all meet before the sums: no load waits for a neighbor
             begin, end = rank * turns // c.split, (rank + 1) * turns // c.split
@@ -162,6 +169,9 @@ def kernel(
         def _():
             plgpu.set_max_registers(registers(warpgroups), action="increase")
             team, member = lax.div(group, i32(members)), lax.rem(group, i32(members))
+            if fill is not None:
+                fill(pairs)
+                parts.meet()
             for s in range(0, c.steps, c.teams):
                 plgpu.barrier_arrive(empty.at[s + team])
 
@@ -174,7 +184,7 @@ def kernel(
                     """Of the team's stage i, decoded."""
                     plgpu.barrier_wait(full.at[place(i)])
                     mine = pl.ds(member * (STRIP // layout.ROWS), STRIP // layout.ROWS)
-                    return decode([held.at[place(i), mine] for held in w_s])
+                    return decode([*(held.at[place(i), mine] for held in w_s), *tables])
 
                 def multiply(i, acc, held):
                     if twin is not None:
@@ -211,16 +221,17 @@ def kernel(
                         sums = parts.add(total, slots)
                     channel = jnp.broadcast_to(ni * c.channels + member * STRIP, (128,))
                     y = last(sums, channel_refs, channel)
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    if out.itemsize == 4:  # what is narrower is transposed as it is stored
-                        y = plgpu.layout_cast(y, plgpu.Layout.WGMMA_TRANSPOSED)
-                    o_s.at[member].transpose((1, 0))[...] = y
-                    plgpu.commit_smem()
-                    where = (
-                        pl.ds(mi * c.rows + (rank * own_rows if c.split > 1 else 0), own_rows),
-                        pl.ds(ni * c.channels + member * STRIP, STRIP),
-                    )
-                    plgpu.copy_smem_to_gmem(o_s.at[member], o_g.at[where])
+                    row = mi * c.rows + (rank * own_rows if c.split > 1 else 0)
+                    channels = pl.ds(ni * c.channels + member * STRIP, STRIP)
+                    for slot, q in enumerate(range(0, own_rows, strip)):
+                        plgpu.wait_smem_to_gmem(outs - 1, wait_read_only=True)
+                        part = y[:, q : q + strip]
+                        if out.itemsize == 4:  # what is narrower is transposed as it is stored
+                            part = plgpu.layout_cast(part, plgpu.Layout.WGMMA_TRANSPOSED)
+                        o_s.at[member, slot % outs].transpose((1, 0))[...] = part
+                        plgpu.commit_smem()
+                        where = pl.ds(row + q, strip), channels
+                        plgpu.copy_smem_to_gmem(o_s.at[member, slot % outs], o_g.at[where])
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -233,12 +244,14 @@ def kernel(
     scratch: dict[str, Any] = {
         "x_s": plgpu.SMEM((c.steps, c.rows, wide), jnp.bfloat16, transforms=tiled(2)),
         "w_s": [plgpu.SMEM((c.steps, rows16, size), jnp.int32) for size in words],
-        "o_s": plgpu.SMEM((members, own_rows, STRIP), out, transforms=tiled(out.itemsize)),
+        "o_s": plgpu.SMEM((members, outs, strip, STRIP), out, transforms=tiled(out.itemsize)),
         "full": plgpu.Barrier(num_arrivals=1 + len(words), num_barriers=c.steps),
         "empty": emptied,
     }
     if sum_words(c):
         scratch["slots"] = plgpu.SMEM((sum_words(c),), F32)
+    if fill is not None:
+        scratch["pairs"] = plgpu.SMEM(PAIR_TABLE, i32)
     if c.split > 1:
         scratch["arrived"] = plgpu.SMEM((1, 2), i32)
     if twin is not None:

@@ -5,6 +5,7 @@ cut. No GPU is needed to ask; the kernel is in `hopper_wgmma` and imported when 
 import functools
 import itertools
 import json
+import math
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -77,6 +78,13 @@ def sum_words(config: Config) -> int:
     return c.channels * c.rows // c.split * (c.split * c.teams - 1)
 
 
+def strips_out(config: Config) -> tuple[int, int]:
+    """Strips of a result on their way out at once, and their rows; they divide those of a tile."""
+    rows = config.rows // config.split
+    at_once = 2 if config.split == 1 and rows > STRIP else 1  # blocks that split k have one tile
+    return at_once, min(STRIP, rows)
+
+
 def turns(k: int, config: Config) -> int:
     """Of two stages of each team, along k."""
     return -(-k // (2 * config.teams * config.strips * STRIP))
@@ -85,8 +93,9 @@ def turns(k: int, config: Config) -> int:
 def shared_bytes(problem: Problem, config: Config) -> int:
     """Shared memory of a block."""
     c, size = config, 2 if problem.out == "bfloat16" else 4
-    total = c.steps * stage_bytes(problem.weight, c) + c.channels * c.rows // c.split * size
-    return total + 4 * sum_words(c)
+    total = c.steps * stage_bytes(problem.weight, c) + c.channels * math.prod(strips_out(c)) * size
+    table = math.prod(mosaic_gpu.PAIR_TABLE) if problem.weight.values is not None else 0
+    return total + 4 * (sum_words(c) + table)
 
 
 def fits(problem: Problem, config: Config) -> str | None:
@@ -114,10 +123,9 @@ def configs(problem: Problem) -> Iterator[tuple[float, Config]]:
             continue
         if shared > 1 and weight.n <= cut[0]:
             continue
-        deep = rows > 64 or hopper_layout.code_words(weight) > 256
-        # a codebook's values leave no registers for two operands of two strips: products would wait
-        crowded = weight.values is not None and rows == 64 and cut == (128, 2)
-        strips = 1 if deep or crowded else 2
+        # of a codebook an operand of two strips takes half as many instructions more
+        one = rows > 64 or hopper_layout.code_words(weight) > 256 or weight.values is not None
+        strips = 1 if one else 2
         for steps in (12, 10, 8, 7, 6, 5, 4, 3):
             config = Config(rows, strips, steps, split, shared, 8, *cut)
             if fits(problem, config) is None:
