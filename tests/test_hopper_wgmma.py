@@ -31,7 +31,7 @@ from pallas_kernels.quantized_matmul.mosaic_wgmma import Config
 from pallas_kernels.quantized_matmul.problem import Problem, Weight
 
 LANES = np.arange(32)
-# selectors of a word's pairs of bytes: (0, 2) and (1, 3) of numbers, (0, 1) and (2, 3) of a codebook
+# selectors of a word's pairs of bytes: (0, 2), (1, 3) of numbers, (0, 1), (2, 3) of a codebook
 PLACES = ((0x6240, 0x2604), (0x7351, 0x3715)), ((0x5410, 0x1054), (0x7632, 0x3276))
 R, C = LANES // 4, LANES % 4
 
@@ -261,3 +261,24 @@ def test_the_table_holds_what_can_run() -> None:
             assert row["words"] == mosaic_gpu.tile_words(weight)
             assert mosaic_wgmma.fits(problem, config) is None
             assert mosaic_wgmma.choose_config(problem, table["device"]) == config
+
+
+def test_rows_between_those_of_the_table_take_the_next_larger_ones() -> None:
+    weight = Weight(8192, 8192, 128, "int4", "bfloat16")
+    chosen = lambda m, kind: mosaic_wgmma.choose_config(
+        Problem(m, weight, "hopper4", "bfloat16", "bfloat16"), kind
+    )
+    (path,) = mosaic_wgmma.TABLES.glob("NVIDIA_H200.json")
+    rows = json.loads(path.read_text())["rows"]
+    known = {
+        row["m"]: Config(*row["config"])
+        for row in rows
+        if (row["format"], row["k"], row["n"]) == ("int4", 8192, 8192)
+    }
+    assert {128, 256} <= set(known)
+    assert known[128] != known[256]
+    assert chosen(129, "NVIDIA H200") == known[256]
+    assert chosen(128, "NVIDIA H200") == chosen(65, "NVIDIA H200") == known[128]
+    assert 512 not in known
+    guess = lambda m: chosen(m, "a card without a table")
+    assert chosen(512, "NVIDIA H200") == guess(512)  # 1024 rows are twice as many

@@ -147,14 +147,20 @@ def _guess(problem: Problem, c: Config) -> float:
 
 
 def choose_config(problem: Problem, kind: str) -> Config | None:
-    """An exact row of the device's table, else the best guess; None if no config can run."""
-    weight = problem.weight
-    words = mosaic_gpu.tile_words(weight)
-    for row in TUNED.get(kind.replace(" ", "_"), []):
-        if (row["k"], row["n"], row["words"], row["m"]) == (weight.k, weight.n, words, problem.m):
-            config = Config(*row["config"])
-            if fits(problem, config) is None:
-                return config
+    """An exact row of the device's table, else that of the next larger m, below twice as many rows;
+    else the best guess. None if no config can run.
+    """
+    weight, m = problem.weight, problem.m
+    mine = mosaic_gpu.family(weight), weight.k, weight.n, mosaic_gpu.tile_words(weight)
+    near = [
+        row
+        for row in TUNED.get(kind.replace(" ", "_"), [])
+        if (row["format"], row["k"], row["n"], row["words"]) == mine and m <= row["m"] < 2 * m
+    ]
+    for row in sorted(near, key=lambda row: row["m"]):
+        config = Config(*row["config"])
+        if fits(problem, config) is None:
+            return config
     return min(configs(problem), default=(0.0, None))[1]
 
 
