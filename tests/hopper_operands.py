@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -11,6 +12,14 @@ from pallas_kernels.quantized_matmul.problem import Weight
 from pallas_kernels.quantized_matmul.problems import NF4
 
 BF16 = ml_dtypes.bfloat16
+LANES = np.arange(32)
+PLACES = 4 * (8 * (LANES % 4) + (LANES // 4 ^ 2 * (LANES % 4)))  # first word of a lane's four
+
+
+def by_lane(words):
+    """Words `[..., 128]` of a warp's lanes as `[..., r, c, 4]`, in plain jax."""
+    at = lambda r, c: words[..., PLACES[4 * r + c] : PLACES[4 * r + c] + 4]
+    return jnp.stack([jnp.stack([at(r, c) for c in range(4)], -2) for r in range(8)], -3)
 
 
 def wide(x):

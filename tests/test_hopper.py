@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import lanes
 import numpy as np
 import pytest
-from hopper_operands import weight_of
+from hopper_operands import PLACES, weight_of
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.dispatch import choose
@@ -122,10 +122,10 @@ def test_codes_lie_where_the_docstring_says() -> None:
     words = np.asarray(_pack({"codes": codes.astype("uint4")}, weight)["codes"]).view(np.uint32)
     assert words.shape == (2, 2, hopper_layout.code_words(weight))
     for i, lane, p in itertools.product(range(8), range(32), range(8)):
-        half, v = divmod(i, 4)
         r, c = divmod(lane, 4)
+        word = i // 4 * 128 + PLACES[lane] + 2 * (i % 2) + i // 2 % 2
         k = 32 * (i // 2) + 8 * c + 4 * (i % 2) + 2 * (p // 2 % 2) + p // 4
-        nibbles = words[:, :, half * 128 + lane * 4 + v] >> np.uint32(4 * p) & np.uint32(15)
+        nibbles = words[:, :, word] >> np.uint32(4 * p) & np.uint32(15)
         wanted = codes.reshape(2, 128, 2, 16)[:, k, :, r + 8 * (p % 2)].T
         np.testing.assert_array_equal(nibbles, wanted)
 
@@ -226,8 +226,10 @@ def _emulate(weight: Weight, packed: dict[str, jax.Array], x: np.ndarray) -> np.
         for i in range(group * group_size // 16, (group + 1) * group_size // 16):
             a = np.zeros((16, 16))
             b = np.zeros((16, len(x)))
-            index = [i * each + v for v in range(each)]  # of the words that a lane loads
-            held = [words["codes"][row, tile, v // 4 * 128 + lanes * 4 + v % 4] for v in index]
+            index = [i // 4 * 128 + 2 * (i % 2) + i // 2 % 2]  # of the words that a lane loads
+            if each == 2:
+                index = [i // 2 * 128 + 2 * (i % 2) + v for v in range(2)]
+            held = [words["codes"][row, tile, PLACES + v] for v in index]
             at = tile * hopper_layout.DEPTH + 32 * (i // 2) + 8 * c + 4 * (i % 2)
             for j, pair in enumerate(_pairs(weight, held)):
                 for e, value in enumerate(_halves(pair)):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import MOSAIC, needs_mosaic
-from hopper_operands import weight_of
+from hopper_operands import LANES, PLACES, by_lane, weight_of
 from jax import lax
 from test_hopper import (
     H100,
@@ -30,14 +30,9 @@ from pallas_kernels.quantized_matmul.layouts import LAYOUTS
 from pallas_kernels.quantized_matmul.mosaic_wgmma import Config
 from pallas_kernels.quantized_matmul.problem import Problem, Weight
 
-LANES = np.arange(32)
-# selectors of a word's pairs of bytes: (0, 2), (1, 3) of numbers, (0, 1), (2, 3) of a codebook
-PLACES = ((0x6240, 0x2604), (0x7351, 0x3715)), ((0x5410, 0x1054), (0x7632, 0x3276))
+# what an even lane takes of two words, and an odd one: of numbers, and of a codebook
+SELECTORS = (0x6240, 0x7351), (0x5410, 0x7632)
 R, C = LANES // 4, LANES % 4
-
-
-def _shuffled(word: np.ndarray, mask: int) -> np.ndarray:
-    return word[LANES ^ mask]
 
 
 def _prmt(a: np.ndarray, b: np.ndarray, selectors: np.ndarray) -> np.ndarray:
@@ -49,37 +44,23 @@ def _prmt(a: np.ndarray, b: np.ndarray, selectors: np.ndarray) -> np.ndarray:
     return out
 
 
-def _swap4(words: list[np.ndarray], places) -> list[np.ndarray]:
-    first, second = words
-    high, odd = C >= 2, C % 2 == 1
-    turned = lambda flag, pair: np.where(flag, *(np.uint32(v) for v in reversed(pair)))
-    keep, send = np.where(high, second, first), np.where(high, first, second)
-    got = _shuffled(send, 2)
-    even_pair, odd_pair = (turned(high, pair) for pair in places)
-    mine = _prmt(keep, got, np.where(odd, odd_pair, even_pair))
-    got = _shuffled(_prmt(keep, got, np.where(odd, even_pair, odd_pair)), 1)
-    return [_prmt(mine, got, turned(odd, pair)) for pair in places]
-
-
-def _swap8(words: list[np.ndarray]) -> list[np.ndarray]:
-    high, odd = C >= 2, C % 2 == 1
-    swap = lambda flag, a, b: (np.where(flag, b, a), np.where(flag, a, b))
-    (a, x), (b, y) = swap(high, words[0], words[2]), swap(high, words[1], words[3])
-    x, y = _shuffled(x, 2), _shuffled(y, 2)
-    (a, b), (x, y) = swap(odd, a, b), swap(odd, x, y)
-    b, y = _shuffled(b, 1), _shuffled(y, 1)
-    a, b = swap(odd, a, b)
-    x, y = swap(odd, x, y)
-    (a, x), (b, y) = swap(high, a, x), swap(high, b, y)
-    return [a, b, x, y]
-
-
-def _exchanged(weight: Weight, words: list[np.ndarray]) -> list[np.ndarray]:
-    """The eight registers of two operands from a lane's words for 32 of k."""
-    places = PLACES[weight.values is not None]
-    moved = _swap8(words) if "8" in weight.code else _swap4(words, places)
-    half = len(moved) // 2
-    return [*_pairs(weight, moved[:half]), *_pairs(weight, moved[half:])]
+def _exchanged(weight: Weight, line: np.ndarray) -> list[np.ndarray]:
+    """The registers of a lane's operands, from 128 words of a warp."""
+    blocks = 1 if "8" in weight.code else 2
+    inner = C if blocks == 1 else 2 * (C // 2)
+    taken = [
+        [line[PLACES[4 * R + other] + inner + block] for other in range(4)]
+        for block in range(blocks)
+    ]
+    out = []
+    for parts in taken:
+        if blocks == 2:
+            even, odd = SELECTORS[weight.values is not None]
+            pair_of = np.where(C % 2 == 1, np.uint32(odd), np.uint32(even))
+            parts = [_prmt(*parts[i : i + 2], pair_of) for i in (0, 2)]
+        half = len(parts) // 2
+        out += [*_pairs(weight, parts[:half]), *_pairs(weight, parts[half:])]
+    return out
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
@@ -89,26 +70,20 @@ def test_lanes_exchange_what_wgmma_wants_of_them(name: str) -> None:
     value = logical["codes"].astype(np.float64)
     if weight.values is not None:  # as the kernel's table has them
         value = np.asarray(weight.values, np.float32).astype(jnp.bfloat16)[value.astype(int)]
+    lines = codes.shape[2] // 128
     wanted = np.full((codes.shape[1] * 128, codes.shape[0] * 16), np.nan)
     wanted[: weight.k, : weight.n] = value
     plain = weight.values is None and "8" not in weight.code
     start = 128.0 - hopper_layout.lowest(weight) if plain else 0.0
-    loads = codes.shape[2] // 256  # of a lane, per half of a tile
-    for row, tile, half in itertools.product(*map(range, codes.shape[:2]), range(2)):
-        held = [
-            codes[row, tile, (half * loads + i) * 128 + LANES * 4 + v]
-            for i in range(loads)
-            for v in range(4)
-        ]
-        for block in range(2):
-            words = held[block * 2 * loads : (block + 1) * 2 * loads]
-            for i, pair in enumerate(_exchanged(weight, words)):
-                step, j = divmod(i, 4)
-                k = 128 * tile + 64 * half + 32 * block + 16 * step + 8 * (j // 2) + 2 * C
-                for e, got in enumerate(_halves(pair)):
-                    known = wanted[k + e, 16 * row + R + 8 * (j % 2)]
-                    inside = ~np.isnan(known)
-                    np.testing.assert_array_equal((got - start)[inside], known[inside])
+    for row, tile, line in itertools.product(*map(range, codes.shape[:2]), range(lines)):
+        held = codes[row, tile, 128 * line : 128 * line + 128]
+        for i, pair in enumerate(_exchanged(weight, held)):
+            step, j = divmod(i, 4)
+            k = 128 * tile + 128 // lines * line + 16 * step + 8 * (j // 2) + 2 * C
+            for e, got in enumerate(_halves(pair)):
+                known = wanted[k + e, 16 * row + R + 8 * (j % 2)]
+                inside = ~np.isnan(known)
+                np.testing.assert_array_equal((got - start)[inside], known[inside])
 
 
 def _twin(strips: int):
@@ -116,7 +91,9 @@ def _twin(strips: int):
 
     def decode(refs):
         codes, scale = refs[0][...], refs[1][...]
-        words = codes.reshape(4, strips, 8, 4, 2, 2)  # tile, half, r, c, block, step of decoding
+        # tile, half, r, c, block, step of decoding
+        words = by_lane(codes.reshape(4, strips, 128)).reshape(4, strips, 8, 4, 2, 2)
+        words = words.swapaxes(-1, -2)
         shifts = 4 * lax.broadcasted_iota(jnp.int32, (1,) * 6 + (8,), 6)
         nibbles = (words[..., None] >> shifts) & 15  # j + 4 e
         cut = nibbles.reshape(4, strips, 8, 4, 2, 2, 2, 2, 2)  # ..., block, i, e, j // 2, j % 2

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import MOSAIC, needs_mosaic
+from hopper_operands import LANES, PLACES, by_lane
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -73,7 +74,7 @@ def test_the_definition_is_the_product_of_float64(problem):
 def twin(codes):
     """What `hopper_kernel.operand` makes, in plain jax."""
     # tile, quarter of k, r, c, pair of words, word of the pair
-    words = codes[...].reshape(4, 4, 8, 4, 2, 2)
+    words = by_lane(codes[...].reshape(4, 4, 128)).reshape(4, 4, 8, 4, 2, 2)
     shifts = 8 * lax.broadcasted_iota(jnp.int32, (1,) * 6 + (4,), 6)
     held = ((words[..., None] >> shifts) & 255) - 128
     held = held.reshape(4, 4, 8, 4, 2, 2, 2, 2)  # ..., pair, word, e, half of the channels
@@ -107,9 +108,6 @@ def test_the_interpreted_kernel_multiplies(problem, config, capfd):
     close(got, truth)
 
 
-LANES = np.arange(32)
-
-
 @needs_mosaic
 def test_lanes_hold_what_wgmma_multiplies():
     """The permutations of `operand` in numpy, at the places that PTX gives `wgmma`'s s8 operand."""
@@ -124,7 +122,7 @@ def test_lanes_hold_what_wgmma_multiplies():
     )
     r, c = LANES // 4, LANES % 4
     for warp, stage, quarter in np.ndindex(4, 2, 4):
-        held = words[warp, stage].reshape(4, 32, 4)[quarter]
+        held = words[warp, stage].reshape(4, 32, 4)[quarter, PLACES // 4]
         for chunk, half in np.ndindex(2, 2):
             pair = held[:, 2 * chunk : 2 * chunk + 2]
             picked = hopper_kernel.HALVES[half]

@@ -67,7 +67,8 @@ def operand() -> Any:
         four = ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
         warp, lane = ptx.lane()
         tile = arith.muli(arith.andi(warp, ptx.number(3)), ptx.number(WORDS))
-        start, out = arith.addi(tile, arith.muli(lane, ptx.number(4))), []
+        r, c = arith.shrui(lane, ptx.number(2)), arith.andi(lane, ptx.number(3))
+        start, out = arith.addi(tile, ptx.place(r, c)), []
         for quarter in range(4):
             words = ptx.load(codes, ptx.add(start, 128 * quarter), 4, i32)
             for pair in (words[:2], words[2:]):

@@ -108,9 +108,11 @@ def launch(
 def _rows_of(words: jax.Array, at: jax.Array, problem: Problem) -> jax.Array:
     """Rows `at` of the codes, as they lie in `hopper8`: bfloat16 `[n, len(at)]`."""
     held = jax.lax.bitcast_convert_type(words, jnp.uint8)
-    # tile of n and of k, quarter, r, c, word, e, half of the channels
-    held = held.reshape(words.shape[0], words.shape[1], 4, 8, 4, 4, 2, 2)
-    k = jnp.clip(at, 0, problem.weight.k - 1)
-    found = held[:, k // 128, k // 32 % 4, :, k // 8 % 4, k // 2 % 4, k % 2]  # len(at) comes first
-    codes = found.transpose(1, 3, 2, 0).reshape(-1, at.size)
+    # tile of n and of k, quarter, place, word, e, half of the channels
+    held = held.reshape(words.shape[0], words.shape[1], 4, 32, 4, 2, 2)
+    k = jnp.clip(at, 0, problem.weight.k - 1)[:, None]
+    c = k // 8 % 4
+    place = 8 * c + (jnp.arange(8)[None] ^ 2 * c)
+    found = held[:, k // 128, k // 32 % 4, place, k // 2 % 4, k % 2]  # tile of n, at, r, half
+    codes = found.transpose(0, 3, 2, 1).reshape(-1, at.size)
     return (codes.astype(jnp.int16) - 128).astype(jnp.bfloat16)

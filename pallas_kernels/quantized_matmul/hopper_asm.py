@@ -73,6 +73,12 @@ def lane() -> tuple[ir.Value, ir.Value]:
     return arith.shrui(thread(), number(5)), arith.andi(thread(), number(31))
 
 
+def place(r: ir.Value, c: ir.Value) -> ir.Value:
+    """The first word of a lane's unit among those of a warp, in the order of `hopper_layout`."""
+    turned = arith.xori(r, arith.muli(c, number(2)))
+    return arith.muli(arith.addi(arith.muli(c, number(8)), turned), number(4))
+
+
 def begin(ref: ir.Value) -> ir.Value:
     """A pointer to a ref, or to what is one already: for a ref it takes ten operations."""
     return ref if isinstance(ref.type, llvm.PointerType) else utils.memref_ptr(ref)

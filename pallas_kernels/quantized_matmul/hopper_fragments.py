@@ -1,8 +1,8 @@
 """How tiles of a weight become the A operand of `wgmma`: bfloat16 in registers, scaled.
 
 `hopper_layout` gives lane = 4 r + c eight neighbors along k (of each 32) of channels r and r + 8,
-for the sake of decoding; `wgmma` takes of every 8 neighbors two. So the four lanes of a row
-exchange what they hold, still packed: per 16 codes of a lane two shuffles at 4 bits, four at 8.
+for the sake of decoding; `wgmma` takes of every 8 neighbors two. So a lane reads its part of what
+each of the four lanes of its row has, where all lanes of a warp find banks of their own.
 Operands are `(code - zero) * scale + offset` rounded once to bfloat16, which is what the reference
 multiplies with; scales per channel are left to the sums.
 """
@@ -24,7 +24,7 @@ from jaxlib.mlir.dialects import arith
 
 from pallas_kernels.quantized_matmul import hopper_asm as ptx
 from pallas_kernels.quantized_matmul import hopper_layout as layout
-from pallas_kernels.quantized_matmul.hopper_decode import OPERANDS, Operand, halves
+from pallas_kernels.quantized_matmul.hopper_decode import OPERANDS, halves
 from pallas_kernels.quantized_matmul.hopper_pairs import looked_up
 from pallas_kernels.quantized_matmul.mosaic_wgmma import part_names, part_words
 from pallas_kernels.quantized_matmul.problem import Weight
@@ -32,8 +32,9 @@ from pallas_kernels.quantized_matmul.problem import Weight
 ROWS = 64  # channels of a warpgroup
 HALF = 64  # of k: four operands of 16
 PAIRS = 0x0001_0001
-# pairs of bytes are (0, 2) and (1, 3) of a word of numbers, (0, 1) and (2, 3) of a codebook's
-PLACES = ((0x6240, 0x2604), (0x7351, 0x3715)), ((0x5410, 0x1054), (0x7632, 0x3276))
+# selectors of what an even lane takes of two words, and an odd one: bytes 0 and 2, or 1 and 3, of
+# numbers; 0 and 1, or 2 and 3, of a codebook
+PLACES = (0x6240, 0x7351), (0x5410, 0x7632)
 
 
 def fragments(weight: Weight, deep: int) -> Any:
@@ -47,8 +48,9 @@ def fragments(weight: Weight, deep: int) -> Any:
     """
     names = part_names(weight)
     words = layout.code_words(weight) // 2 * deep
-    tables = int(weight.values is not None)
-    loads = words // 128  # 16-byte loads of a lane
+    tables, wide = int(weight.values is not None), "8" in weight.code
+    blocks = 1 if wide else 2  # of 32 along k, in a line of units
+    code = weight.code if wide else "int4"
 
     @plgpu.inline_mgpu(
         arg_types=([plgpu.RefType()] * (1 + len(names) + tables),),
@@ -62,12 +64,12 @@ def fragments(weight: Weight, deep: int) -> Any:
         warp, lane = ptx.lane()
         warp = arith.andi(warp, ptx.number(3))
         r, c = arith.shrui(lane, ptx.number(2)), arith.andi(lane, ptx.number(3))
-        start = arith.addi(arith.muli(warp, ptx.number(words)), arith.muli(lane, ptx.number(4)))
-        held = []
-        for i in range(loads):
-            held += ptx.load(refs[0], ptx.add(start, i * 128), 4, i32)
-        per_block = len(held) // (2 * deep)
-        exchanged = _exchange(weight, looked_up(refs[-1], lane) if tables else None)
+        odd = arith.cmpi(arith.CmpIPredicate.ne, arith.andi(c, ptx.number(1)), ptx.number(0))
+        pair_of = arith.select(odd, *(ptx.number(v) for v in reversed(PLACES[tables])))
+        inner = c if wide else arith.andi(c, ptx.number(2))
+        start = arith.addi(arith.muli(warp, ptx.number(words)), inner)
+        starts = [arith.addi(start, ptx.place(r, ptx.number(other))) for other in range(4)]
+        operand = looked_up(refs[-1], lane) if tables else OPERANDS[code](None)
         factors: dict[int, Callable[[ir.Value, int], ir.Value]] = {}
 
         def scaled(group: int) -> Callable[[ir.Value, int], ir.Value]:
@@ -75,11 +77,16 @@ def fragments(weight: Weight, deep: int) -> Any:
                 factors[group] = _scaling(weight, names, refs[1:], warp, r, group, deep)
             return factors[group]
 
+        held: list[Sequence[ir.Value]] = []  # of each 32 along k: what the four lanes have
+        for line in range(0, words, 128):
+            taken = [ptx.load(refs[0], ptx.add(v, line), blocks, i32) for v in starts]
+            held += zip(*taken, strict=True)
         out: list[ir.Value] = []
-        for block in range(2 * deep):  # 32 of k
-            group = 32 * block // weight.group if names else 0
-            block_words = held[block * per_block : (block + 1) * per_block]
-            for i, value in enumerate(exchanged(block_words, c)):
+        for block, parts in enumerate(held):
+            if not wide:
+                parts = [_bytes(*parts[i : i + 2], pair_of) for i in (0, 2)]
+            half, group = len(parts) // 2, 32 * block // weight.group if names else 0
+            for i, value in enumerate([*operand(parts[:half]), *operand(parts[half:])]):
                 out.append(utils.bitcast(scaled(group)(value, i % 2), pair))
         shape = fa.WGMMA_LAYOUT.registers_shape((ROWS, HALF * deep))
         return fa.FragmentedArray(
@@ -91,67 +98,9 @@ def fragments(weight: Weight, deep: int) -> Any:
     return decode
 
 
-def _shuffled(word: ir.Value, mask: int) -> ir.Value:
-    kind = ir.IntegerType.get_signless(32)
-    code = f"shfl.sync.bfly.b32 $0, $1, {mask}, 31, 0xFFFFFFFF;"
-    return ptx.asm(kind, code, "=r,r", word, effects=True)
-
-
 def _bytes(a: ir.Value, b: ir.Value, selector: ir.Value) -> ir.Value:
     kind = ir.IntegerType.get_signless(32)
     return ptx.asm(kind, "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", a, b, selector)
-
-
-def _is(c: ir.Value, bit: int) -> ir.Value:
-    return arith.cmpi(arith.CmpIPredicate.ne, arith.andi(c, ptx.number(bit)), ptx.number(0))
-
-
-def _exchange(
-    weight: Weight, table: Operand | None
-) -> Callable[[Sequence[ir.Value], ir.Value], list[ir.Value]]:
-    """(words of a lane for 32 of k, c) -> the eight registers of two operands, not scaled."""
-    wide = "8" in weight.code
-    operand = table or OPERANDS[weight.code if wide else "int4"](None)
-
-    def packed(words: Sequence[ir.Value], c: ir.Value) -> list[ir.Value]:
-        moved = _swap8(words, c) if wide else _swap4(words, c, PLACES[table is not None])
-        half = len(moved) // 2
-        return [*operand(moved[:half]), *operand(moved[half:])]
-
-    return packed
-
-
-def _swap4(
-    words: Sequence[ir.Value], c: ir.Value, places: Sequence[tuple[int, int]]
-) -> list[ir.Value]:
-    """Two words of a lane, each with two pairs of bytes: pair p of lane c goes to lane p, where
-    pairs of lanes 0 and 1 make one word, those of 2 and 3 the other. `places` has the selectors of
-    two words' first pairs, in order and turned, and those of their second.
-    """
-    first, second = words
-    high, odd = _is(c, 2), _is(c, 1)
-    turned = lambda flag, pair: arith.select(flag, *(ptx.number(v) for v in reversed(pair)))
-    keep, send = arith.select(high, second, first), arith.select(high, first, second)
-    got = _shuffled(send, 2)
-    even_pair, odd_pair = (turned(high, pair) for pair in places)
-    mine = _bytes(keep, got, arith.select(odd, odd_pair, even_pair))
-    theirs = _bytes(keep, got, arith.select(odd, even_pair, odd_pair))
-    got = _shuffled(theirs, 1)
-    return [_bytes(mine, got, turned(odd, pair)) for pair in places]
-
-
-def _swap8(words: Sequence[ir.Value], c: ir.Value) -> list[ir.Value]:
-    """Four words of a lane: word p of lane c becomes word c of lane p."""
-    high, odd = _is(c, 2), _is(c, 1)
-    swap = lambda flag, a, b: (arith.select(flag, b, a), arith.select(flag, a, b))
-    (a, x), (b, y) = swap(high, words[0], words[2]), swap(high, words[1], words[3])
-    x, y = _shuffled(x, 2), _shuffled(y, 2)  # words 2 (c // 2) and the next, of lane c ^ 2
-    (a, b), (x, y) = swap(odd, a, b), swap(odd, x, y)
-    b, y = _shuffled(b, 1), _shuffled(y, 1)  # of lanes c ^ 1 and c ^ 3
-    a, b = swap(odd, a, b)
-    x, y = swap(odd, x, y)
-    (a, x), (b, y) = swap(high, a, x), swap(high, b, y)
-    return [a, b, x, y]
 
 
 def _split(value: ir.Value) -> tuple[ir.Value, ir.Value]:

@@ -1,17 +1,19 @@
 """The order of 4- and 8-bit weights for `mosaic_gpu`: what a thread multiplies lies side by side.
 
 The unit is a tile of 16 output channels by 128 of k, the A operands of eight `mma.m16n8k16`. Codes
-are `[n / 16, k / 128, words]` of 32 bits, read by lane = 4 r + c of a warp as 16-byte vectors.
-Multiplication i takes of a lane the channels r and r + 8 and eight numbers of x that are neighbors
-in memory; element (j, e) of its operand, half e of register j, is channel r + 8 (j mod 2),
+are `[n / 16, k / 128, words]` of 32 bits. Of 32 times four words lane = 4 r + c of a warp has those
+at place 8 c + (r xor 2 c): the eight lanes of a quarter of a warp read different banks, and so do
+lanes that read from one c, which is how `wgmma` wants its operand. Multiplication i takes of a
+lane the channels r and r + 8 and eight numbers of x that are neighbors in memory; element (j, e) of
+its operand, half e of register j, is channel r + 8 (j mod 2),
 k = 32 (i // 2) + 8 c + 4 (i mod 2) + 2 (j // 2) + e.
 
-  - `HOPPER4`, 256 words `[half of k, lane, 4]`: word i = 4 half + v has the eight codes of
+  - `HOPPER4`, 256 words `[half of k, place, i mod 2, i // 2 mod 2]`: a word has the eight codes of
     multiplication i, less the lowest code. Integers: (j, e) is nibble j + 4 e, so that
     `word >> 4 j & 0x000F000F` is register j. Codebooks: (j, e) is nibble 2 j + e, so that byte j
     names the pair of register j.
-  - `HOPPER8`, 512 words `[quarter of k, lane, 4]`: words 2 (i mod 2) and the next of quarter i // 2
-    have the bytes of multiplication i; (j, e) is byte j mod 2 + 2 e of word j // 2. Integers are
+  - `HOPPER8`, 512 words `[quarter of k, place, 4]`: words 2 (i mod 2) and the next have the bytes
+    of multiplication i of quarter i // 2; (j, e) is byte j mod 2 + 2 e of word j // 2. Integers are
     held plus 128.
   - scales, zero points and offsets of groups of 32, 64 or 128: 16-bit ones in 8 words per group,
     word r with channels r (low half) and r + 8; float32 ones in 16 words per group, by channel.
@@ -131,20 +133,31 @@ def _joined(cut: jax.Array, weight: Weight) -> jax.Array:
     return whole[: weight.k, : weight.n]
 
 
+def _placed(units: jax.Array) -> jax.Array:
+    """Units `[..., c, r, words]` with r and r xor 2 c in each other's place: its own inverse."""
+    lead, words = units.shape[:-3], units.shape[-1]
+    placed = []
+    for c in range(4):
+        bits = units[..., c, :, :].reshape(*lead, 2, 2, 2, words)
+        placed.append(lax.rev(bits, [bits.ndim - 4] * (c // 2) + [bits.ndim - 3] * (c % 2)))
+    return jnp.stack(placed, len(lead)).reshape(units.shape)
+
+
 def _pack4(codes: jax.Array, weight: Weight) -> jax.Array:
     rows, deep = _tiles(weight)
     unsigned = (codes.astype(jnp.int32) - lowest(weight)).astype(jnp.uint32)
     spread = _cut(unsigned, weight) << _shifts(weight.values is not None)
     word = jnp.sum(spread, axis=(-3, -2, -1), dtype=jnp.uint32)
     word = word.reshape(rows, deep, 2, 2, 8, 4, 2)  # half, i // 2 mod 2, r, c, i mod 2
-    word = word.transpose(0, 1, 2, 4, 5, 3, 6).reshape(rows, deep, code_words(weight))
-    return lax.bitcast_convert_type(word, jnp.int32)
+    word = word.transpose(0, 1, 2, 5, 4, 6, 3).reshape(rows, deep, 2, 4, 8, 4)
+    return lax.bitcast_convert_type(_placed(word).reshape(rows, deep, -1), jnp.int32)
 
 
 def _unpack4(words: jax.Array, weight: Weight) -> jax.Array:
     rows, deep = _tiles(weight)
-    word = lax.bitcast_convert_type(words, jnp.uint32).reshape(rows, deep, 2, 8, 4, 2, 2)
-    word = word.transpose(0, 1, 2, 5, 3, 4, 6).reshape(rows, deep, 4, 8, 4, 2)
+    word = lax.bitcast_convert_type(words, jnp.uint32).reshape(rows, deep, 2, 4, 8, 4)
+    word = _placed(word).reshape(rows, deep, 2, 4, 8, 2, 2)
+    word = word.transpose(0, 1, 2, 6, 4, 3, 5).reshape(rows, deep, 4, 8, 4, 2)
     cut = (word[..., None, None, None] >> _shifts(weight.values is not None)) & jnp.uint32(15)
     codes = _joined(cut, weight).astype(jnp.int32) + lowest(weight)
     return codes.astype(jnp.int8).astype(weight.code)
@@ -155,14 +168,15 @@ def _pack8(codes: jax.Array, weight: Weight) -> jax.Array:
     bits = lax.bitcast_convert_type(codes, jnp.uint8)
     if weight.code == "int8":
         bits = bits ^ jnp.uint8(128)
-    cut = _cut(bits, weight).reshape(rows, deep, code_words(weight), 4)
-    return lax.bitcast_convert_type(cut, jnp.int32)
+    units = _cut(bits, weight).reshape(rows, deep, 4, 8, 4, 16).swapaxes(3, 4)
+    held = _placed(units).reshape(rows, deep, code_words(weight), 4)
+    return lax.bitcast_convert_type(held, jnp.int32)
 
 
 def _unpack8(words: jax.Array, weight: Weight) -> jax.Array:
     rows, deep = _tiles(weight)
-    cut = lax.bitcast_convert_type(words, jnp.uint8).reshape(rows, deep, 4, 8, 4, 2, 2, 2, 2)
-    bits = _joined(cut, weight)
+    units = lax.bitcast_convert_type(words, jnp.uint8).reshape(rows, deep, 4, 4, 8, 16)
+    bits = _joined(_placed(units).swapaxes(3, 4).reshape(rows, deep, 4, 8, 4, 2, 2, 2, 2), weight)
     if weight.code == "int8":
         bits = bits ^ jnp.uint8(128)
     return lax.bitcast_convert_type(bits, weight.code)

@@ -26,6 +26,7 @@ def step(shape: Shape, config: Config, row: int) -> Any:
     columns, groups, per_group = shape.columns, shape.groups, shape.group // 16
     depth, words = config.depth, shape.piece("codes").words
     per_product = words // 256  # words of a lane
+    order = (0, 2, 1, 3) if per_product == 1 else range(4)  # of a unit, by multiplication
     per_channel = not shape.piece("scale").per_tile
     kept_types = tuple(held for _, held in hopper_x.layouts(shape, config))
     tables = [] if shape.values is None else [plgpu.RefType()]
@@ -40,10 +41,10 @@ def step(shape: Shape, config: Config, row: int) -> Any:
             [llvm.extractelement(v, ptx.number(0)) for v in held.registers.flat] for held in kept
         )
         starts = iter(rest[0] if rest else ())
-        lane_4 = arith.muli(lane, ptx.number(4))
         r = arith.shrui(lane, ptx.number(2))
         stage = arith.muli(warp, ptx.number(config.steps * shape.words(depth)))
         stage_r = arith.addi(stage, r)
+        own = arith.addi(stage, ptx.place(r, arith.andi(lane, ptx.number(3))))
 
         def fma(a, b, c):
             return ptx.asm(f32, "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", a, b, c)
@@ -63,10 +64,10 @@ def step(shape: Shape, config: Config, row: int) -> Any:
 
         sums = [[ptx.zero()] * 4 for _ in range(columns)]
         for j in range(depth):
-            base = ptx.add(stage, j * words)
             codes = []
-            for part in range(words // 128):
-                codes += ptx.load(w_s, arith.addi(base, ptx.add(lane_4, part * 128)), 4, i32)
+            for line in range(0, words, 128):
+                unit = ptx.load(w_s, ptx.add(own, j * words + line), 4, i32)
+                codes += [unit[i] for i in order]
             for group in range(groups):
                 start = [[next(starts), next(starts)] for _ in range(columns)] if rest else None
                 if per_channel:
