@@ -22,6 +22,7 @@ from qjax.io import (
     fine_grained_fp8,
     gptq,
     groups,
+    modelopt,
     safetensors,
 )
 
@@ -30,7 +31,7 @@ GPTQ, AWQ = (np.load(GOLDEN / f"{name}.npz") for name in ("gptq", "awq"))
 PACKED, FP8, SMALL = (
     np.load(GOLDEN / f"{name}.npz") for name in ("compressed_tensors", "fp8", "microscaling")
 )
-BNB = np.load(GOLDEN / "bitsandbytes.npz")
+BNB, MODELOPT = (np.load(GOLDEN / f"{name}.npz") for name in ("bitsandbytes", "modelopt"))
 E4M3 = ml_dtypes.float8_e4m3fn
 GPTQ_CASES = [f"w{b}_g64_{kind}" for b in gptq.BITS for kind in ("sym", "asym")]
 GPTQ_CASES += ["w4_g64_sym_actorder", "w4_g64_asym_actorder"]
@@ -175,6 +176,85 @@ def test_compressed_tensors_reads_and_writes_fp4(case, format):
             np.testing.assert_array_equal(found[part].view(np.uint8), array.view(np.uint8), part)
 
 
+def modelopt_parts(case):
+    parts = {k.split("__")[1]: MODELOPT[k] for k in MODELOPT if k.startswith(f"{case}__")}
+    held = parts.pop("values")
+    if case.startswith("fp8") or case == "mxfp8":
+        parts["weight"] = parts["weight"].view(E4M3)
+    if case == "nvfp4":
+        parts["weight_scale"] = parts["weight_scale"].view(E4M3)
+    return parts, held
+
+
+MODELOPT_CASES = {
+    "nvfp4": ("nvfp4", (16, 1)),
+    "fp8": ("fp8_e4m3", (256, 16)),
+    "fp8_per_channel_per_token": ("fp8_e4m3", (256, 1)),
+    "fp8_pb_wo": ("fp8_e4m3", (128, 128)),
+    "mxfp8": ("mxfp8", (32, 1)),
+    "mxfp4": ("mxfp4", (32, 1)),
+    "w8a16": ("int8", (256, 1)),
+    "w8a8_sq_per_channel": ("int8", (256, 1)),
+    "w4a16_awq": ("int4", (128, 1)),
+}
+
+
+@pytest.mark.parametrize("case", MODELOPT_CASES)
+def test_modelopt_is_read(case):
+    assert MODELOPT_CASES.keys() == {k.split("__")[0] for k in MODELOPT}
+    parts, held = modelopt_parts(case)
+    modelopt.settings({"quant_algo": case.upper()}, "m")
+    assert modelopt.shape(parts, None, "m") == held.shape
+    q = modelopt.read(parts, None, np.float32, "m")
+    assert (q.format, q.block) == MODELOPT_CASES[case]
+    if "pre_quant_scale" in parts:
+        held = held * parts["pre_quant_scale"]
+        x = np.random.default_rng(0).normal(size=(3, held.shape[1])).astype(np.float32)
+        y = qjax.quantized(lambda w, x: x @ w)(q, x)
+        np.testing.assert_allclose(y, x @ held.T, rtol=1e-5, atol=1e-6)
+    # its quantizer multiplies by the reciprocal of a reciprocal
+    np.testing.assert_allclose(values(q), held, rtol=4e-7, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "message"),
+    [
+        ("nvfp4", {"weight_scale_2": None}, r"'weight_scale_2' must be float32 \(\), is missing"),
+        ("nvfp4", {"weight_scale_2": np.float32(0)}, "'weight_scale_2' is 0"),
+        ("nvfp4", {"weight": np.zeros((16, 4), np.uint8)}, "no whole groups of 16"),
+        ("nvfp4", {"weight": np.zeros((16, 128), np.int16)}, "belong to nothing"),
+        ("mxfp4", {"weight_scale": np.zeros((16, 7), np.uint8)}, "'weight_scale' must be"),
+        ("mxfp8", {"weight_scale": np.zeros((16, 7), np.uint8)}, "'weight_scale' must be"),
+        ("fp8", {"weight": None}, "'weight' must be a matrix, is missing"),
+        ("fp8", {"weight_scale": np.zeros((2, 2), np.float32)}, "'weight_scale' must be"),
+        ("fp8_pb_wo", {"weight_scale": np.zeros((1, 1, 3, 1), np.float32)}, "'weight_scale' must"),
+        ("w8a16", {"weight_scale": np.zeros(15, np.float32)}, "'weight_scale' must be"),
+        ("w4a16_awq", {"weight_scale": np.zeros((16, 3), np.float32)}, "of 256 inputs is"),
+        ("w4a16_awq", {"weight_scale": np.zeros((8, 2), np.float32)}, "'weight_scale' must be"),
+        ("w8a16", {"pre_quant_scale": np.ones(255, np.float32)}, "'pre_quant_scale' must be"),
+        ("w8a16", {"pre_quant_scale": np.zeros(256, np.float32)}, "must be positive"),
+    ],
+)
+def test_modelopt_that_does_not_fit_is_refused(case, change, message):
+    parts = {k: v for k, v in (modelopt_parts(case)[0] | change).items() if v is not None}
+    with pytest.raises(ValueError, match=message):
+        modelopt.read(parts, None, np.float32, "m")
+
+
+def test_what_modelopt_does_in_ways_that_are_not_known_is_refused():
+    for config, message in (
+        ({}, "key 'quant_algo': can be read: .*; is None"),
+        ({"quant_algo": "W4A8_AWQ"}, "is 'W4A8_AWQ'"),
+        ({"quant_algo": "MIXED_PRECISION", "quantized_layers": [3]}, "object of objects"),
+        (
+            {"quant_algo": "MIXED_PRECISION", "quantized_layers": {"a": {"quant_algo": "X"}}},
+            "is 'X'",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            modelopt.settings(config, "m")
+
+
 def test_fp4_that_does_not_fit_is_refused():
     fp4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
     s = settings_of(fp4)
@@ -188,7 +268,7 @@ def test_fp4_that_does_not_fit_is_refused():
         ("weight_global_scale", None, r"'weight_global_scale' must be float32 \(1,\), is missing"),
         ("weight_scale", good["weight_scale"][:, :-1], "weight_scale"),
         ("weight_packed", good["weight_packed"][:, :-1], "no whole groups of 16"),
-        ("weight_packed", None, "are no tensors of nvfp4"),
+        ("weight_packed", None, "codes of nvfp4 must be a matrix of uint8, are missing"),
     ):
         parts = {k: v for k, v in (good | {part: value}).items() if v is not None}
         with pytest.raises(ValueError, match=message):

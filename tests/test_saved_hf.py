@@ -59,6 +59,28 @@ def test_folders_of_compressed_tensors_give_its_logits(name, format):
     np.testing.assert_allclose(found, golden["logits"], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("older", [False, True])
+def test_folders_of_modelopt_give_its_logits(older, tmp_path):
+    """ModelOpt's own checkpoints had what it says in a file of its own before."""
+    source = QUANTIZED / "nvfp4"
+    if older:
+        source = shutil.copytree(source, tmp_path / "older")
+        values = json.loads((source / "config.json").read_text())
+        del values["quantization_config"]
+        (source / "config.json").write_text(json.dumps(values))
+    golden = np.load(QUANTIZED / "nvfp4" / "logits.npz")
+    model, params, _ = models.load(source)
+    kernel = params["params"]["layers_1"]["mlp"]["down"]["kernel"]
+    assert (kernel.format, kernel.block) == ("nvfp4", (16, 1))
+    assert params["params"]["head"]["kernel"].dtype == jnp.float32
+    found = jax.jit(qjax.quantized(model.apply))(params, golden["tokens"])
+    np.testing.assert_allclose(found, golden["logits"], atol=1e-5, rtol=0)
+    if older:
+        (source / "hf_quant_config.json").write_text('{"quantization": 3}')
+        with pytest.raises(ValueError, match="key 'quantization': must be"):
+            models.load(source)
+
+
 def test_a_folder_of_compressed_tensors_is_written_again_to_the_byte(tmp_path):
     source = QUANTIZED / "w4a16_asym"
     models.save_hf(tmp_path / "out", models.load(source)[1], source, "compressed-tensors")

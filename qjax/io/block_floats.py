@@ -1,4 +1,4 @@
-"""Matrices of 4-bit floats under scales of NVFP4 and MX, as compressed-tensors holds them."""
+"""Matrices of 4-bit floats under scales of NVFP4 and MX, as Hugging Face's files hold them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from qjax.io import bitstream
-from qjax.io.groups import check_part
+from qjax.io.groups import check_part, told
 from qjax.qtensor import QTensor
 
 E2M1, E4M3, E8M0 = (
@@ -22,19 +22,24 @@ TINY = np.finfo(np.float32).tiny  # it and its reciprocal are normal numbers
 GROUPS = {"nvfp4": 16, "mxfp4": 32}  # inputs that share a scale
 
 
-def shape(parts: Mapping[str, np.ndarray], format: str, where: str) -> tuple[int, int]:
-    """(outputs, inputs); ValueError where the tensors do not fit each other."""
-    words = parts.get("weight_packed")
-    if words is None or words.ndim != 2:
-        raise ValueError(f"{where}: {sorted(parts)} are no tensors of {format}")
+def check(words: np.ndarray | None, scale: np.ndarray, format: str, where: str) -> tuple[int, int]:
+    """(outputs, inputs) of packed codes; ValueError where their scales do not fit them."""
+    if words is None or words.ndim != 2 or words.dtype != np.uint8:
+        raise ValueError(f"{where}: codes of {format} must be a matrix of uint8, are {told(words)}")
     n, k = words.shape[0], 2 * words.shape[1]
     about = f"{where}: {n} outputs of {k} inputs in {format}"
     if k % GROUPS[format]:
         raise ValueError(f"{about}: are no whole groups of {GROUPS[format]}")
-    check_part(parts, "weight_packed", [np.uint8], words.shape, about)
     dtypes = [E4M3] if format == "nvfp4" else [np.uint8, E8M0]
-    check_part(parts, "weight_scale", dtypes, (n, k // GROUPS[format]), about)
+    check_part({"weight_scale": scale}, "weight_scale", dtypes, (n, k // GROUPS[format]), about)
+    return n, k
+
+
+def shape(parts: Mapping[str, np.ndarray], format: str, where: str) -> tuple[int, int]:
+    """(outputs, inputs); ValueError where the tensors do not fit each other."""
+    n, k = check(parts.get("weight_packed"), parts["weight_scale"], format, where)
     if format == "nvfp4":
+        about = f"{where}: {n} outputs of {k} inputs in {format}"
         check_part(parts, "weight_global_scale", [np.float32], (1,), about)
         whole = parts["weight_global_scale"][0]
         if not TINY <= whole <= 1 / TINY:
@@ -55,15 +60,25 @@ def read(parts: Mapping[str, np.ndarray], format: str, dtype: DTypeLike) -> QTen
     The reciprocal of the global scale is held: values are within one unit in the last place of
     float32 of those by division.
     """
-    words = np.ascontiguousarray(parts["weight_packed"])
-    codes = bitstream.unpack(words.view("<u4"), 4, 2 * words.shape[1])
+    whole = parts.get("weight_global_scale")
+    whole = None if whole is None else 1 / whole.astype(np.float32)
+    return to_qtensor(parts["weight_packed"], parts["weight_scale"], whole, format, dtype)
+
+
+def to_qtensor(
+    words: np.ndarray, scale: np.ndarray, whole: np.ndarray | None, format: str, dtype: DTypeLike
+) -> QTensor:
+    """The same, of packed codes and scales; `whole`, of one number, multiplies those of "nvfp4"."""
+    packed = np.ascontiguousarray(words).view("<u4")
+    codes = bitstream.unpack(packed, 4, 2 * words.shape[1])
     codes = np.ascontiguousarray(codes.T).view(E2M1)
-    scale = np.ascontiguousarray(parts["weight_scale"].T)
+    scale = np.ascontiguousarray(scale.T)
     if format == "mxfp4":
         held: jax.Array | QTensor = jnp.asarray(scale.view(E8M0))
     else:
-        whole = 1 / parts["weight_global_scale"].astype(np.float32).reshape(1, 1)
-        held = _qtensor(scale, jnp.asarray(whole), "fp8_e4m3", scale.shape, np.float32)
+        assert whole is not None
+        by = jnp.asarray(whole, jnp.float32).reshape(1, 1)
+        held = _qtensor(scale, by, "fp8_e4m3", scale.shape, np.float32)
     return _qtensor(codes, held, format, (GROUPS[format], 1), dtype)
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.typing import DTypeLike
 
-from qjax.io import awq, bitsandbytes, compressed_tensors, fine_grained_fp8, gptq
+from qjax.io import awq, bitsandbytes, compressed_tensors, fine_grained_fp8, gptq, modelopt
 from qjax.qtensor import QTensor
 
 
@@ -43,10 +43,14 @@ CODECS: dict[str, Codec] = {
     "compressed-tensors": _codec(compressed_tensors, compressed_tensors.scheme_of),
     "fp8": _codec(fine_grained_fp8),
     "bitsandbytes": _codec(bitsandbytes),
+    "modelopt": _codec(modelopt),
 }
 
 
-_CACHE = (".self_attn.k_scale", ".self_attn.v_scale", ".self_attn.q_scale")  # not taken over
+_CACHE = (  # not taken over
+    *(".self_attn.k_scale", ".self_attn.v_scale", ".self_attn.q_scale"),
+    *(".k_proj.k_scale", ".v_proj.v_scale"),
+)
 
 
 class Matrices:

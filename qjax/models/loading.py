@@ -37,8 +37,8 @@ def load(
     them is made. Run them with `qjax.quantized`. F32, F16 and BF16 become arrays, and so do the
     IQ1, IQ2 and IQ3 types of GGUF files, which the package `gguf` decodes (the extra
     `qjax[gguf]`). Quantized Hugging Face folders are those of `qjax.io.codecs.CODECS`: GPTQ, AWQ
-    ("gemm"), compressed-tensors (packed integers, int8, FP8, NVFP4, MXFP4), fine-grained FP8 and
-    bitsandbytes; what they say of codes of activations or of the KV cache is not taken over.
+    ("gemm"), compressed-tensors (packed integers, int8, FP8, NVFP4, MXFP4), ModelOpt (FP8, NVFP4,
+    MXFP8, MXFP4, int8, int4), fine-grained FP8 and bitsandbytes; what they say of codes of activations or of the KV cache is not taken over.
 
     Args:
       path: a GGUF file (version 2 or 3; llama with or without experts, qwen2, qwen3, qwen3moe,
@@ -153,7 +153,7 @@ def _load_folder(path: str | os.PathLike[str], dtype: np.dtype):
         for name, array in tensors.items()
         if not name.endswith(".rotary_emb.inv_freq")  # a constant that old files hold
     }
-    held = _matrices(values, tensors, where)
+    held = _matrices(values, tensors, root)
     if held is not None:
         shapes = {name: s for name, s in shapes.items() if name not in held.used} | held.shapes
     if config.tied and _is_copy(tensors, "lm_head.weight", "model.embed_tokens.weight"):
@@ -211,15 +211,20 @@ def _load_folder(path: str | os.PathLike[str], dtype: np.dtype):
 
 
 def _matrices(
-    config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], where: str
+    config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], root: pathlib.Path
 ) -> codecs.Matrices | None:
     """The quantized ones, if the folder has any."""
-    found = config.get("quantization_config")
-    if found is None:
+    path, key = root / "config.json", "quantization_config"
+    found, older = config.get(key), root / "hf_quant_config.json"
+    if found is None and older.exists():  # of ModelOpt, which alone writes this file
+        path, key = older, "quantization"
+        found = read_json(older).get(key)
+        found = found | {"quant_method": "modelopt"} if isinstance(found, dict) else found
+    elif found is None:
         return None
     if not isinstance(found, dict):
-        raise ValueError(f"{where}: key 'quantization_config': must be an object, is {found!r}")
-    return codecs.Matrices(found, tensors, where)
+        raise ValueError(f"{path}: key {key!r}: must be an object, is {found!r}")
+    return codecs.Matrices(found, tensors, str(path))
 
 
 def _assemble(config: Config, source: _Source) -> dict[str, Any]:
