@@ -156,8 +156,16 @@ def test_it_lowers_for_a_gpu_and_every_config_fits():
         for outliers, out in ((0, "bfloat16"), (64, "bfloat16"), (64, "float32")):
             problem = problem._replace(outliers=outliers, out=out)
             config = mosaic_gpu.choose_config(problem)
-            assert mosaic_gpu.shared_bytes(problem, config) <= mosaic_gpu.SHARED_MEMORY
-            assert config.steps >= 2, problem
+            assert mosaic_gpu.misfit(problem, config) is None
+    problem = problems.LARGE[0]
+    args = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in operands(problems.SMALL[0])[0][:2]]
+    for config, message in (
+        (Config(192), "tiles have 32, 64, 128 or 256 rows, not 192"),
+        (Config(128, 1), "a turn takes two stages"),
+        (Config(256, 6), "needs .* bytes of shared memory"),
+    ):
+        with pytest.raises(ValueError, match=f"Config.* cannot run Problem.*: {message}"):
+            mosaic_gpu.launch(problem, config, *args, {})
 
 
 def test_what_it_cannot_run_is_said():

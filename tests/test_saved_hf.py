@@ -84,6 +84,8 @@ def test_folders_of_modelopt_give_its_logits(older, tmp_path):
 def test_a_folder_of_compressed_tensors_is_written_again_to_the_byte(tmp_path):
     source = QUANTIZED / "w4a16_asym"
     models.save_hf(tmp_path / "out", models.load(source)[1], source, "compressed-tensors")
+    with pytest.raises(ValueError, match="out: exists; choose another path"):  # first of all
+        models.save_hf(tmp_path / "out", None, source, "compressed-tensors")
     found, wanted = (safetensors.read_folder(p)[0] for p in (tmp_path / "out", source))
     assert found.keys() == wanted.keys()
     for name, array in wanted.items():
@@ -300,7 +302,7 @@ def test_experts_are_what_transformers_looks_for(tmp_path):
 
 def refused(path, message, params, like="llama", codec="compressed-tensors"):
     with pytest.raises(ValueError, match=message):
-        models.save_hf(path / "out", params, HF / like, codec)
+        models.save_hf(path / "refused", params, HF / like, codec)
     left = {p.name for p in path.iterdir()} - {"out"}
     assert not left, "nothing is left behind"
 

@@ -62,6 +62,18 @@ def shared_bytes(problem: Problem, config: Config) -> int:
     return config.steps * DEEP * (rows + CHANNELS) + 2 * CHANNELS * min(STRIP, rows) * size + second
 
 
+def misfit(problem: Problem, config: Config) -> str | None:
+    """None, or why the config cannot run the problem."""
+    c = config
+    if c.rows not in (32, 64, 128, 256):
+        return f"tiles have 32, 64, 128 or 256 rows, not {c.rows}"
+    if c.steps < 2:
+        return "a turn takes two stages"
+    if shared_bytes(problem, c) > SHARED_MEMORY:
+        return f"needs {shared_bytes(problem, c)} bytes of shared memory"
+    return None
+
+
 def choose_config(problem: Problem) -> Config:
     """The fewest rounds of the chip, weighed by the time of a tile, as it was measured."""
     tiles = -(-problem.weight.n // CHANNELS)
@@ -96,6 +108,9 @@ def launch(
     """`[m, n]`, cut as the config says."""
     from pallas_kernels.int8_matmul import hopper_kernel  # needs a jax with Mosaic GPU
 
+    reason = misfit(problem, config)
+    if reason is not None:
+        raise ValueError(f"{config} cannot run {problem}: {reason}")
     second = []
     if outliers:
         columns, at = outliers

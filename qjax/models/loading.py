@@ -38,7 +38,8 @@ def load(
     IQ1, IQ2 and IQ3 types of GGUF files, which the package `gguf` decodes (the extra
     `qjax[gguf]`). Quantized Hugging Face folders are those of `qjax.io.codecs.CODECS`: GPTQ, AWQ
     ("gemm"), compressed-tensors (packed integers, int8, FP8, NVFP4, MXFP4), ModelOpt (FP8, NVFP4,
-    MXFP8, MXFP4, int8, int4), fine-grained FP8 and bitsandbytes; what they say of codes of activations or of the KV cache is not taken over.
+    MXFP8, MXFP4, int8, int4), fine-grained FP8 and bitsandbytes; what they say of codes of
+    activations or of the KV cache is not taken over.
 
     Args:
       path: a GGUF file (version 2 or 3; llama with or without experts, qwen2, qwen3, qwen3moe,

@@ -66,18 +66,20 @@ def save_hf(
     """
     if not isinstance(codec, str) or codec not in WRITERS:
         raise ValueError(f"codec: must be one of {', '.join(WRITERS)}, is {codec!r}")
-    root = pathlib.Path(like)
-    values = loading.read_json(root / "config.json")
-    known, _ = safetensors.read_folder(root)
-    matrices, tensors = _by_module(params, values, str(root))
-    tensors = {name: _as_known(array, known.get(name)) for name, array in tensors.items()}
-    if not matrices:
-        raise ValueError("params has no quantized matrix; quantize it first")
-    linear = {n.removesuffix(".weight") for n, v in tensors.items() if _is_linear(n, v)}
-    linear |= {"lm_head"} - matrices.keys()  # a tied one too: readers have a module of that name
-    written, about = WRITERS[codec](matrices, linear)
-    config = {**values, "quantization_config": {"quant_method": codec, **about}}
     with new_folder(pathlib.Path(path)) as folder:
+        root = pathlib.Path(like)
+        values = loading.read_json(root / "config.json")
+        known, _ = safetensors.read_folder(root)
+        matrices, tensors = _by_module(params, values, str(root))
+        tensors = {name: _as_known(array, known.get(name)) for name, array in tensors.items()}
+        if not matrices:
+            raise ValueError("params has no quantized matrix; quantize it first")
+        linear = {n.removesuffix(".weight") for n, v in tensors.items() if _is_linear(n, v)}
+        linear |= {
+            "lm_head"
+        } - matrices.keys()  # a tied one too: readers have a module of that name
+        written, about = WRITERS[codec](matrices, linear)
+        config = {**values, "quantization_config": {"quant_method": codec, **about}}
         safetensors.write(folder / "model.safetensors", tensors | written, {"format": "pt"})
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for name in _BESIDE:
