@@ -126,7 +126,7 @@ class Parts:
         def own(sums: fa.FragmentedArray) -> list[list[ir.Value]]:
             """Those of the rows that this block adds up."""
             quads, rank = _quads(sums), ptx.rank(split > 1)
-            mine = quads[:eights]
+            mine: list[Any] = quads[:eights]
             for owner in range(1, split):
                 here = arith.cmpi(arith.CmpIPredicate.eq, rank, ptx.number(owner))
                 pairs = zip(quads[owner * eights :], mine, strict=False)
