@@ -21,7 +21,7 @@ _SPECS = (
     "such as int8, int4_g64, uint4_g32, nf4_g64_dq, fp8_e4m3 or int8/int8_token: "
     "format[_gN | _RxC | _tensor][_asym][_dq][/activation]"
 )
-_CODECS = ("gptq", "awq", "compressed-tensors")
+_CODECS = ("gptq", "awq", "compressed-tensors", "bitsandbytes")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -180,6 +180,8 @@ def test_quantize_writes_hugging_face_folders(tmp_path, failure):
         ("int8", "awq", "it has int and uint of 4 bits"),
         ("int8/int8_token", "gptq", "no place for codes of activations"),
         ("int4_16x16", "compressed-tensors", "groups along the inputs"),
+        ("int4_g16", "bitsandbytes", "it has nf4, fp4_bnb, int8"),
+        ("nf4_g16_dq", "bitsandbytes", "no place for codes of activations or of scales"),
     ):
         assert message in failure("quantize", source, "--spec", spec, *new, codec)
     rule = ("--rule", ".*/up/kernel=nf4_g16")

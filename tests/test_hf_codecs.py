@@ -326,6 +326,8 @@ def bnb_parts(kind, block):
 def test_bitsandbytes_4_bits(kind, block):
     q = bitsandbytes.read(bnb_parts(kind, block), None, np.float32, "m")
     np.testing.assert_array_equal(values(q), BNB[f"{kind}_bs{block}__dequant"])
+    parts = bnb_parts(kind, block)
+    same_bytes(bitsandbytes.write(q), parts | {"weight": parts["weight"].reshape(-1, 1)})
 
 
 @pytest.mark.parametrize(
@@ -342,6 +344,9 @@ def test_files_of_bitsandbytes(file, dequant, bound):
     assert tensors.keys() - held.used == {"layer.bias"}
     q = held.read("layer.weight", np.float32)
     np.testing.assert_allclose(values(q), BNB[dequant], rtol=bound, atol=0)
+    if "SCB" in bitsandbytes.write(q):
+        written = {f"layer.{part}": v for part, v in bitsandbytes.write(q).items()}
+        same_bytes(written, {name: tensors[name] for name in held.used})
 
 
 def test_bitsandbytes_says_what_does_not_fit():

@@ -18,16 +18,18 @@ from qjax.io import safetensors
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 HF, QUANTIZED = GOLDEN / "hf", GOLDEN / "hf_quantized"
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma3")
-SPECS = {  # what a codec holds, scales in float16
+SPECS = {  # what a codec holds, scales in float16 but for those of bitsandbytes
     "gptq": "int4_g8",
     "awq": "uint4_g8",
     "compressed-tensors": "int3",
+    "bitsandbytes": "nf4_g16",
 }
 TOKENS = jnp.arange(8)[None]
 
 
 def spec_of(text):
-    spec = qjax.Spec.parse(text)._replace(scale_dtype="float16")
+    spec = qjax.Spec.parse(text)
+    spec = spec if spec.format == "nf4" else spec._replace(scale_dtype="float16")
     return spec if spec.symmetric else spec._replace(zero_dtype="uint8")
 
 
@@ -94,7 +96,17 @@ def test_a_folder_of_compressed_tensors_is_written_again_to_the_byte(tmp_path):
 
 
 CASES = [(family, codec) for family in FAMILIES for codec in SPECS]
-QUICK = [("llama", "gptq"), ("mixtral", "compressed-tensors"), ("gemma3", "awq")]
+CASES = [
+    case
+    for case in CASES
+    if case not in (("qwen3_moe", "bitsandbytes"), ("mixtral", "bitsandbytes"))
+]
+QUICK = [
+    ("llama", "gptq"),
+    ("mixtral", "compressed-tensors"),
+    ("gemma3", "awq"),
+    ("qwen2", "bitsandbytes"),
+]
 
 
 @pytest.mark.parametrize("case", few(CASES, QUICK), ids="-".join)
@@ -111,6 +123,7 @@ def test_what_is_written_comes_back(case, tmp_path):
     about = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     if again.config.tied:  # transformers has a module of that name all the same
         left_out = {"gptq": "lm_head", "awq": "modules_to_not_convert"}.get(codec, "ignore")
+        left_out = "llm_int8_skip_modules" if codec == "bitsandbytes" else left_out
         assert about[left_out] is False or "lm_head" in about[left_out]
     models.save_hf(tmp_path / "again", params, tmp_path / "out", codec)
     for name in ("config.json", "model.safetensors"):
@@ -298,6 +311,23 @@ def test_experts_are_what_transformers_looks_for(tmp_path):
     all_of_it = qjax.Recipe(tables, qjax.Rule(".*", four, optional=True))
     routed = qjax.quantize_params(params, all_of_it, sites)
     refused(tmp_path, "router/kernel: .* routers aside", routed, "mixtral")
+
+
+def test_bitsandbytes_has_linear_layers_in_one_form(tmp_path):
+    for family, rules, message in (
+        ("llama", [(".*/up/.*", "int8"), (".*", "nf4_g16")], "in one form: there are int8, nf4"),
+        ("llama", [(".*", "nf4_g16_dq")], "lm_head is .*scales of one level"),
+        ("mixtral", [(".*", "nf4_g16")], "in one form: .*experts.0.* is an expert's"),
+    ):
+        refused(tmp_path, message, quantized(family, *rules)[1], family, "bitsandbytes")
+    _, qparams = quantized("llama", (".*/head/.*", None), (".*", "int8"))
+    models.save_hf(tmp_path / "out", qparams, HF / "llama", "bitsandbytes")
+    said = about(tmp_path / "out")
+    assert (said["load_in_8bit"], said["llm_int8_skip_modules"]) == (True, ["lm_head"])
+    again = models.load(tmp_path / "out")[1]
+    models.save_hf(tmp_path / "again", again, tmp_path / "out", "bitsandbytes")
+    file = "model.safetensors"
+    assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
 
 
 def refused(path, message, params, like="llama", codec="compressed-tensors"):

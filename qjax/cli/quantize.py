@@ -182,7 +182,7 @@ def _for_codec(spec: Spec | str, codec: str | None) -> Spec:
     if not spec.symmetric:
         unsigned = spec.format if spec.format.startswith("u") else f"u{spec.format}"
         spec = spec._replace(format=unsigned, zero_dtype="uint8")
-    return spec if codec == "compressed-tensors" else spec._replace(scale_dtype="float16")
+    return spec._replace(scale_dtype="float16") if codec in ("gptq", "awq") else spec
 
 
 def _without_scales(params: Any, model: Decoder, kind: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from qjax.formats import FORMATS, split_planes
+from qjax.formats import FORMATS, join_planes, split_planes
 from qjax.io import scaled
 from qjax.io.groups import check_part, told
 from qjax.io.strict_json import is_count, read_object
@@ -98,6 +99,45 @@ def read(parts: Mapping[str, np.ndarray], scheme: None, dtype: DTypeLike, where:
         (state.block, 1),
         np.dtype(dtype),
     )
+
+
+def write(q: QTensor) -> dict[str, np.ndarray]:
+    """The tensors of a matrix `[inputs, outputs]` in "nf4", "fp4_bnb" or "int8".
+
+    An int8 scale becomes the SCB of which `read` makes it, or the nearest.
+
+    Raises:
+      ValueError: `q` is none, or its scales are quantized in turn.
+    """
+    kind = {v: k for k, v in _KINDS.items()}.get(q.format)
+    matrix = q.ndim == 2 and q.param_shape is None and q.activation is None
+    plain = not isinstance(q.scale, QTensor) and q.zero_point is None and q.offset is None
+    k, n = q.shape if q.ndim == 2 else (0, 0)
+    groups = q.block[1:] == (1,) and (k % q.block[0] == 0 if kind else q.block[0] >= k)
+    if not (matrix and plain and groups) or (kind is None and q.format != "int8"):
+        raise ValueError(
+            f"is {q!r}: bitsandbytes has matrices of nf4 and fp4_bnb in whole groups along their "
+            "inputs and of int8 with a scale per output, with scales of one level (nf4_g64)"
+        )
+    scale = np.ascontiguousarray(np.asarray(q.scale).T).astype(np.float32)
+    codes = np.ascontiguousarray(np.asarray(join_planes(FORMATS[q.format], q.qvalue)).T)
+    if kind is None:
+        near = scale[:, 0] * np.float32(127)
+        # maxima of float16 numbers, in files of bitsandbytes
+        half = np.clip(near, -65504, 65504).astype(np.float16).astype(np.float32)
+        others = (np.nextafter(near, np.float32(0)), np.nextafter(near, np.float32(np.inf)), half)
+        for other in others:
+            near = np.where(other * np.float32(1 / 127) == scale[:, 0], other, near)
+        return {"weight": codes, "SCB": near, "weight_format": np.zeros((), np.uint8)}
+    state = {"quant_type": kind, "blocksize": q.block[0], "dtype": q.dtype.name, "shape": [n, k]}
+    codes = codes.astype(np.uint8)
+    values = FORMATS[q.format].decode(jnp.arange(16, dtype=jnp.uint8), jnp.dtype("float32"))
+    return {
+        "weight": (codes[:, ::2] << 4 | codes[:, 1::2]).reshape(-1, 1),
+        "weight.absmax": scale.reshape(-1),
+        "weight.quant_map": np.asarray(values),
+        _STATE + kind: np.frombuffer(json.dumps(state).encode(), np.uint8),
+    }
 
 
 def _state(parts: Mapping[str, np.ndarray], where: str) -> State:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from qjax.io import awq, block_floats, compressed_tensors, gptq, safetensors
+from qjax.io import awq, bitsandbytes, block_floats, compressed_tensors, gptq, safetensors
 from qjax.io.replacing import new_folder
 from qjax.models import configs, loading, names
 from qjax.qtensor import QTensor, Quantized
@@ -47,9 +47,10 @@ def save_hf(
       like: a Hugging Face folder of the same model, quantized or not; ``config.json`` and the
         tokenizer are copied.
       codec: "gptq" (2, 3, 4 and 8 bits, all matrices of the layers in one form, act-order too),
-        "awq" (4 bits) or "compressed-tensors" (2 to 8 bits and FP8, a form for each matrix, one
-        for all experts). Groups divide the inputs; routers and embeddings are arrays. GPTQ's and
-        AWQ's readers expect scales in float16: `Spec.scale_dtype`.
+        "awq" (4 bits), "bitsandbytes" (nf4, fp4_bnb or int8, no experts) or "compressed-tensors"
+        (2 to 8 bits, FP8, NVFP4 and MXFP4, a form for each matrix, one for all experts). Groups
+        divide the inputs; routers and embeddings are arrays. GPTQ's and AWQ's readers expect scales
+        in float16: `Spec.scale_dtype`.
 
     Raises:
       ValueError: `path` exists; parameters and `like` are not of one model; or a parameter is
@@ -234,6 +235,24 @@ def _write_compressed_tensors(matrices: Matrices, linear: set[str]) -> Written:
     return _named({module: parts for module, (parts, _) in written.items()}), about
 
 
+def _write_bitsandbytes(matrices: Matrices, linear: set[str]) -> Written:
+    experts = sorted(filter(_is_expert, matrices))
+    forms = sorted({q.format for q in matrices.values()})
+    if experts or len(forms) > 1:
+        found = f"{experts[0]} is an expert's" if experts else f"there are {', '.join(forms)}"
+        raise ValueError(f"bitsandbytes has linear layers in one form: {found}")
+    written = _each(matrices, bitsandbytes.write)
+    about: dict[str, Any] = {"load_in_4bit": forms != ["int8"], "load_in_8bit": forms == ["int8"]}
+    if about["load_in_4bit"]:
+        about |= {
+            "bnb_4bit_quant_type": forms[0].removesuffix("_bnb"),
+            "bnb_4bit_use_double_quant": False,
+            "bnb_4bit_compute_dtype": next(iter(matrices.values())).dtype.name,
+            "bnb_4bit_quant_storage": "uint8",
+        }
+    return _named(written), about | {"llm_int8_skip_modules": sorted(linear)}
+
+
 def _experts_first(schemes: dict[str, list[str]], linear: set[str]) -> dict[str, list[str]]:
     """With a pattern for experts in front: transformers takes the scheme of all of them from the
     first that looks like theirs.
@@ -261,6 +280,7 @@ def _is_expert(module: str) -> bool:
 WRITERS: dict[str, Callable[[Matrices, set[str]], Written]] = {
     "gptq": _write_gptq,
     "awq": _write_awq,
+    "bitsandbytes": _write_bitsandbytes,
     "compressed-tensors": _write_compressed_tensors,
 }
 
@@ -268,11 +288,15 @@ WRITERS: dict[str, Callable[[Matrices, set[str]], Written]] = {
 def unfit(spec: Spec, codec: str) -> str | None:
     """None, or why no matrix of a spec is written by a codec."""
     match = re.fullmatch(r"u?int([2-8])", spec.format)
-    bits = {"gptq": gptq.BITS, "awq": (4,)}.get(codec, tuple(range(2, 9)))
+    bits = {"gptq": gptq.BITS, "awq": (4,), "bitsandbytes": ()}.get(codec, tuple(range(2, 9)))
     known = match is not None and int(match[1]) in bits
-    floats = ("fp8_e4m3", *block_floats.GROUPS) if codec == "compressed-tensors" else ()
-    if not known and spec.format not in floats:
-        kinds = ", ".join(["int and uint of " + ", ".join(map(str, bits)) + " bits", *floats])
+    others = {
+        "compressed-tensors": ("fp8_e4m3", *block_floats.GROUPS),
+        "bitsandbytes": ("nf4", "fp4_bnb", "int8"),
+    }.get(codec, ())
+    if not known and spec.format not in others:
+        integers = ["int and uint of " + ", ".join(map(str, bits)) + " bits"] if bits else []
+        kinds = ", ".join([*integers, *others])
         return f"{codec} has no form for {spec}; it has {kinds}"
     scaled = spec.scale_spec is not None and spec.format not in block_floats.GROUPS
     if spec.activation is not None or scaled:
