@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import tune_kernels as decode
 
-from pallas_kernels.quantized_matmul import mosaic_gpu, mosaic_wgmma
+from pallas_kernels.quantized_matmul import mosaic_gpu, mosaic_wgmma, problems
 from pallas_kernels.quantized_matmul.mosaic_wgmma import Config
 from pallas_kernels.quantized_matmul.problem import Problem, Weight
 
@@ -49,6 +49,8 @@ CHECKS = {  # more than those of decoding
     **decode.CHECKS,
     "int4 short": (Weight(64, 264, 32, "int4", "bfloat16"), None),
     "int8 short": (Weight(40, 64, 40, "int8"), "relu"),
+    "nf4 channel": (Weight(2048, 264, 2048, "uint4", values=problems.NF4), None),
+    "nf4 short scales": (Weight(2048, 264, 64, "uint4", "bfloat16", values=problems.NF4), None),
 }
 CONFIGS = [  # that checks go through, where they fit: "int4 square" all, the others a fourth per m
     Config(32, 2, 8),
@@ -62,6 +64,8 @@ CONFIGS = [  # that checks go through, where they fit: "int4 square" all, the ot
     Config(128, 1, 4, 1, 2),
     Config(256, 1, 3),
     Config(256, 1, 3, 2),
+    Config(256, 1, 3, 4),
+    Config(128, 1, 4, 4),
     Config(32, 1, 4, channels=128, teams=2),
     Config(32, 2, 6, 4, channels=64, teams=2),
     Config(256, 1, 3, 1, 2),

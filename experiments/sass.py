@@ -67,13 +67,14 @@ WEIGHTS = {
 CONFIGS = {1: (4, 4, 1, 2, 1, 0), 16: (4, 2, 1, 2, 2, 128)}  # m -> config
 FUSED = {1: (4, 2, 1, 2, 3, 128), 8: (2, 4, 1, 2, 2, 128), 16: (2, 4, 1, 2, 2, 128)}
 LIMITS = {"int4": 1.0, "nf4": 0.7, "int8": 1.4, "fp8": 1.2}  # integer instructions per code, m = 1
-WIDE = [  # m, config
+WIDE = [  # m, config; and what is offered for 64 rows where registers are fewest
     (1024, (256, 1, 3)),
     (64, (64, 1, 4, 1, 1, 8, 64, 2)),
-    (64, (64, 1, 8, 2, 1, 8, 128, 2)),
 ]
-WIDE_LIMITS = {"int4": 35, "nf4": 37, "int8": 38, "fp8": 40}  # instructions of a warp, 16 along k
-INT8_LIMIT = 30  # instructions of a warp, 32 along k
+# instructions of a warp, 16 along k
+WIDE_LIMITS = {"int4": 30, "nf4": 35, "int8": 28, "fp8": 30, "zeros": 38}
+ZEROS = Weight(4096, 4096, 64, "uint4", "float16", zero="uint4")
+INT8_LIMIT = 24  # instructions of a warp, 32 along k
 INTEGER = ("LOP3", "SHF", "PRMT", "IDP")
 OTHERS = ("HMMA", "HADD2", "HMUL2", "HFMA2", "FFMA", "FADD", "FMUL", "LDS", "IMAD", "SYNCS")
 
@@ -125,8 +126,8 @@ def fenced(text: str) -> bool:
     return re.search(r"MEMBAR\.\w+\.GPU", text) is not None
 
 
-def loop(text: str) -> list[str]:
-    """The lines of the innermost loop that has matrix products of warpgroups."""
+def loop(text: str, products: int) -> list[str]:
+    """The lines of the shortest loop that has so many matrix products of warpgroups."""
     code = [v for v in text.splitlines() if re.search(r"/\*[0-9a-f]{4,}\*/\s|^\s*\.L_", v)]
     labels = {m[1]: i for i, v in enumerate(code) if (m := re.match(r"\s*(\.L_\w+):", v))}
     found: list[list[str]] = []
@@ -134,7 +135,7 @@ def loop(text: str) -> list[str]:
         back = re.search(r"BRA[^`]*`\((\.L_\w+)\)", line)
         if back and labels.get(back[1], i) < i:
             lines = code[labels[back[1]] : i]
-            if any("GMMA" in v for v in lines):
+            if sum("GMMA" in v for v in lines) == products:
                 found.append(lines)
     return min(found, key=len)
 
@@ -143,9 +144,8 @@ def wide(name: str, weight: Weight, m: int, cut: tuple[int, ...]) -> list[str]:
     """Prints the row of the kernel for m > 16; what is wrong with it."""
     with tempfile.TemporaryDirectory() as folder:
         text, report = sass(m, weight, cut, folder)
-    lines = loop(text)
-    products = sum("GMMA" in v for v in lines)
-    each = sum(counts("\n".join(lines)).values()) / products
+    products = 8 * cut[1]  # a turn is two stages of one or two strips
+    each = sum(counts("\n".join(loop(text, products))).values()) / products
     spilled = re.search(r"(\d+) bytes spill stores", report)
     waits = "serialized" in report
     print(
@@ -169,8 +169,7 @@ def integers(outliers: int) -> list[str]:
     config = int8_plan.choose_config(problem)
     with tempfile.TemporaryDirectory() as folder:
         text, report = compiled(folder, lambda *v: int8_plan.launch(problem, config, *v), *args)
-    lines = loop(text)
-    each = sum(counts("\n".join(lines)).values()) / sum("IGMMA" in v for v in lines)
+    each = sum(counts("\n".join(loop(text, 8))).values()) / 8
     spilled = re.search(r"(\d+) bytes spill stores", report)
     waits = "serialized" in report
     print(
@@ -229,8 +228,11 @@ def main() -> None:
     for name, weight in WEIGHTS.items():
         for m, norm in itertools.product(FUSED, (jnp.bfloat16, jnp.float32)):
             bad += fused(name, weight, m, norm)
-    for name, weight in WEIGHTS.items():
-        for m, cut in WIDE:
+    for name, weight in (WEIGHTS | {"zeros": ZEROS}).items():
+        layout = next(n for n in mosaic_gpu.LAYOUTS if LAYOUTS[n].supports(weight) is None)
+        offered = mosaic_wgmma.configs(Problem(64, weight, layout, "bfloat16", "bfloat16"))
+        crowded = [c for _, c in offered if (c.rows, c.channels, c.teams) == (64, 128, 2)]
+        for m, cut in dict.fromkeys([*WIDE, (64, tuple(crowded[0]))]):
             bad += wide(name, weight, m, cut)
     bad += [*integers(0), *integers(64)]
     if bad:

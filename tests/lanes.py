@@ -95,13 +95,17 @@ class Inline:
                 values.append(np.asarray(v.address).astype(np.uint64))
             elif np.ndim(v) < 2:
                 values.append(np.asarray(v).astype(np.uint32))
-            else:
-                values += [[row] for row in v]
+            else:  # registers, of one number of each lane or of several
+                values += [[row] if np.ndim(v) == 2 else list(row) for row in v]
         env = dict(zip(code.arguments, values, strict=True))
         live = self.machine.live
         with np.errstate(all="ignore"):
             code.run(env, live)
-        return None if outs is None else np.stack([env[n][0] + np.zeros_like(live) for n in outs])
+        whole = lambda numbers: np.stack([np.broadcast_to(v, live.shape) for v in numbers])
+        if outs is None:
+            return None
+        held = np.stack([whole(env[n]) for n in outs])
+        return held[:, 0] if held.shape[1] == 1 else held
 
     def _build(self, operands: Any, flat: Sequence[Any]) -> Any:
         context = mlir.make_ir_context()
@@ -119,7 +123,8 @@ class Inline:
                 elif np.ndim(v) < 2:
                     kinds.append(of["int32"])
                 else:
-                    kinds += [ir.VectorType.get((1,), of[v.dtype.name])] * len(v)
+                    size = 1 if np.ndim(v) == 2 else len(v[0])
+                    kinds += [ir.VectorType.get((size,), of[v.dtype.name])] * len(v)
             with ir.InsertionPoint(module.body):
                 block = func.FuncOp("inline", (kinds, [])).add_entry_block()
             given = iter(block.arguments)

@@ -42,6 +42,7 @@ PLAIN: Mapping[str, Callable[..., Any]] = {
     "arith.mulf": np.multiply,
     "arith.divf": np.divide,
     "arith.maximumf": np.maximum,
+    "arith.minimumf": np.minimum,
     "arith.select": np.where,
     "llvm.add": np.add,
     "llvm.mul": np.multiply,
@@ -125,6 +126,8 @@ class Code:
                 return lambda v: v.astype(DTYPES[kind])
             case "arith.bitcast":
                 return lambda v: v.view(DTYPES[kind])
+            case "vector.from_elements" | "llvm.bitcast" | "vector.bitcast" | "vector.broadcast":
+                return lambda v: v if isinstance(v, list) else [v]  # words stay words
             case "builtin.unrealized_conversion_cast":  # of a ref: its pointer twice, an offset
                 return lambda v: [v, v, U64(0)] if "struct" in kind else v
             case "llvm.extractvalue":

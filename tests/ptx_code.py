@@ -158,6 +158,15 @@ def _pair(values: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(values.astype(BF16)).view(np.uint32)[..., 0]
 
 
+def _to_odd(values: np.ndarray) -> np.ndarray:
+    """Float64 as float32, odd where it is not exact: what that is rounded to, `values` are."""
+    near = values.astype(np.float32)
+    bits = near.view(np.uint32)
+    inexact = (near.astype(np.float64) != values) & np.isfinite(near)
+    below = np.abs(near.astype(np.float64)) > np.abs(values)
+    return np.where(inexact, bits - below | np.uint32(1), bits).view(np.float32)
+
+
 def _mma(a: list[np.ndarray], b: list[np.ndarray], c: list[np.ndarray]) -> list[np.ndarray]:
     """`mma.m16n8k16`: where the fragments lie is PTX ISA 9.7.14, "Matrix Fragments".
 
@@ -216,6 +225,11 @@ def _value(name: str, args: list[Any]) -> Any:
             return _dp4a(*args)
         case "add.rn.bf16x2":
             return _pair(halves(args[0]) + halves(args[1]))
+        case "sub.rn.bf16x2":
+            return _pair(halves(args[0]) - halves(args[1]))
+        case "fma.rn.bf16x2":
+            a, b, c = (halves(v).astype(np.float64) for v in np.broadcast_arrays(*args))
+            return _pair(_to_odd(a * b + c))
         case "mul.rn.bf16x2":
             return _pair(halves(args[0]) * halves(args[1]))
         case "fma.rn.f32":

@@ -1,10 +1,7 @@
-"""The Hopper kernel for m > 16 without a GPU: what its lanes exchange, and its plans.
-
-`_operand` is the arithmetic of `hopper_fragments` in numpy, lane by lane and bit by bit. That the
-device runs it so is checked on the device (experiments/prefill_kernels.py check).
+"""The Hopper kernel for m > 16 without a GPU: interpreted, lowered, and its plans. Its inline code
+runs in test_wgmma_lanes, and all of it on the device (experiments/prefill_kernels.py check).
 """
 
-import itertools
 import json
 
 import jax
@@ -12,78 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import MOSAIC, needs_mosaic
-from hopper_operands import LANES, PLACES, by_lane, weight_of
+from hopper_operands import by_lane, weight_of
 from jax import lax
 from test_hopper import (
     H100,
     WEIGHTS,
-    _halves,
     _operands,
     _order,
     _pack,
-    _pairs,
 )
 
 from pallas_kernels.dispatch import choose
-from pallas_kernels.quantized_matmul import hopper_layout, mosaic_gpu, mosaic_wgmma, problems
+from pallas_kernels.quantized_matmul import mosaic_gpu, mosaic_wgmma, problems
 from pallas_kernels.quantized_matmul.layouts import LAYOUTS
 from pallas_kernels.quantized_matmul.mosaic_wgmma import Config
 from pallas_kernels.quantized_matmul.problem import Problem, Weight
-
-# what an even lane takes of two words, and an odd one: of numbers, and of a codebook
-SELECTORS = (0x6240, 0x7351), (0x5410, 0x7632)
-R, C = LANES // 4, LANES % 4
-
-
-def _prmt(a: np.ndarray, b: np.ndarray, selectors: np.ndarray) -> np.ndarray:
-    out = np.zeros_like(a)
-    for i in range(4):
-        nibble = selectors >> np.uint32(4 * i) & np.uint32(7)
-        byte = np.where(nibble < 4, a >> 8 * nibble, b >> 8 * (nibble & 3)) & np.uint32(255)
-        out |= byte << np.uint32(8 * i)
-    return out
-
-
-def _exchanged(weight: Weight, line: np.ndarray) -> list[np.ndarray]:
-    """The registers of a lane's operands, from 128 words of a warp."""
-    blocks = 1 if "8" in weight.code else 2
-    inner = C if blocks == 1 else 2 * (C // 2)
-    taken = [
-        [line[PLACES[4 * R + other] + inner + block] for other in range(4)]
-        for block in range(blocks)
-    ]
-    out = []
-    for parts in taken:
-        if blocks == 2:
-            even, odd = SELECTORS[weight.values is not None]
-            pair_of = np.where(C % 2 == 1, np.uint32(odd), np.uint32(even))
-            parts = [_prmt(*parts[i : i + 2], pair_of) for i in (0, 2)]
-        half = len(parts) // 2
-        out += [*_pairs(weight, parts[:half]), *_pairs(weight, parts[half:])]
-    return out
-
-
-@pytest.mark.parametrize("name", WEIGHTS)
-def test_lanes_exchange_what_wgmma_wants_of_them(name: str) -> None:
-    weight, logical = WEIGHTS[name], _operands(name)
-    codes = np.asarray(_pack(logical, weight)["codes"]).view(np.uint32)
-    value = logical["codes"].astype(np.float64)
-    if weight.values is not None:  # as the kernel's table has them
-        value = np.asarray(weight.values, np.float32).astype(jnp.bfloat16)[value.astype(int)]
-    lines = codes.shape[2] // 128
-    wanted = np.full((codes.shape[1] * 128, codes.shape[0] * 16), np.nan)
-    wanted[: weight.k, : weight.n] = value
-    plain = weight.values is None and "8" not in weight.code
-    start = 128.0 - hopper_layout.lowest(weight) if plain else 0.0
-    for row, tile, line in itertools.product(*map(range, codes.shape[:2]), range(lines)):
-        held = codes[row, tile, 128 * line : 128 * line + 128]
-        for i, pair in enumerate(_exchanged(weight, held)):
-            step, j = divmod(i, 4)
-            k = 128 * tile + 128 // lines * line + 16 * step + 8 * (j // 2) + 2 * C
-            for e, got in enumerate(_halves(pair)):
-                known = wanted[k + e, 16 * row + R + 8 * (j % 2)]
-                inside = ~np.isnan(known)
-                np.testing.assert_array_equal((got - start)[inside], known[inside])
 
 
 def _twin(strips: int):
@@ -193,6 +133,41 @@ def test_configs_fit_the_chip(m: int) -> None:
             assert config.rows % (8 * config.split) == 0
 
 
+@needs_mosaic
+@pytest.mark.parametrize("name", ["int4", "nf4", "uint4_zeros"])
+def test_shared_memory_is_what_the_kernel_takes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from pallas_kernels.quantized_matmul import hopper_wgmma
+
+    how: dict = {}
+    monkeypatch.setattr(plgpu, "kernel", lambda body, **given: how.update(given))
+    weight = {
+        "int4": Weight(8192, 8192, 128, "int4", "bfloat16"),
+        "nf4": Weight(8192, 8192, 64, "uint4", values=problems.NF4),
+        "uint4_zeros": Weight(8192, 8192, 64, "uint4", "float16", zero="uint4"),
+    }[name]
+    for m, out in ((17, "bfloat16"), (64, "float32"), (256, "bfloat16"), (1000, "float32")):
+        problem = Problem(m, weight, "hopper4", "bfloat16", out)
+        for _, config in mosaic_wgmma.configs(problem):
+            hopper_wgmma.kernel(problem, config)
+            scratch = jax.tree.leaves(
+                how["scratch_types"], is_leaf=lambda v: hasattr(v, "memory_space")
+            )
+            arrays = [v for v in scratch if not hasattr(v, "num_barriers")]
+            took = sum(int(np.prod(v.shape)) * jnp.dtype(v.dtype).itemsize for v in arrays)
+            said = mosaic_wgmma.shared_bytes(problem, config)
+            assert said <= took <= said + 8, config  # the barrier of sums
+
+
+def test_results_leave_in_whole_turns_of_strips() -> None:
+    problem = Problem(
+        300, Weight(4096, 4096, 128, "int4", "bfloat16"), "hopper4", "bfloat16", "bfloat16"
+    )
+    for config in (Config(96, 1, 3), Config(192, 1, 3), Config(144, 1, 3, 2)):
+        assert "no whole turns of strips" in str(mosaic_wgmma.fits(problem, config))
+
+
 def test_dispatch_takes_it_from_seventeen_rows_on() -> None:
     weight = Weight(4096, 4096, 128, "int4", "bfloat16")
     problem = Problem(17, weight, "hopper4", "bfloat16", "bfloat16")
@@ -240,22 +215,21 @@ def test_the_table_holds_what_can_run() -> None:
             assert mosaic_wgmma.choose_config(problem, table["device"]) == config
 
 
-def test_rows_between_those_of_the_table_take_the_next_larger_ones() -> None:
+def test_rows_between_those_of_a_table_take_the_next_larger_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     weight = Weight(8192, 8192, 128, "int4", "bfloat16")
-    chosen = lambda m, kind: mosaic_wgmma.choose_config(
-        Problem(m, weight, "hopper4", "bfloat16", "bfloat16"), kind
-    )
-    (path,) = mosaic_wgmma.TABLES.glob("NVIDIA_H200.json")
-    rows = json.loads(path.read_text())["rows"]
-    known = {
-        row["m"]: Config(*row["config"])
-        for row in rows
-        if (row["format"], row["k"], row["n"]) == ("int4", 8192, 8192)
-    }
-    assert {128, 256} <= set(known)
-    assert known[128] != known[256]
-    assert chosen(129, "NVIDIA H200") == known[256]
-    assert chosen(128, "NVIDIA H200") == chosen(65, "NVIDIA H200") == known[128]
-    assert 512 not in known
-    guess = lambda m: chosen(m, "a card without a table")
-    assert chosen(512, "NVIDIA H200") == guess(512)  # 1024 rows are twice as many
+    row = {"k": 8192, "n": 8192, "words": mosaic_gpu.tile_words(weight)}
+    held = {200: Config(128, 1, 3), 100: Config(64, 1, 3), 40: Config(32, 1, 3)}
+    rows = [{**row, "format": "int4", "m": m, "config": list(c)} for m, c in held.items()]
+    others = [{**r, "format": "nf4", "config": list(Config(256, 1, 3))} for r in rows]
+    monkeypatch.setitem(mosaic_wgmma.TUNED, "some_card", [*others, *rows])
+
+    def chosen(m: int, kind: str = "some card") -> Config | None:
+        problem = Problem(m, weight, "hopper4", "bfloat16", "bfloat16")
+        return mosaic_wgmma.choose_config(problem, kind)
+
+    found = {m: held[to] for m, to in ((21, 40), (40, 40), (51, 100), (100, 100), (101, 200))}
+    assert {m: chosen(m) for m in found} == found
+    for m in (20, 50, 201):  # half of a row's, or more than any
+        assert chosen(m) == chosen(m, "a card without a table")

@@ -42,7 +42,7 @@ def _choose(mask: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
     return _word("lop3.b32 $0, $1, $2, $3, 0xCA;", mask, a, b)
 
 
-def _bytes(a: ir.Value, b: ir.Value, selector: ir.Value) -> ir.Value:
+def choose_bytes(a: ir.Value, b: ir.Value, selector: ir.Value) -> ir.Value:
     """The bytes of `b:a` that the nibbles of `selector` name."""
     return _word("prmt.b32 $0, $1, $2, $3;", a, b, selector)
 
@@ -87,7 +87,7 @@ def _float8(mantissa: int, bias: int) -> Callable[[None], Operand]:
             out, scale = [], ptx.number(power)
             for word in words:
                 for signs in (0xA280, 0xB391):  # a byte, and eight times its sign: even, odd ...
-                    moved = _left(_bytes(word, word, ptx.number(signs)), shift)
+                    moved = _left(choose_bytes(word, word, ptx.number(signs)), shift)
                     bits = arith.andi(moved, ptx.number(kept))
                     out.append(_word("mul.rn.bf16x2 $0, $1, $2;", bits, scale))
             return out
@@ -109,13 +109,13 @@ def _codebook(values: Sequence[float]) -> Operand:
         out = []
         for half, signs in enumerate((0xD9C8, 0xFBEA)):  # of bytes, each eight times: even, odd ...
             selector = _right(three, 16 * half)
-            mask = _bytes(even, word, ptx.number(signs))
+            mask = choose_bytes(even, word, ptx.number(signs))
             planes = []
             for at in (0, 4):
-                lower = _bytes(table[at], table[at + 1], selector)
-                upper = _bytes(table[at + 2], table[at + 3], selector)
+                lower = choose_bytes(table[at], table[at + 1], selector)
+                upper = choose_bytes(table[at + 2], table[at + 3], selector)
                 planes.append(_choose(mask, upper, lower))
-            out += [_bytes(*planes, ptx.number(s)) for s in (0x5140, 0x7362)]
+            out += [choose_bytes(*planes, ptx.number(s)) for s in (0x5140, 0x7362)]
         return out
 
     return operand

@@ -2,9 +2,10 @@
 
 `hopper_layout` gives lane = 4 r + c eight neighbors along k (of each 32) of channels r and r + 8,
 for the sake of decoding; `wgmma` takes of every 8 neighbors two. So a lane reads its part of what
-each of the four lanes of its row has, where all lanes of a warp find banks of their own.
+each of the four lanes of its row has, and no two words of a load are in one bank.
 Operands are `(code - zero) * scale + offset` rounded once to bfloat16, which is what the reference
-multiplies with; scales per channel are left to the sums.
+multiplies with; a codebook's values are rounded first, and times scales that are no bfloat16 one in
+a thousand is a unit off. Scales per channel are left to the sums.
 """
 
 # The decorator of inline code keeps the type of what it wraps, which takes one argument more.
@@ -24,17 +25,17 @@ from jaxlib.mlir.dialects import arith
 
 from pallas_kernels.quantized_matmul import hopper_asm as ptx
 from pallas_kernels.quantized_matmul import hopper_layout as layout
-from pallas_kernels.quantized_matmul.hopper_decode import OPERANDS, halves
+from pallas_kernels.quantized_matmul.hopper_decode import OPERANDS, PAIRS, choose_bytes, halves
 from pallas_kernels.quantized_matmul.hopper_pairs import looked_up
 from pallas_kernels.quantized_matmul.mosaic_wgmma import part_names, part_words
 from pallas_kernels.quantized_matmul.problem import Weight
 
 ROWS = 64  # channels of a warpgroup
 HALF = 64  # of k: four operands of 16
-PAIRS = 0x0001_0001
-# selectors of what an even lane takes of two words, and an odd one: bytes 0 and 2, or 1 and 3, of
-# numbers; 0 and 1, or 2 and 3, of a codebook
-PLACES = (0x6240, 0x7351), (0x5410, 0x7632)
+LARGEST = float(jnp.finfo(jnp.bfloat16).max)
+# what an even lane takes of two words, and an odd one: bytes 0 and 2, or 1 and 3, of numbers; 0 and
+# 1, or 2 and 3, of a codebook
+SELECTORS = (0x6240, 0x7351), (0x5410, 0x7632)
 
 
 def fragments(weight: Weight, deep: int) -> Any:
@@ -65,7 +66,7 @@ def fragments(weight: Weight, deep: int) -> Any:
         warp = arith.andi(warp, ptx.number(3))
         r, c = arith.shrui(lane, ptx.number(2)), arith.andi(lane, ptx.number(3))
         odd = arith.cmpi(arith.CmpIPredicate.ne, arith.andi(c, ptx.number(1)), ptx.number(0))
-        pair_of = arith.select(odd, *(ptx.number(v) for v in reversed(PLACES[tables])))
+        pair_of = arith.select(odd, *(ptx.number(v) for v in reversed(SELECTORS[tables])))
         inner = c if wide else arith.andi(c, ptx.number(2))
         start = arith.addi(arith.muli(warp, ptx.number(words)), inner)
         starts = [arith.addi(start, ptx.place(r, ptx.number(other))) for other in range(4)]
@@ -84,7 +85,7 @@ def fragments(weight: Weight, deep: int) -> Any:
         out: list[ir.Value] = []
         for block, parts in enumerate(held):
             if not wide:
-                parts = [_bytes(*parts[i : i + 2], pair_of) for i in (0, 2)]
+                parts = [choose_bytes(*parts[i : i + 2], pair_of) for i in (0, 2)]
             half, group = len(parts) // 2, 32 * block // weight.group if names else 0
             for i, value in enumerate([*operand(parts[:half]), *operand(parts[half:])]):
                 out.append(utils.bitcast(scaled(group)(value, i % 2), pair))
@@ -98,15 +99,13 @@ def fragments(weight: Weight, deep: int) -> Any:
     return decode
 
 
-def _bytes(a: ir.Value, b: ir.Value, selector: ir.Value) -> ir.Value:
-    kind = ir.IntegerType.get_signless(32)
-    return ptx.asm(kind, "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", a, b, selector)
-
-
 def _split(value: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """A float32 as two bfloat16 whose sum is it but for 2 ** -17, each in both halves of a word."""
+    """A float32 as two bfloat16 whose sum is it but for 2 ** -17, each in both halves of a word.
+    The first is finite where it is.
+    """
     i32, code = ir.IntegerType.get_signless(32), "cvt.rn.bf16x2.f32 $0, $1, $1;"
-    first = ptx.asm(i32, code, "=r,f", value)
+    inside = arith.maximumf(arith.minimumf(value, ptx.real(LARGEST)), ptx.real(-LARGEST))
+    first = ptx.asm(i32, code, "=r,f", inside)
     rest = arith.subf(value, halves(first, "bfloat16")[0])
     return first, ptx.asm(i32, code, "=r,f", rest)
 
@@ -135,7 +134,7 @@ def _scaling(
             return [ptx.load(ref, ptx.add(place, 8 * i), 1, f32)[0] for i in range(2)]
         (word,) = ptx.load(ref, place, 1, i32)
         if name == "zero" or short:
-            return [_bytes(word, word, ptx.number(s)) for s in (0x1010, 0x3232)]
+            return [choose_bytes(word, word, ptx.number(s)) for s in (0x1010, 0x3232)]
         return halves(word, getattr(weight, name))
 
     def both(code: str, *args: ir.Value) -> ir.Value:
@@ -146,7 +145,10 @@ def _scaling(
         start = int(np.float32(128 - layout.lowest(weight)).view(np.uint32)) >> 16
         zero = [ptx.number(start * PAIRS)] * 2
     scale = held("scale") if names else None
-    if weight.values is not None and not short and scale is not None:
+    # of 4-bit integers times float16 the part of the rest is exact
+    exact = plain and weight.scale == "float16" and weight.offset is None
+    rest = None
+    if scale is not None and not short and (exact or weight.values is not None):
         scale, rest = zip(*(_split(v) for v in scale), strict=True)
     offset = held("offset") if "offset" in names else None
 
@@ -159,7 +161,7 @@ def _scaling(
             return both("mul.rn.bf16x2 $0, $1, $2;", value, scale[row])
         if short:
             return both("fma.rn.bf16x2 $0, $1, $2, $3;", value, scale[row], offset[row])
-        if weight.values is not None and offset is None:
+        if rest is not None:
             part = both("mul.rn.bf16x2 $0, $1, $2;", value, rest[row])
             return both("fma.rn.bf16x2 $0, $1, $2, $3;", value, scale[row], part)
         wide = [arith.mulf(v, scale[row]) for v in halves(value, "bfloat16")]

@@ -2,7 +2,7 @@
 
 result^T [n, m] = w^T [n, k] x^T [k, m]. One warp issues TMA into a ring of stages and runs ahead
 over the borders of tiles; warpgroups each take 64 channels of a tile: packed words from
-shared memory to registers, the exchange between lanes, bfloat16 and scale (`hopper_fragments`),
+shared memory to registers, bfloat16 and scale (`hopper_fragments`),
 then `wgmma` with x from shared memory. While the tensor cores multiply one stage a warpgroup
 decodes its next. Two teams of warpgroups may take stages in turns. Where there are fewer tiles than
 multiprocessors the blocks of a cluster split k, and each adds up and writes its share of the rows;
@@ -169,11 +169,11 @@ def kernel(
         def _():
             plgpu.set_max_registers(registers(warpgroups), action="increase")
             team, member = lax.div(group, i32(members)), lax.rem(group, i32(members))
+            for s in range(0, c.steps, c.teams):
+                plgpu.barrier_arrive(empty.at[s + team])
             if fill is not None:
                 fill(pairs)
                 parts.meet()
-            for s in range(0, c.steps, c.teams):
-                plgpu.barrier_arrive(empty.at[s + team])
 
             @plgpu.nd_loop((count,), collective_axes="sm")
             def _(info):

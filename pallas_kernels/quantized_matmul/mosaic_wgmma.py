@@ -106,6 +106,8 @@ def fits(problem: Problem, config: Config) -> str | None:
     long = turns(problem.weight.k, c)
     if c.split > 1 and (c.rows % (8 * c.split) or c.shared > 1 or long < c.split):
         return f"{c.split} blocks cannot split {long} turns along k and {c.rows} rows"
+    if (c.rows // c.split) % math.prod(strips_out(c)):
+        return f"{c.rows // c.split} rows are no whole turns of strips of a result"
     if c.steps % c.teams:
         return f"{c.teams} teams cannot take {c.steps} stages in turns"
     if c.channels * c.teams > 128 and c.rows > 64:
@@ -123,14 +125,22 @@ def configs(problem: Problem) -> Iterator[tuple[float, Config]]:
             continue
         if shared > 1 and weight.n <= cut[0]:
             continue
-        # of a codebook an operand of two strips takes half as many instructions more
-        one = rows > 64 or hopper_layout.code_words(weight) > 256 or weight.values is not None
-        strips = 1 if one else 2
+        strips = 1 if rows > 64 or not _two_strips(weight, cut) else 2
         for steps in (12, 10, 8, 7, 6, 5, 4, 3):
             config = Config(rows, strips, steps, split, shared, 8, *cut)
             if fits(problem, config) is None:
                 yield _guess(problem, config), config
                 break
+
+
+def _two_strips(weight: Weight, cut: tuple[int, int]) -> bool:
+    """Whether two strips a stage are fewer instructions, and registers are there for two operands
+    of them: else products wait for each other.
+    """
+    if hopper_layout.code_words(weight) > 256 or weight.values is not None:
+        return False
+    more = weight.zero or weight.offset or weight.group == 32
+    return not (more and weight.scale != "bfloat16" and cut == (128, 2))
 
 
 def _guess(problem: Problem, c: Config) -> float:
