@@ -228,6 +228,7 @@ def test_modelopt_is_read(case):
         ("fp8", {"weight": None}, "'weight' must be a matrix, is missing"),
         ("fp8", {"weight_scale": np.zeros((2, 2), np.float32)}, "'weight_scale' must be"),
         ("fp8_pb_wo", {"weight_scale": np.zeros((1, 1, 3, 1), np.float32)}, "'weight_scale' must"),
+        ("fp8_pb_wo", {"weight_scale": np.zeros((1, 2, 2, 1), np.float32)}, "'weight_scale' must"),
         ("w8a16", {"weight_scale": np.zeros(15, np.float32)}, "'weight_scale' must be"),
         ("w4a16_awq", {"weight_scale": np.zeros((16, 3), np.float32)}, "of 256 inputs is"),
         ("w4a16_awq", {"weight_scale": np.zeros((8, 2), np.float32)}, "'weight_scale' must be"),
@@ -239,6 +240,14 @@ def test_modelopt_that_does_not_fit_is_refused(case, change, message):
     parts = {k: v for k, v in (modelopt_parts(case)[0] | change).items() if v is not None}
     with pytest.raises(ValueError, match=message):
         modelopt.read(parts, None, np.float32, "m")
+
+
+def test_scales_of_the_cache_are_passed_over():
+    parts = {f"l.k_proj.{k}": v for k, v in modelopt_parts("fp8")[0].items()}
+    scale = {"l.k_proj.k_scale": np.ones((), np.float32)}
+    about = {"quant_method": "modelopt", "quant_algo": "FP8"}
+    held = codecs.Matrices(about, parts | scale, "c")
+    assert held.used == {*parts, *scale}
 
 
 def test_what_modelopt_does_in_ways_that_are_not_known_is_refused():

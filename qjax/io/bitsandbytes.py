@@ -17,6 +17,7 @@ from qjax.io.strict_json import is_count, read_object
 from qjax.qtensor import QTensor
 
 MARKS = ("weight.absmax", "SCB")
+BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # that its kernels know
 _STATE = "weight.quant_state.bitsandbytes__"
 _KINDS = {"nf4": "nf4", "fp4": "fp4_bnb"}  # of files -> of `FORMATS`
 PARTS = ("weight", "weight.absmax", "weight.quant_map", *(_STATE + kind for kind in _KINDS))
@@ -113,11 +114,12 @@ def write(q: QTensor) -> dict[str, np.ndarray]:
     matrix = q.ndim == 2 and q.param_shape is None and q.activation is None
     plain = not isinstance(q.scale, QTensor) and q.zero_point is None and q.offset is None
     k, n = q.shape if q.ndim == 2 else (0, 0)
-    groups = q.block[1:] == (1,) and (k % q.block[0] == 0 if kind else q.block[0] >= k)
-    if not (matrix and plain and groups) or (kind is None and q.format != "int8"):
+    sizes = q.block[0] in BLOCKS and k % q.block[0] == 0 if kind else q.block[0] >= k
+    if not (matrix and plain and sizes and q.block[1:] == (1,)) or not (kind or q.format == "int8"):
         raise ValueError(
-            f"is {q!r}: bitsandbytes has matrices of nf4 and fp4_bnb in whole groups along their "
-            "inputs and of int8 with a scale per output, with scales of one level (nf4_g64)"
+            f"is {q!r}: bitsandbytes has matrices of nf4 and fp4_bnb in whole groups of "
+            f"{', '.join(map(str, BLOCKS))} along their inputs, and of int8 with a scale per "
+            "output; scales are of one level (nf4_g64)"
         )
     scale = np.ascontiguousarray(np.asarray(q.scale).T).astype(np.float32)
     codes = np.ascontiguousarray(np.asarray(join_planes(FORMATS[q.format], q.qvalue)).T)

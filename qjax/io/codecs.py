@@ -47,10 +47,9 @@ CODECS: dict[str, Codec] = {
 }
 
 
-_CACHE = (  # not taken over
-    *(".self_attn.k_scale", ".self_attn.v_scale", ".self_attn.q_scale"),
-    *(".k_proj.k_scale", ".v_proj.v_scale"),
-)
+# of the KV cache, not taken over
+_CACHE = (".self_attn.k_scale", ".self_attn.v_scale", ".self_attn.q_scale")
+_CACHE += (".k_proj.k_scale", ".v_proj.v_scale")
 
 
 class Matrices:

@@ -127,4 +127,5 @@ def _of_blocks(codes: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, tuple[
         return scale.reshape(1, 1), codes.shape
     if scale.ndim == 1:
         return scale[:, None], (1, codes.shape[1])
-    return scale.reshape(scale.shape[::2]) if scale.ndim == 4 else scale, (TILE, TILE)
+    tiles = scale.ndim == 4 and scale.shape[1::2] == (1, 1)
+    return scale.reshape(scale.shape[::2]) if tiles else scale, (TILE, TILE)
