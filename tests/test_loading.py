@@ -315,7 +315,7 @@ BAD_CONFIGS = {
     "quantized": (
         "llama",
         {"quantization_config": {"quant_method": "quip"}},
-        "key 'quant_method': can be read: gptq, awq, .*, bitsandbytes, is 'quip'",
+        "key 'quant_method': can be read: gptq, awq, .*, bitsandbytes, modelopt, is 'quip'",
     ),
     "rope type": (
         "llama",
