@@ -159,7 +159,7 @@ def tune(problem: Problem) -> dict[str, Any]:
     args = held["x"], held["x_scale"], held["arrays"], *(held["outliers"] * bool(problem.outliers))
     for rows, steps, width in itertools.product((64, 128, 256), (3, 4, 6), (4, 8, 16)):
         config = mosaic_gpu.Config(rows, steps, width)
-        if mosaic_gpu.misfit(problem, config) is not None:
+        if mosaic_gpu.fits(problem, config) is not None:
             continue
         if rows < 2 * problem.m:
             calls[str(tuple(config[:3]))] = (

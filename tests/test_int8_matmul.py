@@ -156,7 +156,7 @@ def test_it_lowers_for_a_gpu_and_every_config_fits():
         for outliers, out in ((0, "bfloat16"), (64, "bfloat16"), (64, "float32")):
             problem = problem._replace(outliers=outliers, out=out)
             config = mosaic_gpu.choose_config(problem)
-            assert mosaic_gpu.misfit(problem, config) is None
+            assert mosaic_gpu.fits(problem, config) is None
     problem = problems.LARGE[0]
     args = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in operands(problems.SMALL[0])[0][:2]]
     for config, message in (

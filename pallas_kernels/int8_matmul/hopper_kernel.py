@@ -32,7 +32,7 @@ from pallas_kernels.int8_matmul.mosaic_gpu import CHANNELS, COLUMNS, STRIP, Conf
 from pallas_kernels.int8_matmul.problem import Problem
 from pallas_kernels.quantized_matmul import hopper_asm as ptx
 from pallas_kernels.quantized_matmul.hopper_layout import DEPTH, ROWS
-from pallas_kernels.warpgroups import by_turns, scales
+from pallas_kernels.warpgroups import by_turns, scales, write_strips
 
 F32, BF16, I8, I32 = jnp.float32, jnp.bfloat16, jnp.int8, jnp.int32
 GROUPS = 2  # warpgroups that multiply; the next one loads
@@ -199,15 +199,7 @@ def kernel(problem: Problem, config: Config, twin: Any = None) -> Callable[..., 
                 sums = pl.run_scoped(added, plgpu.ACC((LINES, c.rows), F32))
             channels = pl.ds(ni * CHANNELS + group * LINES, LINES)
             sums = sums * scales(scale_w.at[channels], 0, (LINES, c.rows))
-            for slot, q in enumerate(range(0, c.rows, strip)):
-                plgpu.wait_smem_to_gmem(outs - 1, wait_read_only=True)
-                y = sums[:, q : q + strip].astype(out)
-                if out.itemsize == 4:  # what is narrower is transposed as it is stored
-                    y = plgpu.layout_cast(y, plgpu.Layout.WGMMA_TRANSPOSED)
-                o_s.at[group, slot % outs].transpose((1, 0))[...] = y
-                plgpu.commit_smem()
-                where = pl.ds(row + q, strip), channels
-                plgpu.copy_smem_to_gmem(o_s.at[group, slot % outs], o_g.at[where])
+            write_strips(sums, o_s, group, o_g, row, channels)
 
         @pl.when(group < GROUPS)
         def _():

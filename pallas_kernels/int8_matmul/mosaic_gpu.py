@@ -62,7 +62,7 @@ def shared_bytes(problem: Problem, config: Config) -> int:
     return config.steps * DEEP * (rows + CHANNELS) + 2 * CHANNELS * min(STRIP, rows) * size + second
 
 
-def misfit(problem: Problem, config: Config) -> str | None:
+def fits(problem: Problem, config: Config) -> str | None:
     """None, or why the config cannot run the problem."""
     c = config
     if c.rows not in (32, 64, 128, 256):
@@ -108,7 +108,7 @@ def launch(
     """`[m, n]`, cut as the config says."""
     from pallas_kernels.int8_matmul import hopper_kernel  # needs a jax with Mosaic GPU
 
-    reason = misfit(problem, config)
+    reason = fits(problem, config)
     if reason is not None:
         raise ValueError(f"{config} cannot run {problem}: {reason}")
     second = []

@@ -44,7 +44,7 @@ from pallas_kernels.quantized_matmul.mosaic_wgmma import (
 from pallas_kernels.quantized_matmul.mosaic_wgmma import fits as misfit
 from pallas_kernels.quantized_matmul.mosaic_wgmma import turns as turns_of
 from pallas_kernels.quantized_matmul.problem import Problem
-from pallas_kernels.warpgroups import by_turns
+from pallas_kernels.warpgroups import by_turns, write_strips
 
 F32 = jnp.float32
 REGISTERS = 65536  # of a block
@@ -223,15 +223,7 @@ def kernel(
                     y = last(sums, channel_refs, channel)
                     row = mi * c.rows + (rank * own_rows if c.split > 1 else 0)
                     channels = pl.ds(ni * c.channels + member * STRIP, STRIP)
-                    for slot, q in enumerate(range(0, own_rows, strip)):
-                        plgpu.wait_smem_to_gmem(outs - 1, wait_read_only=True)
-                        part = y[:, q : q + strip]
-                        if out.itemsize == 4:  # what is narrower is transposed as it is stored
-                            part = plgpu.layout_cast(part, plgpu.Layout.WGMMA_TRANSPOSED)
-                        o_s.at[member, slot % outs].transpose((1, 0))[...] = part
-                        plgpu.commit_smem()
-                        where = pl.ds(row + q, strip), channels
-                        plgpu.copy_smem_to_gmem(o_s.at[member, slot % outs], o_g.at[where])
+                    write_strips(y, o_s, member, o_g, row, channels)
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
