@@ -333,9 +333,9 @@ def bnb_parts(kind, block):
 @pytest.mark.parametrize("block", [32, 64, 128])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_bitsandbytes_4_bits(kind, block):
-    q = bitsandbytes.read(bnb_parts(kind, block), None, np.float32, "m")
-    np.testing.assert_array_equal(values(q), BNB[f"{kind}_bs{block}__dequant"])
     parts = bnb_parts(kind, block)
+    q = bitsandbytes.read(parts, None, np.float32, "m")
+    np.testing.assert_array_equal(values(q), BNB[f"{kind}_bs{block}__dequant"])
     same_bytes(bitsandbytes.write(q), parts | {"weight": parts["weight"].reshape(-1, 1)})
 
 
@@ -353,7 +353,7 @@ def test_files_of_bitsandbytes(file, dequant, bound):
     assert tensors.keys() - held.used == {"layer.bias"}
     q = held.read("layer.weight", np.float32)
     np.testing.assert_allclose(values(q), BNB[dequant], rtol=bound, atol=0)
-    if "SCB" in bitsandbytes.write(q):
+    if file == "bnb_linear8bitlt":  # the scales of the other have scales, which are not written
         written = {f"layer.{part}": v for part, v in bitsandbytes.write(q).items()}
         same_bytes(written, {name: tensors[name] for name in held.used})
 

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import MOSAIC, needs_mosaic
-from hopper_operands import LANES, PLACES, by_lane
+from hopper_operands import by_lane
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from lanes import Ref, on_a_cpu
 
 import qjax
 from pallas_kernels.frame import Device
@@ -109,30 +110,28 @@ def test_the_interpreted_kernel_multiplies(problem, config, capfd):
 
 
 @needs_mosaic
-def test_lanes_hold_what_wgmma_multiplies():
-    """The permutations of `operand` in numpy, at the places that PTX gives `wgmma`'s s8 operand."""
+def test_lanes_hold_what_wgmma_multiplies(monkeypatch):
+    """The inline code of `operand`, lane by lane, at the places of PTX's s8 operand."""
+    machine = on_a_cpu(monkeypatch, 2**20)
     from pallas_kernels.int8_matmul import hopper_kernel
 
     weight = Weight(256, 64, 256, "int8")
     codes = np.random.default_rng(0).integers(-128, 128, (256, 64)).astype(np.int8)
-    words = np.asarray(ORDER.pack_codes(jnp.asarray(codes), weight)).view(np.uint32)
-    order = np.asarray(hopper_kernel.of_x(jnp.arange(256, dtype=jnp.int32)[None] // 2))[0]
-    order = (
-        2 * order + np.asarray(hopper_kernel.of_x(jnp.arange(256, dtype=jnp.int32)[None] % 2))[0]
-    )
-    r, c = LANES // 4, LANES % 4
-    for warp, stage, quarter in np.ndindex(4, 2, 4):
-        held = words[warp, stage].reshape(4, 32, 4)[quarter, PLACES // 4]
-        for chunk, half in np.ndindex(2, 2):
-            pair = held[:, 2 * chunk : 2 * chunk + 2]
-            picked = hopper_kernel.HALVES[half]
+    words = np.asarray(ORDER.pack_codes(jnp.asarray(codes), weight))
+    of_x = lambda v: np.asarray(hopper_kernel.of_x(jnp.asarray(v)[None]))[0]
+    order = 2 * of_x(np.arange(256) // 2) + of_x(np.arange(256) % 2)
+    (place,) = machine.windows([words[:, 0].nbytes], 1)
+    machine.begin(0, 1, 1, 1)
+    stage = Ref(machine, machine.shared + place + 0 * machine.thread, words[:, 0].shape, np.int32)
+    warp, r, c = machine.thread // 32, machine.thread % 32 // 4, machine.thread % 4
+    for deep in range(2):
+        stage[...] = words[:, deep]
+        registers = hopper_kernel.operand()(stage).reshape(4, 2, 2, -1)
+        for quarter, chunk, half in np.ndindex(4, 2, 2):
+            got = np.ascontiguousarray(registers[quarter, chunk, half])[:, None].view(np.int8)
             for i in range(4):
-                byte = picked >> 4 * i & 7
-                got = pair[:, byte // 4] >> np.uint32(8 * (byte % 4)) & np.uint32(255)
-                k = order[128 * stage + 32 * quarter + 16 * chunk + 4 * c + i]
-                wanted = codes[k, 16 * warp + r + 8 * half]
-                signed = got ^ np.uint32(hopper_kernel.FLIP & 255)
-                np.testing.assert_array_equal(signed.astype(np.uint8).view(np.int8), wanted)
+                k = order[128 * deep + 32 * quarter + 16 * chunk + 4 * c + i]
+                np.testing.assert_array_equal(got[:, i], codes[k, 16 * warp + r + 8 * half])
 
 
 def test_rows_of_codes_are_found_where_they_lie():
