@@ -51,8 +51,10 @@ CHECKS = {  # more than those of decoding
     "int8 short": (Weight(40, 64, 40, "int8"), "relu"),
     "nf4 channel": (Weight(2048, 264, 2048, "uint4", values=problems.NF4), None),
     "nf4 short scales": (Weight(2048, 264, 64, "uint4", "bfloat16", values=problems.NF4), None),
+    "int4 rounds": (Weight(1024, 11520, 128, "int4", "bfloat16"), None),  # of m 264, the last short
 }
-CONFIGS = [  # that checks go through, where they fit: "int4 square" all, the others a fourth per m
+EVERY = ("int4 square", "int4 rounds")  # whose checks go through all configs that fit
+CONFIGS = [  # a fourth of them per m for the others
     Config(32, 2, 8),
     Config(64, 2, 5, 2),
     Config(64, 2, 4, channels=64, teams=2),
@@ -99,7 +101,7 @@ def check(name: str, pool: concurrent.futures.Executor) -> bool:
     first = list(CHECKS).index(name)
     for i, m in enumerate(decode.chosen("ROWS", CHECKED, int)):
         problem = problem_of(m, weight, activation is not None, activation)
-        configs = CONFIGS if name == "int4 square" else CONFIGS[(first + i) % 4 :: 4]
+        configs = CONFIGS if name in EVERY else CONFIGS[(first + i) % 4 :: 4]
         fits = [c for c in configs if mosaic_wgmma.fits(problem, c) is None]
         jobs += [
             (m, problem, c, pool.submit(build(problem, c).lower(whole[:m], arrays).compile))

@@ -64,11 +64,12 @@ WEIGHTS = {
     "int8": Weight(4096, 4096, 4096, "int8"),
     "fp8": Weight(4096, 4096, 4096, "float8_e4m3fn"),
 }
-CONFIGS = {1: (4, 4, 1, 2, 1, 0), 16: (4, 2, 1, 2, 2, 128)}  # m -> config
+CONFIGS = {1: (4, 4, 1, 2, 1, 0), 8: (8, 2, 1, 2, 1, 128), 16: (4, 2, 1, 2, 2, 128)}  # m -> config
 FUSED = {1: (4, 2, 1, 2, 3, 128), 8: (2, 4, 1, 2, 2, 128), 16: (2, 4, 1, 2, 2, 128)}
 LIMITS = {"int4": 1.0, "nf4": 0.7, "int8": 1.4, "fp8": 1.2}  # integer instructions per code, m = 1
 WIDE = [  # m, config; and what is offered for 64 rows where registers are fewest
     (1024, (256, 1, 3)),
+    (1536, (256, 1, 3, 2)),  # the last round of tiles split
     (64, (64, 1, 4, 1, 1, 8, 64, 2)),
 ]
 # instructions of a warp, 16 along k

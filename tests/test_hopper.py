@@ -351,14 +351,21 @@ def test_configs_fit_the_chip_and_cover_the_product(
         assert plan.box <= plan.tiles_k
 
 
-@pytest.mark.parametrize(("group", "depth"), [(128, 4), (64, 3), (32, 2), (4096, 4)])
-def test_eight_warps_keep_what_x_their_registers_hold(group: int, depth: int) -> None:
+@pytest.mark.parametrize(
+    ("group", "depth", "of_one_row"), [(128, 4, 8), (64, 3, 6), (32, 2, 5), (4096, 4, 8)]
+)
+def test_eight_warps_keep_what_x_their_registers_hold(
+    group: int, depth: int, of_one_row: int
+) -> None:
     weight = Weight(4096, 28672, group, "int4", "bfloat16" if group < 4096 else "float32")
     found = [config for _, config in mosaic_gpu.configs(16, weight)]
     assert max(c.depth for c in found) == depth
     assert max(c.depth for c in found if c.warpgroups > 2) == 2
     assert max(c.depth for _, c in mosaic_gpu.configs(16, weight, norm=True)) == 2
-    assert max(c.depth for _, c in mosaic_gpu.configs(1, weight)) == 4
+    found = [config for _, config in mosaic_gpu.configs(1, weight)]
+    assert max(c.depth for c in found) == of_one_row
+    assert max(c.depth for c in found if c.warpgroups > 2) == 4
+    assert max(c.depth for _, c in mosaic_gpu.configs(1, weight, norm=True)) == 4
 
 
 def test_a_codebook_takes_its_table_of_shared_memory() -> None:

@@ -45,28 +45,19 @@ def _twin(strips: int):
     return decode
 
 
-@needs_mosaic
-@pytest.mark.parametrize(
-    ("config", "out"),
-    [
-        (Config(32, 2, 2), "bfloat16"),
-        (Config(64, 1, 3, width=1, channels=64), "bfloat16"),
-        (Config(128, 1, 2), "float32"),  # written in two strips
-    ],
-)
-def test_the_interpreted_kernel_multiplies(
-    config: Config, out: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def _interpreted(config: Config, out: str, capfd: pytest.CaptureFixture[str]) -> tuple:
+    """The result of the kernel in jax's interpreter, of two weights of one x `[83, 384]`; x, and
+    both weights side by side.
+    """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     from pallas_kernels.quantized_matmul import hopper_wgmma
 
-    monkeypatch.setattr(hopper_wgmma, "MULTIPROCESSORS", 2)  # blocks take tiles in turns
     weight = Weight(384, 384, 128, "int4", "bfloat16")
     rng = np.random.default_rng(0)
     codes = rng.integers(-8, 8, (weight.k, weight.n))
     scale = rng.uniform(0.5, 2, (3, weight.n)).astype(jnp.bfloat16)
-    parts = [slice(0, 128), slice(128, 384)]  # two weights of one x
+    parts = [slice(0, 128), slice(128, 384)]
     arrays = [
         _pack({"codes": codes[:, p].astype("int4"), "scale": scale[:, p]}, weight._replace(n=n))
         for p, n in zip(parts, (128, 256), strict=True)
@@ -79,10 +70,61 @@ def test_the_interpreted_kernel_multiplies(
         )
     assert "RACE" not in capfd.readouterr().out
     w = (codes * np.repeat(scale.astype(np.float32), 128, 0)).astype(jnp.bfloat16)
-    truth = np.asarray(x, np.float64) @ w.astype(np.float64)
-    # float32 sums of 384 products of bfloat16, then half a unit of bfloat16: 2^-9
-    bound = (2**-9 * (out == "bfloat16") + 384 * 2**-24) * np.abs(truth).max()
-    assert np.abs(np.asarray(got, np.float64) - truth).max() <= bound
+    return np.asarray(got, np.float64), np.asarray(x, np.float64), w.astype(np.float64)
+
+
+def _bound(out: str, truth: np.ndarray) -> float:
+    """Float32 sums of 384 products of bfloat16, then half a unit of bfloat16: 2^-9."""
+    return float((2**-9 * (out == "bfloat16") + 384 * 2**-24) * np.abs(truth).max())
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+    ("config", "out"),
+    [
+        (Config(32, 2, 2), "bfloat16"),
+        (Config(64, 1, 3, width=1, channels=64), "bfloat16"),
+        (Config(128, 1, 2), "float32"),  # written in two strips
+    ],
+)
+def test_the_interpreted_kernel_multiplies(
+    config: Config, out: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(mosaic_wgmma.AT_ONCE, 1, 2)  # blocks take tiles in turns
+    got, x, w = _interpreted(config, out, capfd)
+    truth = x @ w
+    assert np.abs(got - truth).max() <= _bound(out, truth)
+
+
+@needs_mosaic
+@pytest.mark.parametrize("at_once", [4, 8])  # of six tiles: two of the last round, or all
+def test_blocks_split_k_in_the_last_round(
+    at_once: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The interpreter knows no messages between blocks: a block writes its own sums of the rows
+    that it adds up.
+    """
+    from pallas_kernels.quantized_matmul import hopper_wgmma
+
+    class Silent:
+        def __init__(self, *how: int) -> None:
+            self.how = how
+            self.open = self.meet = self.wait = self.send = lambda *of: None
+
+        def add(self, sums: jax.Array, slots: object) -> jax.Array:
+            rows = self.how[0] // self.how[1]
+            return lax.dynamic_slice_in_dim(sums, lax.axis_index("cluster") * rows, rows, 1)
+
+    monkeypatch.setattr(hopper_wgmma, "Parts", Silent)
+    monkeypatch.setattr(hopper_wgmma, "Exchange", Silent)
+    monkeypatch.setitem(mosaic_wgmma.AT_ONCE, 2, at_once)
+    got, x, w = _interpreted(Config(64, 1, 3, 2), "float32", capfd)
+    truth = x @ w
+    first = 256 if at_once == 4 else 0  # whose channels are of the last round
+    for row in range(0, 83, 32):  # one block has turn 0 of 128 along k, the other the other two
+        k = slice(0, 128) if row % 64 == 0 else slice(128, 384)
+        truth[row : row + 32, first:] = x[row : row + 32, k] @ w[k, first:]
+    assert np.abs(got - truth).max() <= _bound("float32", truth)
 
 
 @needs_mosaic
@@ -147,8 +189,10 @@ def test_shared_memory_is_what_the_kernel_takes(name: str, monkeypatch: pytest.M
         "nf4": Weight(8192, 8192, 64, "uint4", values=problems.NF4),
         "uint4_zeros": Weight(8192, 8192, 64, "uint4", "float16", zero="uint4"),
     }[name]
-    for m, out in ((17, "bfloat16"), (64, "float32"), (256, "bfloat16"), (1000, "float32")):
-        problem = Problem(m, weight, "hopper4", "bfloat16", out)
+    kinds = {17: "bfloat16", 64: "float32", 256: "bfloat16", 1000: "float32", 150: "float32"}
+    for m, out in kinds.items():
+        n = 28672 if m == 150 else weight.n  # the last round of tiles is short
+        problem = Problem(m, weight._replace(n=n), "hopper4", "bfloat16", out)
         for _, config in mosaic_wgmma.configs(problem):
             hopper_wgmma.kernel(problem, config)
             scratch = jax.tree.leaves(

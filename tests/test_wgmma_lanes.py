@@ -141,7 +141,7 @@ def test_sums_meet(config, monkeypatch):
     from pallas_kernels.quantized_matmul.hopper_sums import Exchange
 
     machine, c = on_a_cpu(monkeypatch, 2**23), config
-    members, words = c.channels // 64, mosaic_wgmma.sum_words(c)
+    members, words = c.channels // 64, mosaic_wgmma.sum_words(c, c.split)
     places = machine.windows([4 * words, 8], c.split)
     machine.begin(0, 1, c.split, members * c.teams)
     own = machine.shared + machine.block * machine.window

@@ -4,9 +4,9 @@ result^T [n, m] = w^T [n, k] x^T [k, m]. One warp issues TMA into a ring of stag
 over the borders of tiles; warpgroups each take 64 channels of a tile: packed words from
 shared memory to registers, bfloat16 and scale (`hopper_fragments`),
 then `wgmma` with x from shared memory. While the tensor cores multiply one stage a warpgroup
-decodes its next. Two teams of warpgroups may take stages in turns. Where there are fewer tiles than
-multiprocessors the blocks of a cluster split k, and each adds up and writes its share of the rows;
-else they can share the tiles of x by multicast.
+decodes its next. Two teams of warpgroups may take stages in turns. Where a round of tiles, the only
+one or the last, is too short for all multiprocessors, the blocks of a cluster can split k, and each
+adds up and writes its share of the rows; or blocks share the tiles of x by multicast.
 """
 
 # The decorator of inline code keeps the type of what it wraps, which takes one argument more, and
@@ -33,11 +33,11 @@ from pallas_kernels.quantized_matmul.hopper_sums import Exchange
 from pallas_kernels.quantized_matmul.mosaic_gpu import PAIR_TABLE
 from pallas_kernels.quantized_matmul.mosaic_wgmma import (
     CHANNELS,
-    MULTIPROCESSORS,
     STRIP,
     Config,
     part_names,
     part_words,
+    rounds,
     strips_out,
     sum_words,
 )
@@ -82,14 +82,11 @@ def kernel(
     clustered = c.split * c.shared > 1
     # a turn: two stages of each team; what is beyond k reads as zeros
     per_turn, turns = 2 * c.teams, turns_of(weight.k, c)
-    n_tiles = -(-weight.n // (c.channels * c.shared))
-    tiles = (-(-m // c.rows), n_tiles)
-    count = tiles[0] * tiles[1]
-    own_rows = c.rows // c.split
-    outs, strip = strips_out(c)
-    blocks = count if c.split > 1 else min(count, MULTIPROCESSORS // c.shared)
-    last = finish(problem, own_rows)
-    parts, exchange = Parts(c.rows, c.split, c.teams, members), Exchange(4 * sum_words(c))
+    tiles = (-(-m // c.rows), -(-weight.n // (c.channels * c.shared)))
+    cut, outs, strip = rounds(m, weight.n, c), *strips_out(c)
+    alone, joint = (Parts(c.rows, split, c.teams, members) for split in (1, c.split))
+    last, last_joint = (finish(problem, c.rows // split) for split in (1, c.split))
+    exchange = Exchange(4 * sum_words(c, c.split))
     sizes = channels or [weight.n]
     begins = [0, *itertools.accumulate(-(-n // c.channels) for n in sizes)]
     ends = ["scale"] * layout.per_channel(weight) + ["bias"] * problem.bias
@@ -102,6 +99,7 @@ def kernel(
         o_s,
         full,
         empty,
+        left: Any = None,
         slots: Any = None,
         arrived: Any = None,
         pairs: Any = None,
@@ -112,47 +110,64 @@ def kernel(
         group = lax.axis_index("wg")
         rank = lax.axis_index("cluster") if clustered else i32(0)
         tables = [pairs] if fill is not None else []
-        if c.split > 1:
+        if cut.rest:
             exchange.open(arrived)  # all meet before the sums: no load waits for a neighbor
-            begin, end = rank * turns // c.split, (rank + 1) * turns // c.split
-        else:
-            begin, end = i32(0), i32(turns)
 
-        def tile(info):
-            mi, ni = plgpu.planar_snake(info.index[0], tiles, 0, c.width)
-            if c.shared > 1:
-                ni = ni * c.shared + rank
-            return mi, ni, info.local_index * (turns * per_turn)
+        def each_tile(take: Callable[..., None]) -> None:
+            """`take(row, column of tiles, first stage, (begin, end) of its turns, its k is split)`
+            of all tiles of this block.
+            """
+
+            def one(number, round_, halves):
+                mi, ni = plgpu.planar_snake(number, tiles, 0, c.width)
+                if c.shared > 1:
+                    ni = ni * c.shared + rank
+                ends = i32(0), i32(turns)
+                if halves:
+                    ends = rank * turns // c.split, (rank + 1) * turns // c.split
+                take(mi, ni, round_ * (turns * per_turn), ends, halves)
+
+            if cut.whole:
+
+                @plgpu.nd_loop((cut.whole // c.split,), collective_axes="sm")
+                def _(info):
+                    number = info.index[0] * c.split + (rank if c.split > 1 else 0)
+                    one(number, info.local_index, False)
+
+            if cut.rest:
+                cluster, before = lax.axis_index("sm"), cut.whole // (cut.clusters * c.split)
+                mine = functools.partial(one, cut.whole + cluster, i32(before), True)
+                mine() if cut.rest == cut.clusters else pl.when(cluster < cut.rest)(mine)
+
+        def load_tile(mi, ni, first, ends, halves):
+            begin, end = ends
+
+            @pl.loop(0, (end - begin) * per_turn)
+            def _(i):
+                s, at = lax.rem(first + i, i32(c.steps)), begin * per_turn + i
+                plgpu.barrier_wait(empty.at[s])
+                fetch = functools.partial(plgpu.copy_gmem_to_smem, barrier=full.at[s])
+                block = x_g.at[pl.ds(mi * c.rows, c.rows), pl.ds(at * wide, wide)]
+                fetch(block, x_s.at[s], collective_axes="cluster" if c.shared > 1 else None)
+                deep, half = (at, 0) if c.strips == 2 else (at // 2, lax.rem(at, i32(2)))
+
+                def take(held, begin):
+                    row = pl.ds((ni - begin) * rows16, rows16)
+                    for array, stage, size in zip(held, w_s, words, strict=True):
+                        along = [] if array.shape[-1] == size else [pl.ds(half * size, size)]
+                        fetch(array.at[(row, deep, *along)], stage.at[s])
+
+                if len(sizes) == 1:
+                    take(weights[0], 0)
+                    return
+                for j, held in enumerate(weights):  # what is beyond the last reads as zeros
+                    here = ni >= begins[j]
+                    if j + 1 < len(weights):
+                        here = here & (ni < begins[j + 1])
+                    pl.when(here)(functools.partial(take, held, begins[j]))
 
         def load():
-            @plgpu.nd_loop((count,), collective_axes="sm")
-            def _(info):
-                mi, ni, first = tile(info)
-
-                @pl.loop(0, (end - begin) * per_turn)
-                def _(i):
-                    s, at = lax.rem(first + i, i32(c.steps)), begin * per_turn + i
-                    plgpu.barrier_wait(empty.at[s])
-                    fetch = functools.partial(plgpu.copy_gmem_to_smem, barrier=full.at[s])
-                    block = x_g.at[pl.ds(mi * c.rows, c.rows), pl.ds(at * wide, wide)]
-                    fetch(block, x_s.at[s], collective_axes="cluster" if c.shared > 1 else None)
-                    deep, half = (at, 0) if c.strips == 2 else (at // 2, lax.rem(at, i32(2)))
-
-                    def take(held, begin):
-                        row = pl.ds((ni - begin) * rows16, rows16)
-                        for array, stage, size in zip(held, w_s, words, strict=True):
-                            along = [] if array.shape[-1] == size else [pl.ds(half * size, size)]
-                            fetch(array.at[(row, deep, *along)], stage.at[s])
-
-                    if len(sizes) == 1:
-                        take(weights[0], 0)
-                        return
-                    for j, held in enumerate(weights):  # what is beyond the last reads as zeros
-                        here = ni >= begins[j]
-                        if j + 1 < len(weights):
-                            here = here & (ni < begins[j + 1])
-                        pl.when(here)(functools.partial(take, held, begins[j]))
-
+            each_tile(load_tile)
             for s in range(c.steps):  # a neighbor still arrives at barriers of this block
                 plgpu.barrier_wait(empty.at[s])
 
@@ -162,7 +177,7 @@ def kernel(
 
             # its other three warps would take issue slots from those that decode
             plgpu.warp_map(lambda warp: pl.when(warp == 0)(load))
-            if c.split > 1:
+            if cut.rest:
                 exchange.meet()
 
         @pl.when(group < warpgroups)
@@ -173,12 +188,11 @@ def kernel(
                 plgpu.barrier_arrive(empty.at[s + team])
             if fill is not None:
                 fill(pairs)
-                parts.meet()
+                alone.meet()
 
-            @plgpu.nd_loop((count,), collective_axes="sm")
-            def _(info):
-                mi, ni, first = tile(info)
+            def multiply_tile(mi, ni, first, ends, halves):
                 place = lambda i: lax.rem(first + i * c.teams + team, i32(c.steps))
+                begin, end = ends
 
                 def operand(i):
                     """Of the team's stage i, decoded."""
@@ -204,27 +218,28 @@ def kernel(
                     return acc[...]
 
                 total = pl.run_scoped(product, plgpu.ACC((64, c.rows), F32))
-                if c.split > 1:
+                if halves:
                     exchange.meet()
-                    parts.send(total, slots, arrived)
+                    joint.send(total, slots, arrived)
                 elif c.teams > 1:
-                    parts.meet()  # the first team has taken what was left for it before
-                    pl.when(team > 0)(lambda: parts.leave(total, slots))
-                    parts.meet()
+                    alone.meet()  # the first team has taken what was left for it before
+                    pl.when(team > 0)(lambda: alone.leave(total, left))
+                    alone.meet()
 
                 @pl.when(team == 0)
                 def _():
-                    sums = total
-                    if c.split > 1:
-                        exchange.wait(arrived.at[0])
-                    if sum_words(c):
-                        sums = parts.add(total, slots)
                     channel = jnp.broadcast_to(ni * c.channels + member * STRIP, (128,))
-                    y = last(sums, channel_refs, channel)
-                    row = mi * c.rows + (rank * own_rows if c.split > 1 else 0)
-                    channels = pl.ds(ni * c.channels + member * STRIP, STRIP)
+                    row, channels = mi * c.rows, pl.ds(ni * c.channels + member * STRIP, STRIP)
+                    if halves:
+                        exchange.wait(arrived.at[0])
+                        row += rank * (c.rows // c.split)
+                        y = last_joint(joint.add(total, slots), channel_refs, channel)
+                    else:
+                        sums = alone.add(total, left) if c.teams > 1 else total
+                        y = last(sums, channel_refs, channel)
                     write_strips(y, o_s, member, o_g, row, channels)
 
+            each_tile(multiply_tile)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     tiled = lambda size: (plgpu.TilingTransform((8, 128 // size)), plgpu.SwizzleTransform(128))
@@ -240,11 +255,12 @@ def kernel(
         "full": plgpu.Barrier(num_arrivals=1 + len(words), num_barriers=c.steps),
         "empty": emptied,
     }
-    if sum_words(c):
-        scratch["slots"] = plgpu.SMEM((sum_words(c),), F32)
+    if cut.whole and c.teams > 1:
+        scratch["left"] = plgpu.SMEM((sum_words(c, 1),), F32)
     if fill is not None:
         scratch["pairs"] = plgpu.SMEM(PAIR_TABLE, i32)
-    if c.split > 1:
+    if cut.rest:
+        scratch["slots"] = plgpu.SMEM((sum_words(c, c.split),), F32)
         scratch["arrived"] = plgpu.SMEM((1, 2), i32)
     if twin is not None:
         scratch["a_s"] = plgpu.SMEM((warpgroups, 64, wide), jnp.bfloat16, transforms=tiled(2))
@@ -254,7 +270,7 @@ def kernel(
     run = plgpu.kernel(
         quantized_matmul,
         out_type=jax.ShapeDtypeStruct((_up(m, 8), _wide(weight.n)), out),
-        grid=(blocks,),
+        grid=(cut.clusters,),
         grid_names=("sm",),
         num_threads=warpgroups + 1,
         thread_name="wg",

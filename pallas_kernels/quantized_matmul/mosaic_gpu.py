@@ -136,7 +136,7 @@ def configs(
     how many bytes are on their way at a time, and how much x is read beside the weight.
     """
     n, k = -(-weight.n // hopper_layout.ROWS), -(-weight.k // hopper_layout.DEPTH)
-    sizes = itertools.product((1, 2, 3, 4), (1, 2, 3, 4), (1, 2, 4, 8), (1, 2, 4), (1, 2))
+    sizes = itertools.product(range(1, 9), (1, 2, 3, 4), (1, 2, 4, 8), (1, 2, 4), (1, 2))
     for depth, warpgroups, cluster, rows, resident in sizes:
         if not 2 <= warpgroups * resident <= 4 or n % rows:
             continue

@@ -18,7 +18,8 @@ from pallas_kernels.quantized_matmul.problem import Problem, Weight
 
 CHANNELS = 128  # that weights of one launch fill
 STRIP = 64  # of k, what the tensor cores take at once
-MULTIPROCESSORS = mosaic_gpu.MULTIPROCESSORS
+# blocks that run at once, by those of a cluster that split k: four do not fill the whole chip
+AT_ONCE = {split: mosaic_gpu.MULTIPROCESSORS - less for split, less in ((1, 0), (2, 0), (4, 16))}
 CLUSTERS = ((1, 1), (2, 1), (4, 1), (1, 2))  # blocks that split k, that share x: checked ones
 BLOCKS = ((128, 1), (64, 2), (128, 2))  # channels, teams: checked ones
 LEAST_ROWS = mosaic_gpu.MAX_ROWS + 1
@@ -34,7 +35,8 @@ class Config(NamedTuple):
       rows: of x in a tile.
       strips: of 64 along k in a stage, 1 or 2.
       steps: stages in shared memory.
-      split: blocks of a cluster that share k.
+      split: blocks of a cluster that share k of a tile in the last round of tiles; before it each
+        has its own.
       shared: blocks of a cluster that share x by multicast; 1 where k is split.
       width: tiles along m, after which the next channels come.
       channels: of a tile; each warpgroup has 64.
@@ -72,16 +74,41 @@ def stage_bytes(weight: Weight, config: Config) -> int:
     return config.strips * STRIP * config.rows * 2 + 4 * words
 
 
-def sum_words(config: Config) -> int:
-    """Float32 numbers that warpgroups which share k leave in a block."""
+class Rounds(NamedTuple):
+    """Who takes the tiles: of a cluster of blocks that share x, pairs of tiles.
+
+    Attributes:
+      clusters: of blocks, along the tiles.
+      whole: tiles that one block has.
+      rest: tiles of the last round, whose k the blocks of a cluster split.
+    """
+
+    clusters: int
+    whole: int
+    rest: int
+
+
+def rounds(m: int, n: int, config: Config) -> Rounds:
+    """Of a result `[m, n]`."""
+    c = config
+    tiles = -(-m // c.rows) * -(-n // (c.channels * c.shared))
+    at_once = AT_ONCE[c.split]
+    if c.split == 1:
+        return Rounds(min(tiles, at_once // c.shared), tiles, 0)
+    whole = tiles // at_once * at_once
+    return Rounds(at_once // c.split if whole else tiles, whole, tiles - whole)
+
+
+def sum_words(config: Config, split: int) -> int:
+    """Float32 numbers that warpgroups which share k of a tile leave in one of `split` blocks."""
     c = config  # all parts of a block's share of the rows, but for its first team's
-    return c.channels * c.rows // c.split * (c.split * c.teams - 1)
+    return c.channels * c.rows // split * (split * c.teams - 1)
 
 
 def strips_out(config: Config) -> tuple[int, int]:
     """Strips of a result on their way out at once, and their rows; they divide those of a tile."""
     rows = config.rows // config.split
-    at_once = 2 if config.split == 1 and rows > STRIP else 1  # blocks that split k have one tile
+    at_once = 2 if config.split == 1 and rows > STRIP else 1  # sums that meet leave little room
     return at_once, min(STRIP, rows)
 
 
@@ -95,7 +122,9 @@ def shared_bytes(problem: Problem, config: Config) -> int:
     c, size = config, 2 if problem.out == "bfloat16" else 4
     total = c.steps * stage_bytes(problem.weight, c) + c.channels * math.prod(strips_out(c)) * size
     table = math.prod(mosaic_gpu.PAIR_TABLE) if problem.weight.values is not None else 0
-    return total + 4 * (sum_words(c) + table)
+    cut = rounds(problem.m, problem.weight.n, c)
+    sums = bool(cut.whole) * sum_words(c, 1) + bool(cut.rest) * sum_words(c, c.split)
+    return total + 4 * (sums + table)
 
 
 def fits(problem: Problem, config: Config) -> str | None:
@@ -106,6 +135,9 @@ def fits(problem: Problem, config: Config) -> str | None:
     long = turns(problem.weight.k, c)
     if c.split > 1 and (c.rows % (8 * c.split) or c.shared > 1 or long < c.split):
         return f"{c.split} blocks cannot split {long} turns along k and {c.rows} rows"
+    cut = rounds(problem.m, problem.weight.n, c)
+    if c.split > 1 and cut.whole and not 0 < cut.rest <= cut.clusters:
+        return f"the last round has {cut.rest} tiles, for {cut.clusters} clusters that split k"
     if (c.rows // c.split) % math.prod(strips_out(c)):
         return f"{c.rows // c.split} rows are no whole turns of strips of a result"
     if c.steps % c.teams:
@@ -145,15 +177,15 @@ def _two_strips(weight: Weight, cut: tuple[int, int]) -> bool:
 
 def _guess(problem: Problem, c: Config) -> float:
     """Microseconds: rounds of tiles of so many strips along k, as they were measured on an H100."""
-    tiles = -(-problem.weight.n // c.channels) * -(-problem.m // c.rows) * c.split
-    # clusters of 4 do not fill every processing cluster of the chip
-    rounds = -(-tiles // (MULTIPROCESSORS - {1: 0, 2: 0, 4: 16}[c.split]))
+    cut = rounds(problem.m, problem.weight.n, c)
+    alone = -(-cut.whole * c.shared // AT_ONCE[c.split])
+    joint = -(-cut.rest * c.split // AT_ONCE[c.split])
     strip = max(0.18 + 0.0015 * c.rows, 0.0027 * c.rows)
     strip *= 0.98 if c.shared > 1 and c.rows > 128 else 1.0
     if c.teams > 1:
         strip *= 0.9 if c.channels == 128 else 0.55
-    after = 1 + c.rows / 128 + (1.5 if c.split > 1 else 0)
-    return rounds * (-(-problem.weight.k // STRIP) / c.split * strip + after) + 2
+    along, after = -(-problem.weight.k // STRIP) * strip, 1 + c.rows / 128
+    return alone * (along + after) + joint * (along / c.split + after + 1.5) + 2
 
 
 def choose_config(problem: Problem, kind: str) -> Config | None:
