@@ -26,7 +26,7 @@ from pallas_kernels.quantized_matmul.mosaic_wgmma import Config
 from pallas_kernels.quantized_matmul.problem import Problem, Weight
 
 
-def _twin(strips: int):
+def _twin(strips: int, unit: float):
     """What `fragments` returns for int4 in groups of 128 with bfloat16 scales, in plain jax."""
 
     def decode(refs):
@@ -40,7 +40,7 @@ def _twin(strips: int):
         cut = cut.transpose(0, 8, 2, 1, 4, 3, 5, 7, 6).reshape(64, 64 * strips)
         wide = jnp.stack([scale << 16, scale & jnp.int32(-65536)], 1)  # tile, half, r
         wide = lax.bitcast_convert_type(wide, jnp.float32).reshape(64, 1)
-        return ((cut - 8).astype(jnp.float32) * wide).astype(jnp.bfloat16)
+        return ((cut - 8).astype(jnp.float32) * wide / unit).astype(jnp.bfloat16)
 
     return decode
 
@@ -51,9 +51,10 @@ def _interpreted(config: Config, out: str, capfd: pytest.CaptureFixture[str]) ->
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    from pallas_kernels.quantized_matmul import hopper_wgmma
+    from pallas_kernels.quantized_matmul import hopper_fragments, hopper_wgmma
 
     weight = Weight(384, 384, 128, "int4", "bfloat16")
+    twin = _twin(config.strips, hopper_fragments.unit(weight))
     rng = np.random.default_rng(0)
     codes = rng.integers(-8, 8, (weight.k, weight.n))
     scale = rng.uniform(0.5, 2, (3, weight.n)).astype(jnp.bfloat16)
@@ -65,9 +66,7 @@ def _interpreted(config: Config, out: str, capfd: pytest.CaptureFixture[str]) ->
     x = jnp.asarray(rng.normal(size=(83, weight.k)), jnp.bfloat16)
     problem = Problem(83, weight, "hopper4", "bfloat16", out)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        got = jax.jit(hopper_wgmma.kernel(problem, config, (128, 256), _twin(config.strips)))(
-            x, arrays
-        )
+        got = jax.jit(hopper_wgmma.kernel(problem, config, (128, 256), twin))(x, arrays)
     assert "RACE" not in capfd.readouterr().out
     w = (codes * np.repeat(scale.astype(np.float32), 128, 0)).astype(jnp.bfloat16)
     return np.asarray(got, np.float64), np.asarray(x, np.float64), w.astype(np.float64)

@@ -62,7 +62,7 @@ def _operand(machine, weight, packed, deep, at):
         refs.append(Ref(machine, machine.shared + places[-1] + 0 * group, PAIR_TABLE, np.int32))
         hopper_pairs.write_pairs(weight.values, 2)(refs[-1])
         machine.meet(machine.live)
-    pairs = halves(hopper_fragments.fragments(weight, deep)(refs))
+    pairs = halves(hopper_fragments.fragments(weight, deep)(refs)) * hopper_fragments.unit(weight)
     warp, r, c = machine.thread // 32, machine.thread % 32 // 4, machine.thread % 4
     out = np.full((ROWS, 64 * deep), np.nan)
     for i, pair in enumerate(pairs):
@@ -109,6 +109,20 @@ def test_operands_are_what_the_reference_multiplies(name, monkeypatch):
                 assert (got != wanted).mean() <= 0.01
             else:
                 np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("name", ["symmetric", "signed zeros", "int8 groups"])
+def test_scales_of_integers_may_be_large_small_or_none(name, monkeypatch):
+    """As far as their products are normal: what the reference multiplies, to the bit."""
+    machine, (weight, logical) = on_a_cpu(monkeypatch, 2**21), _case(name)
+    wide = (2.0**-80, 2.0**33) if weight.scale == "bfloat16" else (2.0**-24, 65504)
+    scale = np.geomspace(*wide, weight.n).astype(logical["scale"].dtype)
+    logical["scale"] = np.stack([scale] * len(logical["scale"]))
+    logical["scale"][:, 5], logical["scale"][:, 7] = 0, -1.75
+    packed = {part: np.asarray(v) for part, v in _pack(logical, weight).items()}
+    got = _operand(machine, weight, packed, 1, 0)[: weight.n]
+    wanted = _numbers(weight, logical)[:, :64].astype(np.float32).astype(BF16).astype(np.float64)
+    np.testing.assert_array_equal(got, wanted)
 
 
 def test_scales_of_a_codebook_may_be_large_small_or_none(monkeypatch):

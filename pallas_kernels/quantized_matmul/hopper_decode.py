@@ -2,13 +2,18 @@
 
 Each is exact but for a codebook, whose values are rounded to bfloat16. In the order of
 `hopper_layout`; the tests hold these bits against numpy.
+
+An integer of up to eight bits is a bfloat16 as it is, times 2 ** 133: numbers whose exponent is 0
+or 1 lie 2 ** -133 apart. So one `fma` makes of masked bits what is wanted of a code (`RAW`).
 """
 
 # pyright: reportCallIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
+import jax.numpy as jnp
+import numpy as np
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
@@ -22,6 +27,17 @@ PAIRS = 0x0001_0001  # a 16-bit number in both halves of a register
 
 def _word(code: str, *args: ir.Value) -> ir.Value:
     return ptx.asm(ir.IntegerType.get_signless(32), code, "=r" + ",r" * len(args), *args)
+
+
+def pair(value: float) -> ir.Value:
+    """A number that is a bfloat16, in both halves of a word."""
+    bits = int(np.asarray(value, jnp.bfloat16).view(np.uint16))
+    return ptx.number(bits * PAIRS)
+
+
+def fma(a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    """`a b + c` of pairs of bfloat16, rounded once."""
+    return _word("fma.rn.bf16x2 $0, $1, $2, $3;", a, b, c)
 
 
 def _right(word: ir.Value, bits: int) -> ir.Value:
@@ -57,20 +73,45 @@ def _int4(values: None) -> Operand:
     return operand
 
 
-def _int8(values: None) -> Operand:
-    """U - 128 of eight bytes u = 128 h + l: (128 + l) + (128 h - 256), exact in bfloat16. In the
-    second, the highest bit of a byte is the lowest of the exponent.
+class Raw(NamedTuple):
+    """Codes as bits of bfloat16.
+
+    Attributes:
+      bits: of one multiplication's words, its registers.
+      powers: a register, of the even ones and of the odd, is u 2 ** -power of the stored code u.
     """
 
+    bits: Operand
+    powers: tuple[int, int]
+
+    def exact(self, i: int) -> float:
+        """By what register i becomes u / UNIT."""
+        return 2.0 ** self.powers[i % 2] / UNIT
+
+
+def _nibbles(words: Words) -> list[ir.Value]:
+    (word,) = words
+    masks = [ptx.number(0xF * PAIRS), ptx.number(0xF0 * PAIRS)]
+    return [arith.andi(_right(word, low), mask) for low in (0, 8) for mask in masks]
+
+
+def _bytes(words: Words) -> list[ir.Value]:
+    none, even_odd = ptx.number(0), (0x4240, 0x4341)
+    return [choose_bytes(w, none, ptx.number(s)) for w in words for s in even_odd]
+
+
+UNIT = 64.0  # 2 ** 127 is the largest power of two of a bfloat16, not 2 ** 133
+RAW = {"int4": Raw(_nibbles, (133, 129)), "int8": Raw(_bytes, (133, 133))}
+UNITS = {"int8": UNIT}  # of what OPERANDS gives, where it is not 1
+
+
+def _int8(values: None) -> Operand:
+    """(u - 128) / UNIT of eight bytes u."""
+    raw = RAW["int8"]
+
     def operand(words: Words) -> list[ir.Value]:
-        out = []
-        for word in words:
-            for low in (0, 8):
-                moved = _right(word, low)
-                small = _lop3(moved, 0x7F * PAIRS, 0x4300 * PAIRS, "0xEA")  # a & b | c
-                high = _lop3(moved, 0x80 * PAIRS, 0xC300 * PAIRS, "0xAE")  # ~a & b | c
-                out.append(_word("add.rn.bf16x2 $0, $1, $2;", small, high))
-        return out
+        zero, bits = pair(-128 / UNIT), raw.bits(words)
+        return [fma(v, pair(raw.exact(i)), zero) for i, v in enumerate(bits)]
 
     return operand
 

@@ -14,6 +14,7 @@ from jaxlib.mlir.dialects import arith, llvm, scf
 
 from pallas_kernels.quantized_matmul import hopper_asm as ptx
 from pallas_kernels.quantized_matmul import hopper_layout as layout
+from pallas_kernels.quantized_matmul.hopper_fragments import unit
 from pallas_kernels.quantized_matmul.hopper_sums import ACTIVATIONS
 from pallas_kernels.quantized_matmul.problem import Problem
 
@@ -49,10 +50,12 @@ def _quads(array: fa.FragmentedArray) -> list[list[ir.Value]]:
 
 
 def finish(problem: Problem, rows: int) -> Any:
-    """`f(sums [64, rows], [scales of channels, bias], first channel) -> the result's dtype`."""
+    """`f(sums [64, rows], [scales of channels, bias], first channel) -> the result's dtype`; the
+    sums are of operands over `hopper_fragments.unit`.
+    """
     activate = ACTIVATIONS[problem.activation]
     scaled, biased = layout.per_channel(problem.weight), problem.bias
-    out = jnp.dtype(problem.out)
+    out, grow = jnp.dtype(problem.out), unit(problem.weight)
     refs = [plgpu.RefType()] * (scaled + biased)
 
     @plgpu.inline_mgpu(
@@ -78,6 +81,10 @@ def finish(problem: Problem, rows: int) -> Any:
         values = iter(held(ref) for ref in of_channels)
         scale = next(values) if scaled else None
         bias = next(values) if biased else None
+        if scale is not None:
+            scale = [arith.mulf(v, ptx.real(grow)) for v in scale]
+        elif grow != 1:
+            scale = [ptx.real(grow)] * 2
         done = []
         for i, pair in enumerate(_pairs(sums)):
             moved = []
@@ -91,7 +98,7 @@ def finish(problem: Problem, rows: int) -> Any:
         return _array(done, rows)
 
     if not scaled and not biased and problem.activation is None:
-        return lambda sums, refs, first: sums.astype(out)
+        return lambda sums, refs, first: (sums * grow).astype(out)
     return lambda sums, refs, first: each(sums, refs, first).astype(out)
 
 

@@ -4,8 +4,9 @@
 for the sake of decoding; `wgmma` takes of every 8 neighbors two. So a lane reads its part of what
 each of the four lanes of its row has, and no two words of a load are in one bank.
 Operands are `(code - zero) * scale + offset` rounded once to bfloat16, which is what the reference
-multiplies with; a codebook's values are rounded first, and times scales that are no bfloat16 one in
-a thousand is a unit off. Scales per channel are left to the sums.
+multiplies with, over `unit`, a power of two that is left to the sums, as are scales per channel. A
+codebook's values are rounded first, and times scales that are no bfloat16 one in a thousand is a
+unit off.
 """
 
 # The decorator of inline code keeps the type of what it wraps, which takes one argument more.
@@ -25,7 +26,16 @@ from jaxlib.mlir.dialects import arith
 
 from pallas_kernels.quantized_matmul import hopper_asm as ptx
 from pallas_kernels.quantized_matmul import hopper_layout as layout
-from pallas_kernels.quantized_matmul.hopper_decode import OPERANDS, PAIRS, choose_bytes, halves
+from pallas_kernels.quantized_matmul.hopper_decode import (
+    OPERANDS,
+    RAW,
+    UNIT,
+    Raw,
+    choose_bytes,
+    fma,
+    halves,
+    pair,
+)
 from pallas_kernels.quantized_matmul.hopper_pairs import looked_up
 from pallas_kernels.quantized_matmul.mosaic_wgmma import part_names, part_words
 from pallas_kernels.quantized_matmul.problem import Weight
@@ -33,9 +43,34 @@ from pallas_kernels.quantized_matmul.problem import Weight
 ROWS = 64  # channels of a warpgroup
 HALF = 64  # of k: four operands of 16
 LARGEST = float(jnp.finfo(jnp.bfloat16).max)
+FOLDED = 2.0**40  # scales up to 2 ** 34 stay finite, and down to 2 ** -86 exact
 # what an even lane takes of two words, and an odd one: bytes 0 and 2, or 1 and 3, of numbers; 0 and
 # 1, or 2 and 3, of a codebook
 SELECTORS = (0x6240, 0x7351), (0x5410, 0x7632)
+
+
+def _raw(weight: Weight) -> Raw | None:
+    """How codes are taken as bits; None of a codebook and of 8-bit floats."""
+    if weight.values is not None:
+        return None
+    return RAW.get("int4" if "8" not in weight.code else weight.code)
+
+
+def _short(weight: Weight) -> bool:
+    """Whether what a group has is bfloat16."""
+    return all(getattr(weight, n) == "bfloat16" for n in part_names(weight) if n != "zero")
+
+
+def _folds(weight: Weight) -> bool:
+    """Whether one `fma` by the scale makes the operand of a code's bits."""
+    return _raw(weight) is not None and part_names(weight) == ["scale"] and _short(weight)
+
+
+def unit(weight: Weight) -> float:
+    """By what the sums of products are too small."""
+    if _raw(weight) is None:
+        return 1.0
+    return FOLDED if _folds(weight) else UNIT
 
 
 def fragments(weight: Weight, deep: int) -> Any:
@@ -51,7 +86,7 @@ def fragments(weight: Weight, deep: int) -> Any:
     words = layout.code_words(weight) // 2 * deep
     tables, wide = int(weight.values is not None), "8" in weight.code
     blocks = 1 if wide else 2  # of 32 along k, in a line of units
-    code = weight.code if wide else "int4"
+    raw = _raw(weight)
 
     @plgpu.inline_mgpu(
         arg_types=([plgpu.RefType()] * (1 + len(names) + tables),),
@@ -61,7 +96,7 @@ def fragments(weight: Weight, deep: int) -> Any:
     )
     def decode(ctx, refs):
         i32 = ir.IntegerType.get_signless(32)
-        pair = ir.VectorType.get((2,), ir.BF16Type.get())
+        two = ir.VectorType.get((2,), ir.BF16Type.get())
         warp, lane = ptx.lane()
         warp = arith.andi(warp, ptx.number(3))
         r, c = arith.shrui(lane, ptx.number(2)), arith.andi(lane, ptx.number(3))
@@ -70,7 +105,10 @@ def fragments(weight: Weight, deep: int) -> Any:
         inner = c if wide else arith.andi(c, ptx.number(2))
         start = arith.addi(arith.muli(warp, ptx.number(words)), inner)
         starts = [arith.addi(start, ptx.place(r, ptx.number(other))) for other in range(4)]
-        operand = looked_up(refs[-1], lane) if tables else OPERANDS[code](None)
+        if raw is not None:
+            operand = raw.bits
+        else:
+            operand = looked_up(refs[-1], lane) if tables else OPERANDS[weight.code](None)
         factors: dict[int, Callable[[ir.Value, int], ir.Value]] = {}
 
         def scaled(group: int) -> Callable[[ir.Value, int], ir.Value]:
@@ -88,7 +126,7 @@ def fragments(weight: Weight, deep: int) -> Any:
                 parts = [choose_bytes(*parts[i : i + 2], pair_of) for i in (0, 2)]
             half, group = len(parts) // 2, 32 * block // weight.group if names else 0
             for i, value in enumerate([*operand(parts[:half]), *operand(parts[half:])]):
-                out.append(utils.bitcast(scaled(group)(value, i % 2), pair))
+                out.append(utils.bitcast(scaled(group)(value, i % 2), two))
         shape = fa.WGMMA_LAYOUT.registers_shape((ROWS, HALF * deep))
         return fa.FragmentedArray(
             _registers=np.array(out, dtype=object).reshape(shape),
@@ -119,10 +157,9 @@ def _scaling(
     group: int,
     deep: int,
 ) -> Callable[[ir.Value, int], ir.Value]:
-    """`(a pair as `hopper_decode` gives it, 0 for channel r and 1 for r + 8) -> its bfloat16`."""
+    """`(a pair of bits or values, 0 for channel r and 1 for r + 8) -> its bfloat16`."""
     i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-    plain = "8" not in weight.code and weight.values is None
-    short = all(getattr(weight, n) == "bfloat16" for n in names if n != "zero")
+    raw, short = _raw(weight), _short(weight)
 
     def held(name: str) -> list[ir.Value]:
         """Of channels r and r + 8: words of two bfloat16 where all is short, or float32."""
@@ -137,33 +174,40 @@ def _scaling(
             return [choose_bytes(word, word, ptx.number(s)) for s in (0x1010, 0x3232)]
         return halves(word, getattr(weight, name))
 
-    def both(code: str, *args: ir.Value) -> ir.Value:
-        return ptx.asm(i32, code, "=r" + ",r" * len(args), *args)
+    def times(a: ir.Value, b: ir.Value) -> ir.Value:
+        return ptx.asm(i32, "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", a, b)
 
-    zero = held("zero") if "zero" in names else None
-    if zero is None and plain:
-        start = int(np.float32(128 - layout.lowest(weight)).view(np.uint32)) >> 16
-        zero = [ptx.number(start * PAIRS)] * 2
     scale = held("scale") if names else None
+    if scale is not None and raw is not None and _folds(weight):
+        low = pair(layout.lowest(weight) / FOLDED)
+        grown = [times(s, pair(2.0**p / FOLDED)) for s, p in zip(scale, raw.powers, strict=True)]
+        starts = [times(s, low) for s in scale]
+        return lambda value, row: fma(value, grown[row], starts[row])
+    zero = [pair(layout.lowest(weight) / UNIT)] * 2
+    if "zero" in names:  # z is held as 128 + z
+        zero = [fma(v, pair(-1 / UNIT), pair(128 / UNIT)) for v in held("zero")]
     # of 4-bit integers times float16 the part of the rest is exact
-    exact = plain and weight.scale == "float16" and weight.offset is None
+    exact = "8" not in weight.code and weight.scale == "float16" and weight.offset is None
     rest = None
     if scale is not None and not short and (exact or weight.values is not None):
         scale, rest = zip(*(_split(v) for v in scale), strict=True)
     offset = held("offset") if "offset" in names else None
+    if offset is not None and short:
+        offset = [times(v, pair(1 / unit(weight))) for v in offset]
+    elif offset is not None:
+        offset = [arith.mulf(v, ptx.real(1 / unit(weight))) for v in offset]
 
     def scaled(value: ir.Value, row: int) -> ir.Value:
-        if zero is not None:  # exact
-            value = both("sub.rn.bf16x2 $0, $1, $2;", value, zero[row])
+        if raw is not None:  # exact
+            value = fma(value, pair(raw.exact(row)), zero[row])
         if scale is None:
             return value
         if short and offset is None:
-            return both("mul.rn.bf16x2 $0, $1, $2;", value, scale[row])
+            return times(value, scale[row])
         if short:
-            return both("fma.rn.bf16x2 $0, $1, $2, $3;", value, scale[row], offset[row])
+            return fma(value, scale[row], offset[row])
         if rest is not None:
-            part = both("mul.rn.bf16x2 $0, $1, $2;", value, rest[row])
-            return both("fma.rn.bf16x2 $0, $1, $2, $3;", value, scale[row], part)
+            return fma(value, scale[row], times(value, rest[row]))
         wide = [arith.mulf(v, scale[row]) for v in halves(value, "bfloat16")]
         if offset is not None:
             wide = [arith.addf(v, offset[row]) for v in wide]

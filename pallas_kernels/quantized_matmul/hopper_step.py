@@ -13,7 +13,7 @@ from jaxlib.mlir.dialects import arith, llvm
 from pallas_kernels.quantized_matmul import hopper_asm as ptx
 from pallas_kernels.quantized_matmul import hopper_layout as layout
 from pallas_kernels.quantized_matmul import hopper_x
-from pallas_kernels.quantized_matmul.hopper_decode import OPERANDS, halves
+from pallas_kernels.quantized_matmul.hopper_decode import OPERANDS, UNITS, halves
 from pallas_kernels.quantized_matmul.hopper_pairs import looked_up
 from pallas_kernels.quantized_matmul.hopper_shape import Shape
 from pallas_kernels.quantized_matmul.mosaic_gpu import Config
@@ -100,6 +100,8 @@ def step(shape: Shape, config: Config, row: int) -> Any:
                         if offset is not None:  # -1 / start of it is the sum of x
                             scaled = arith.mulf(offset[i // 2], ptx.real(-1 / shape.start))
                             total[i] = fma(scaled, start[column][i % 2], total[i])
+        if (unit := UNITS.get(shape.decode)) is not None:
+            sums = [[arith.mulf(ptx.real(unit), t) for t in v] for v in sums]
         if per_channel:
             scale = wide(shape.begin("scale", depth))
             sums = [[arith.mulf(scale[i // 2], t) for i, t in enumerate(v)] for v in sums]
