@@ -151,7 +151,6 @@ def _permuted(table: list[int], selectors: np.ndarray) -> np.ndarray:
 
 def _pairs(weight: Weight, words: list[np.ndarray]) -> list[np.ndarray]:
     """The four registers that `hopper_decode` makes of the words of one multiplication."""
-    both, low = np.uint32(0x000F000F), np.uint32(0x43004300)
     if weight.values is not None:
         (word,) = words
         table, out = hopper_codebook.codebook_bytes(weight.values), []
@@ -173,10 +172,8 @@ def _pairs(weight: Weight, words: list[np.ndarray]) -> list[np.ndarray]:
                 out.append(pair[0] | pair[1] << np.uint32(16))
         return out
     if weight.code == "int8":
-        shifted = [w >> np.uint32(s) for w in words for s in (0, 8)]
-        seven, highest = np.uint32(0x007F007F), np.uint32(0x00800080)
-        parts = [(w & seven | low, ~w & highest | np.uint32(0xC300C300)) for w in shifted]
-        return [_from_floats(_halves(v) + _halves(h)) for v, h in parts]
+        bits = [w >> np.uint32(s) & np.uint32(0x00FF00FF) for w in words for s in (0, 8)]
+        return [_from_floats(_halves(v) * 2.0**133 - 128) for v in bits]
     if weight.code.startswith("float8"):
         shift, power = (4, 120) if weight.code == "float8_e4m3fn" else (5, 112)
         out = []
@@ -188,7 +185,9 @@ def _pairs(weight: Weight, words: list[np.ndarray]) -> list[np.ndarray]:
             out.append(_from_floats(_halves(bits) * 2.0**power))
         return out
     (word,) = words
-    return [word >> np.uint32(4 * j) & both | low for j in range(4)]
+    cases = itertools.product((0, 8), ((0x000F000F, 133), (0x00F000F0, 129)))
+    bits = [(word >> np.uint32(s) & np.uint32(mask), power) for s, (mask, power) in cases]
+    return [_from_floats(_halves(v) * 2.0**power) for v, power in bits]
 
 
 def _halves(pair: np.ndarray) -> np.ndarray:
@@ -213,7 +212,7 @@ def _emulate(weight: Weight, packed: dict[str, jax.Array], x: np.ndarray) -> np.
     group_size = hopper_layout.DEPTH if channel else weight.group
     groups, low = hopper_layout.DEPTH // group_size, hopper_layout.lowest(weight)
     plain = weight.code in ("int4", "uint4") and weight.values is None
-    start = (1.0 if weight.zero is not None else 128.0 - low) if plain else 0.0
+    center = -low if plain and weight.zero is None else 0
     x = np.pad(x, ((0, 0), (0, tiles_k * hopper_layout.DEPTH - weight.k)))
     lanes = np.arange(32)
     r, c = lanes // 4, lanes % 4
@@ -221,8 +220,8 @@ def _emulate(weight: Weight, packed: dict[str, jax.Array], x: np.ndarray) -> np.
     out = np.zeros((tiles_n * 16, len(x)))
     for row, tile, group in itertools.product(range(tiles_n), range(tiles_k), range(groups)):
         first = tile * hopper_layout.DEPTH + group * group_size
-        sums = -start * x[:, first : first + group_size].sum(1)
-        part = np.zeros((16, len(x))) if weight.zero else np.broadcast_to(sums, (16, len(x))).copy()
+        sums = x[:, first : first + group_size].sum(1)
+        part = np.broadcast_to(-center * sums, (16, len(x))).copy()
         for i in range(group * group_size // 16, (group + 1) * group_size // 16):
             a = np.zeros((16, 16))
             b = np.zeros((16, len(x)))
@@ -251,10 +250,10 @@ def _emulate(weight: Weight, packed: dict[str, jax.Array], x: np.ndarray) -> np.
             return _float(held[channels % 8] >> half & np.uint32(0xFFFF), dtype)  # noqa: B023
 
         if weight.zero is not None:
-            part += pick("zero", "bfloat16")[:, None] * sums
+            part -= (pick("zero", "bfloat16")[:, None] - 128) * sums
         total = pick("scale", weight.scale)[:, None] * part
         if weight.offset is not None:
-            total += pick("offset", weight.offset)[:, None] * (-1 / start) * sums
+            total += pick("offset", weight.offset)[:, None] * sums
         out[row * 16 : row * 16 + 16] += total
     return out[: weight.n]
 

@@ -4,7 +4,9 @@ Each is exact but for a codebook, whose values are rounded to bfloat16. In the o
 `hopper_layout`; the tests hold these bits against numpy.
 
 An integer of up to eight bits is a bfloat16 as it is, times 2 ** 133: numbers whose exponent is 0
-or 1 lie 2 ** -133 apart. So one `fma` makes of masked bits what is wanted of a code (`RAW`).
+or 1 lie 2 ** -133 apart. An 8-bit float is one where its bits are moved to, times another power.
+So bits in their places (`RAW`) are operands of x times a power of two, or one `fma` makes of them
+what is wanted.
 """
 
 # pyright: reportCallIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false
@@ -48,11 +50,6 @@ def _left(word: ir.Value, bits: int) -> ir.Value:
     return arith.shli(word, ptx.number(bits)) if bits else word
 
 
-def _lop3(word: ir.Value, mask: int, bits: int, table: str) -> ir.Value:
-    """What a table of truth makes of a word and two constants, one instruction."""
-    return _word(f"lop3.b32 $0, $1, {mask:#x}, {bits:#x}, {table};", word)
-
-
 def _choose(mask: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
     """`mask & a | ~mask & b`, one instruction."""
     return _word("lop3.b32 $0, $1, $2, $3, 0xCA;", mask, a, b)
@@ -63,30 +60,27 @@ def choose_bytes(a: ir.Value, b: ir.Value, selector: ir.Value) -> ir.Value:
     return _word("prmt.b32 $0, $1, $2, $3;", a, b, selector)
 
 
-def _int4(values: None) -> Operand:
-    """128 + u of eight codes; what is too much comes off by way of the sums of x."""
-
-    def operand(words: Words) -> list[ir.Value]:
-        (word,) = words
-        return [_lop3(_right(word, 4 * p), 0xF * PAIRS, 0x4300 * PAIRS, "0xEA") for p in range(4)]
-
-    return operand
-
-
 class Raw(NamedTuple):
     """Codes as bits of bfloat16.
 
     Attributes:
       bits: of one multiplication's words, its registers.
-      powers: a register, of the even ones and of the odd, is u 2 ** -power of the stored code u.
+      powers: a register, of the even ones (channels r) and of the odd (r + 8), is u 2 ** -power of
+        a stored code u.
     """
 
     bits: Operand
     powers: tuple[int, int]
 
-    def exact(self, i: int) -> float:
-        """By what register i becomes u / UNIT."""
-        return 2.0 ** self.powers[i % 2] / UNIT
+    @property
+    def unit(self) -> float:
+        """By what sums of products with x GROWN are too small, of even registers."""
+        return 2.0 ** self.powers[0] / GROWN
+
+    @property
+    def second(self) -> float:
+        """Odd registers over even ones, of one code."""
+        return 2.0 ** (self.powers[0] - self.powers[1])
 
 
 def _nibbles(words: Words) -> list[ir.Value]:
@@ -100,45 +94,32 @@ def _bytes(words: Words) -> list[ir.Value]:
     return [choose_bytes(w, none, ptx.number(s)) for w in words for s in even_odd]
 
 
-UNIT = 64.0  # 2 ** 127 is the largest power of two of a bfloat16, not 2 ** 133
-RAW = {"int4": Raw(_nibbles, (133, 129)), "int8": Raw(_bytes, (133, 133))}
-UNITS = {"int8": UNIT}  # of what OPERANDS gives, where it is not 1
-
-
-def _int8(values: None) -> Operand:
-    """(u - 128) / UNIT of eight bytes u."""
-    raw = RAW["int8"]
-
-    def operand(words: Words) -> list[ir.Value]:
-        zero, bits = pair(-128 / UNIT), raw.bits(words)
-        return [fma(v, pair(raw.exact(i)), zero) for i, v in enumerate(bits)]
-
-    return operand
-
-
-def _float8(mantissa: int, bias: int) -> Callable[[None], Operand]:
-    """The bits of eight numbers where bfloat16 has them, times 2 ** (127 - bias), which also makes
-    subnormal ones right. NaN and Inf become finite.
-    """
+def _float8(mantissa: int) -> Operand:
+    """The bits of eight numbers where bfloat16 has them. NaN and Inf become finite."""
     shift = 7 - mantissa
-    kept, power = (0x8000 | 0x7F << shift) * PAIRS, ((127 + 127 - bias) << 7) * PAIRS
+    kept = (0x8000 | 0x7F << shift) * PAIRS
 
-    def make(values: None) -> Operand:
-        def operand(words: Words) -> list[ir.Value]:
-            out, scale = [], ptx.number(power)
-            for word in words:
-                for signs in (0xA280, 0xB391):  # a byte, and eight times its sign: even, odd ...
-                    moved = _left(choose_bytes(word, word, ptx.number(signs)), shift)
-                    bits = arith.andi(moved, ptx.number(kept))
-                    out.append(_word("mul.rn.bf16x2 $0, $1, $2;", bits, scale))
-            return out
+    def bits(words: Words) -> list[ir.Value]:
+        out = []
+        for word in words:
+            for signs in (0xA280, 0xB391):  # a byte, and eight times its sign: even, odd ...
+                moved = _left(choose_bytes(word, word, ptx.number(signs)), shift)
+                out.append(arith.andi(moved, ptx.number(kept)))
+        return out
 
-        return operand
-
-    return make
+    return bits
 
 
-def _codebook(values: Sequence[float]) -> Operand:
+GROWN = 2.0**64  # by what x is multiplied for m <= 16, so that its products with bits are normal
+RAW: Mapping[str, Raw] = {
+    "int4": Raw(_nibbles, (133, 129)),
+    "int8": Raw(_bytes, (133, 133)),
+    "float8_e4m3fn": Raw(_float8(3), (120, 120)),
+    "float8_e5m2": Raw(_float8(2), (112, 112)),
+}
+
+
+def codebook(values: Sequence[float]) -> Operand:
     """Eight values by the byte permutation: three bits choose from each half of the table, the
     highest bit between the halves.
     """
@@ -160,16 +141,6 @@ def _codebook(values: Sequence[float]) -> Operand:
         return out
 
     return operand
-
-
-# how a code is decoded -> codebook -> (words of one multiplication -> its four registers)
-OPERANDS: Mapping[str, Callable[..., Operand]] = {
-    "int4": _int4,
-    "codebook": _codebook,
-    "int8": _int8,
-    "float8_e4m3fn": _float8(3, 7),
-    "float8_e5m2": _float8(2, 15),
-}
 
 
 def halves(word: ir.Value, dtype: str) -> list[ir.Value]:

@@ -27,9 +27,7 @@ from jaxlib.mlir.dialects import arith
 from pallas_kernels.quantized_matmul import hopper_asm as ptx
 from pallas_kernels.quantized_matmul import hopper_layout as layout
 from pallas_kernels.quantized_matmul.hopper_decode import (
-    OPERANDS,
     RAW,
-    UNIT,
     Raw,
     choose_bytes,
     fma,
@@ -43,6 +41,7 @@ from pallas_kernels.quantized_matmul.problem import Weight
 ROWS = 64  # channels of a warpgroup
 HALF = 64  # of k: four operands of 16
 LARGEST = float(jnp.finfo(jnp.bfloat16).max)
+UNIT = 2.0**6  # 2 ** 127 is the largest power of two of a bfloat16, not 2 ** 133
 FOLDED = 2.0**40  # scales up to 2 ** 34 stay finite, and down to 2 ** -86 exact
 # what an even lane takes of two words, and an odd one: bytes 0 and 2, or 1 and 3, of numbers; 0 and
 # 1, or 2 and 3, of a codebook
@@ -50,10 +49,10 @@ SELECTORS = (0x6240, 0x7351), (0x5410, 0x7632)
 
 
 def _raw(weight: Weight) -> Raw | None:
-    """How codes are taken as bits; None of a codebook and of 8-bit floats."""
+    """How codes are taken as bits; None of a codebook."""
     if weight.values is not None:
         return None
-    return RAW.get("int4" if "8" not in weight.code else weight.code)
+    return RAW["int4" if "8" not in weight.code else weight.code]
 
 
 def _short(weight: Weight) -> bool:
@@ -105,10 +104,7 @@ def fragments(weight: Weight, deep: int) -> Any:
         inner = c if wide else arith.andi(c, ptx.number(2))
         start = arith.addi(arith.muli(warp, ptx.number(words)), inner)
         starts = [arith.addi(start, ptx.place(r, ptx.number(other))) for other in range(4)]
-        if raw is not None:
-            operand = raw.bits
-        else:
-            operand = looked_up(refs[-1], lane) if tables else OPERANDS[weight.code](None)
+        operand = looked_up(refs[-1], lane) if raw is None else raw.bits
         factors: dict[int, Callable[[ir.Value, int], ir.Value]] = {}
 
         def scaled(group: int) -> Callable[[ir.Value, int], ir.Value]:
@@ -199,7 +195,7 @@ def _scaling(
 
     def scaled(value: ir.Value, row: int) -> ir.Value:
         if raw is not None:  # exact
-            value = fma(value, pair(raw.exact(row)), zero[row])
+            value = fma(value, pair(2.0 ** raw.powers[row] / UNIT), zero[row])
         if scale is None:
             return value
         if short and offset is None:

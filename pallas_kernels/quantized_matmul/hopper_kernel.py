@@ -2,9 +2,9 @@
 
 x is stationary: every warp keeps the x of its own stretch of k in registers, in operand order, and
 weights stream past it, 16 output channels at a time, through the warp's own ring in shared memory.
-A warp decodes its tiles straight into the A operands of `mma.m16n8k16` (`hopper_decode`). Of
-4-bit integers `lop3` makes 128 + u exactly; what that is too much comes off by way of the sums of
-x, which the warp takes once: the accumulator of a group starts at -start * sum(x). Pairs of a
+A warp decodes its tiles straight into the A operands of `mma.m16n8k16` (`hopper_decode`): bits of
+codes in their places, for x times a power of two. What stands for 0 of integers comes off by way of
+the sums of x, which the warp takes once: an accumulator starts at -center * sum(x). Pairs of a
 codebook's values are looked up in a table, which a block writes first (`hopper_pairs`). The scale
 of a group is applied to its accumulator in float32, that of a channel to the sums of a warp. The
 warps' sums meet in shared memory; blocks of a cluster, which split k further, send theirs to the
@@ -40,7 +40,7 @@ from pallas_kernels.quantized_matmul.hopper_ring import Ring
 from pallas_kernels.quantized_matmul.hopper_shape import shape_of
 from pallas_kernels.quantized_matmul.hopper_step import step
 from pallas_kernels.quantized_matmul.hopper_sums import Exchange, push, write
-from pallas_kernels.quantized_matmul.hopper_x import load_x, sum_x
+from pallas_kernels.quantized_matmul.hopper_x import grow_x, load_x, sum_x
 from pallas_kernels.quantized_matmul.mosaic_gpu import PAIR_TABLE, Config, plan
 from pallas_kernels.quantized_matmul.problem import Problem
 
@@ -93,6 +93,7 @@ def kernel(
         scratch["squares"] = plgpu.SMEM((warps, 8 * shape.columns), F32)
 
     keep_x, meet = load_x(shape, config), ptx.meet()
+    grow = grow_x(shape, config) if shape.values is None else lambda x: x
     add_up = sum_x(shape, config) if shape.start else None
     fill = write_pairs(shape.values, c.warpgroups) if shape.values is not None else None
     multiply = [step(shape, config, row) for row in range(c.rows)]
@@ -155,10 +156,11 @@ def kernel(
             follow()
         rest = functools.partial(lax.fori_loop, early, c.steps, begin, np.int32(0))
         if norm:
-            kept = (front.run(x, y, factor, squares, total, _thread_wide(block), rest),)
+            own = front.run(x, y, factor, squares, total, _thread_wide(block), rest)
         else:
-            kept = (keep_x(x),)
+            own = keep_x(x)
             rest()
+        kept = (grow(own),)
         if add_up is not None:
             kept += (add_up(kept[0]),)
         if c.cluster > 1:

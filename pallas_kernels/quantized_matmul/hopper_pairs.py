@@ -14,7 +14,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels.quantized_matmul import hopper_asm as ptx
-from pallas_kernels.quantized_matmul.hopper_decode import OPERANDS, Operand, Words
+from pallas_kernels.quantized_matmul.hopper_decode import Operand, Words, codebook
 from pallas_kernels.quantized_matmul.mosaic_gpu import PAIR_TABLE
 
 ENTRIES, LANES = PAIR_TABLE
@@ -25,7 +25,7 @@ def write_pairs(values: Sequence[float], warpgroups: int) -> Any:
     """Writes the table. Eight threads write an entry, 16 bytes each, then one further on."""
     threads = 128 << (warpgroups.bit_length() - 1)  # where there are more, they write the same
     at_once = threads // 8
-    decode = OPERANDS["codebook"](values)
+    decode = codebook(values)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def write(ctx, pairs):

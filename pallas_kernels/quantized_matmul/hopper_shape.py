@@ -26,11 +26,13 @@ class Shape(NamedTuple):
 
     Attributes:
       m, n, k: rows of x, channels, contraction.
-      decode: how codes become bfloat16, a key of `hopper_decode.OPERANDS`.
+      decode: how codes become bfloat16, a key of `hopper_decode.RAW`, or "codebook".
       values: the codebook, or None.
       group: so many of k share a scale; a whole tile where the channel has one.
-      start: what is taken off 128 + u at once: the accumulator starts at -start * sum(x). 0 where
-        operands are the codes themselves.
+      center: of integers, the stored code that stands for 0, the same for all: accumulators start
+        at -center * sum(x).
+      start: warps take -start * sum(x): `center`, or 1 where zero points or offsets are to be
+        multiplied with; 0 where no sums are wanted.
       scale, offset: dtype names.
       out, activation: what is written.
       norm, gate: as of the problem.
@@ -44,6 +46,7 @@ class Shape(NamedTuple):
     decode: str
     values: tuple[float, ...] | None
     group: int
+    center: float
     start: float
     scale: str
     offset: str | None
@@ -95,12 +98,11 @@ def shape_of(problem: Problem, sizes: Plan) -> Shape:
         pieces += [Piece(n, layout.group_words(weight, n), True) for n in ("scale", *names)]
     if problem.bias:
         pieces.append(Piece("bias", layout.ROWS, False))
-    decode, start = weight.code, 0.0
+    decode = "int4" if "8" not in weight.code else weight.code
     if weight.values is not None:
         decode = "codebook"
-    elif weight.code in ("int4", "uint4"):
-        decode = "int4"
-        start = 1.0 if weight.zero is not None else 128.0 - layout.lowest(weight)
+    center = 0.0 if weight.zero is not None else float(-layout.lowest(weight))
+    start = center or float(bool(names))
     return Shape(
         problem.m,
         weight.n,
@@ -108,6 +110,7 @@ def shape_of(problem: Problem, sizes: Plan) -> Shape:
         decode,
         weight.values,
         layout.DEPTH if channel else weight.group,
+        center,
         start,
         weight.scale,
         weight.offset,

@@ -13,7 +13,7 @@ from jaxlib.mlir.dialects import arith, llvm
 from pallas_kernels.quantized_matmul import hopper_asm as ptx
 from pallas_kernels.quantized_matmul import hopper_layout as layout
 from pallas_kernels.quantized_matmul import hopper_x
-from pallas_kernels.quantized_matmul.hopper_decode import OPERANDS, UNITS, halves
+from pallas_kernels.quantized_matmul.hopper_decode import RAW, halves
 from pallas_kernels.quantized_matmul.hopper_pairs import looked_up
 from pallas_kernels.quantized_matmul.hopper_shape import Shape
 from pallas_kernels.quantized_matmul.mosaic_gpu import Config
@@ -30,12 +30,14 @@ def step(shape: Shape, config: Config, row: int) -> Any:
     per_channel = not shape.piece("scale").per_tile
     kept_types = tuple(held for _, held in hopper_x.layouts(shape, config))
     tables = [] if shape.values is None else [plgpu.RefType()]
+    raw = RAW.get(shape.decode)
+    small, second = (raw.unit, raw.second) if raw is not None else (1.0, 1.0)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), kept_types, tables))
     def multiply(ctx, w_s, sums_s, kept, tables):
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
         warp, lane = ptx.lane()
-        operand = looked_up(*tables, lane) if tables else OPERANDS[shape.decode](None)
+        operand = looked_up(*tables, lane) if raw is None else raw.bits
         w_s, sums_s = ptx.begin(w_s), ptx.begin(sums_s)
         x_of, *rest = (
             [llvm.extractelement(v, ptx.number(0)) for v in held.registers.flat] for held in kept
@@ -49,9 +51,16 @@ def step(shape: Shape, config: Config, row: int) -> Any:
         def fma(a, b, c):
             return ptx.asm(f32, "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", a, b, c)
 
+        def times(value, by):
+            return value if by == 1 else arith.mulf(value, ptx.real(by))
+
         def wide(word):
             """The float32 of channels r and r + 8."""
             return [ptx.load(w_s, ptx.add(stage_r, word + 8 * i), 1, f32)[0] for i in range(2)]
+
+        def begins(start):
+            """Of accumulators, from the sums of x."""
+            return [*start, *(times(v, second) for v in start)]
 
         def pair(name, dtype, j, group):
             """What channels r and r + 8 have in a group of tile j, as float32."""
@@ -72,15 +81,15 @@ def step(shape: Shape, config: Config, row: int) -> Any:
                 start = [[next(starts), next(starts)] for _ in range(columns)] if rest else None
                 if per_channel:
                     parts = sums
-                    if start is not None:
+                    if shape.center:
                         parts = [
-                            [arith.addf(t, v[i % 2]) for i, t in enumerate(total)]
-                            for total, v in zip(sums, start, strict=True)
+                            [arith.addf(*v) for v in zip(total, begins(more), strict=True)]
+                            for total, more in zip(sums, start, strict=True)
                         ]
-                elif start is None or shape.has("zero"):
-                    parts = [[ptx.zero()] * 4 for _ in range(columns)]
+                elif shape.center:
+                    parts = [begins(v) for v in start]
                 else:
-                    parts = [[v[0], v[1]] * 2 for v in start]
+                    parts = [[ptx.zero()] * 4 for _ in range(columns)]
                 for i in range(group * per_group, (group + 1) * per_group):
                     a = operand(codes[i * per_product : (i + 1) * per_product])
                     for column in range(columns):
@@ -89,21 +98,27 @@ def step(shape: Shape, config: Config, row: int) -> Any:
                 if per_channel:
                     sums = parts
                     continue
-                scale = pair("scale", shape.scale, j, group)
-                zero = pair("zero", "bfloat16", j, group) if shape.has("zero") else None
+                first, other = pair("scale", shape.scale, j, group)
+                scale, zero = [first, times(other, 1 / second)], None
+                if shape.has("zero"):  # z is held as 128 + z
+                    bias = pair("zero", "bfloat16", j, group)
+                    zero = [
+                        fma(v, ptx.real(by), ptx.real(-128.0 * by))
+                        for v, by in zip(bias, (1.0, second), strict=True)
+                    ]
                 offset = pair("offset", shape.offset, j, group) if shape.has("offset") else None
                 for column, (total, part) in enumerate(zip(sums, parts, strict=True)):
                     for i in range(4):
-                        if zero is not None:  # minus bias times the sum of x
+                        if zero is not None:  # minus z times the sum of x
                             part[i] = fma(zero[i // 2], start[column][i % 2], part[i])
                         total[i] = fma(scale[i // 2], part[i], total[i])
                         if offset is not None:  # -1 / start of it is the sum of x
                             scaled = arith.mulf(offset[i // 2], ptx.real(-1 / shape.start))
                             total[i] = fma(scaled, start[column][i % 2], total[i])
-        if (unit := UNITS.get(shape.decode)) is not None:
-            sums = [[arith.mulf(ptx.real(unit), t) for t in v] for v in sums]
+        sums = [[times(t, small) for t in v] for v in sums]
         if per_channel:
-            scale = wide(shape.begin("scale", depth))
+            first, other = wide(shape.begin("scale", depth))
+            scale = [first, times(other, 1 / second)]
             sums = [[arith.mulf(scale[i // 2], t) for i, t in enumerate(v)] for v in sums]
         if shape.has("bias"):
             bias = wide(shape.begin("bias", depth))

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels.quantized_matmul import hopper_asm as ptx
 from pallas_kernels.quantized_matmul import hopper_layout as layout
+from pallas_kernels.quantized_matmul.hopper_decode import GROWN, RAW, pair
 from pallas_kernels.quantized_matmul.hopper_shape import Shape
 from pallas_kernels.quantized_matmul.mosaic_gpu import Config
 
@@ -99,9 +99,25 @@ def take(start: ir.Value, offset: ir.Value, unit: ir.Type, live: ir.Value) -> li
     return [llvm.extractvalue(i32, got, [q]) for q in range(4)]
 
 
+def grow_x(shape: Shape, config: Config) -> Any:
+    """What `load_x` gives, times GROWN: for operands that are bits of codes."""
+    count, held = layouts(shape, config)[0]
+
+    @plgpu.inline_mgpu(
+        arg_types=(held,),
+        return_type=plgpu.ShapeDtypeStruct((count, 128), jnp.int32, layout=held),
+    )
+    def grow(ctx, x):
+        i32, by = ir.IntegerType.get_signless(32), pair(GROWN)
+        times = lambda v: ptx.asm(i32, "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", v, by)
+        return ptx.registers([times(v) for v in ptx.words(x)], i32)
+
+    return grow
+
+
 def sum_x(shape: Shape, config: Config) -> Any:
-    """What `load_x` gives -> float32 `[2 groups columns, thread]`: -start times the sum of x over
-    each group, of rows 8 col + 2 c and the next. Not where the accumulators start at 0.
+    """What `grow_x` gives -> float32 `[2 groups columns, thread]`: -start times the sum of x over
+    each group, of rows 8 col + 2 c and the next, over the unit of the sums of products.
     """
     (_, of_x), (count, held) = layouts(shape, config)
 
@@ -111,8 +127,7 @@ def sum_x(shape: Shape, config: Config) -> Any:
     )
     def add_up(ctx, x):
         words = [llvm.extractelement(v, ptx.number(0)) for v in x.registers.flat]
-        bits = int(np.float32(-shape.start).view(np.uint32)) >> 16  # of a bfloat16
-        minus = [ptx.number(bits << 16 | bits)] * 4
+        minus = [pair(-shape.start / RAW[shape.decode].unit / GROWN)] * 4
         sums, per_group = [], shape.group // 16
         for group in range(config.depth * shape.groups):
             for column in range(shape.columns):

@@ -76,10 +76,10 @@ def channel_words(weight: Weight, bias: bool) -> int:
 
 
 def kept_words(weight: Weight) -> int:
-    """Of a lane, for each tile of 128 along k and 8 rows of x: of x, and for each group of 4-bit
-    integers two sums of it and about one more.
+    """Of a lane, for each tile of 128 along k and 8 rows of x: of x, and for each group of integers
+    two sums of it and about one more.
     """
-    summed = weight.values is None and weight.code in ("int4", "uint4")
+    summed = weight.values is None and weight.code in ("int4", "uint4", "int8")
     return 16 + 3 * summed * -(-hopper_layout.DEPTH // weight.group)
 
 
