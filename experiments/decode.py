@@ -23,6 +23,7 @@ import argparse
 import collections
 import concurrent.futures
 import dataclasses
+import datetime
 import gc
 import itertools
 import json
@@ -349,7 +350,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
                 to.write_text(json.dumps(found, indent=1) + "\n")
         return []
     head = {"card": card, "jax": jax.__version__, "preset": args.preset, "context": context}
-    head |= {"command": "python experiments/decode.py", "read_bytes_per_s": rate, "new": NEW}
+    head |= {"command": "python experiments/decode.py", "new": NEW}
+    made = {"date": str(datetime.date.today()), "read_bytes_per_s": rate}
     rows: list[dict[str, Any]] = []
     pool = concurrent.futures.ThreadPoolExecutor(args.workers)
     with console.status("compiling"):
@@ -362,7 +364,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     for fmt in args.formats:
         params = None
         for batch in args.batches:
-            row: dict[str, Any] = {"format": fmt, "batch": batch, "workers": args.workers}
+            row: dict[str, Any] = {"format": fmt, "batch": batch, "workers": args.workers} | made
             try:
                 with console.status(f"{fmt}, batch {batch}"):
                     run, row["compile_s"], row["launches"] = jobs[fmt, batch].result()
