@@ -66,14 +66,14 @@ WEIGHTS = {
 }
 CONFIGS = {1: (4, 4, 1, 2, 1, 0), 8: (8, 2, 1, 2, 1, 128), 16: (4, 2, 1, 2, 2, 128)}  # m -> config
 FUSED = {1: (4, 2, 1, 2, 3, 128), 8: (2, 4, 1, 2, 2, 128), 16: (2, 4, 1, 2, 2, 128)}
-LIMITS = {"int4": 1.0, "nf4": 0.7, "int8": 1.4, "fp8": 1.2}  # integer instructions per code, m = 1
+LIMITS = {"int4": 0.75, "nf4": 0.65, "int8": 0.6, "fp8": 1.1}  # integer instructions per code, m = 1
 WIDE = [  # m, config; and what is offered for 64 rows where registers are fewest
     (1024, (256, 1, 3)),
     (1536, (256, 1, 3, 2)),  # the last round of tiles split
     (64, (64, 1, 4, 1, 1, 8, 64, 2)),
 ]
 # instructions of a warp, 16 along k
-WIDE_LIMITS = {"int4": 30, "nf4": 35, "int8": 28, "fp8": 30, "zeros": 38}
+WIDE_LIMITS = {"int4": 25, "nf4": 34, "int8": 22, "fp8": 30, "zeros": 37}
 ZEROS = Weight(4096, 4096, 64, "uint4", "float16", zero="uint4")
 INT8_LIMIT = 24  # instructions of a warp, 32 along k
 INTEGER = ("LOP3", "SHF", "PRMT", "IDP")
