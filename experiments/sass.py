@@ -1,6 +1,7 @@
 """What does the Hopper kernel cost in instructions? Compiled to SASS without a GPU, and counted.
 
-Exits with 1 where a kernel spills (with a norm and a gate: for m up to 8), waits for all of its
+Exits with 1 where a kernel spills (with a norm and a gate: for m up to 8; attention: more than
+ATTENTION_SPILLS), waits for all of its
 memory operations (a `MEMBAR` of the GPU, as a release to a cluster is), or takes more integer
 instructions per code than LIMITS says; for m > 16, where the compiler makes `wgmma` wait for what
 follows it, or a product of 16 along k costs a warp more instructions than WIDE_LIMITS: its
@@ -31,6 +32,8 @@ import nvidia
 from jax.experimental import topologies
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from pallas_kernels.decode_attention import mosaic_gpu as attention
+from pallas_kernels.decode_attention.problem import Problem as attention_problem
 from pallas_kernels.int8_matmul import mosaic_gpu as int8_plan
 from pallas_kernels.int8_matmul.problem import Problem as int8_problem
 from pallas_kernels.quantized_matmul import (
@@ -66,7 +69,12 @@ WEIGHTS = {
 }
 CONFIGS = {1: (4, 4, 1, 2, 1, 0), 8: (8, 2, 1, 2, 1, 128), 16: (4, 2, 1, 2, 2, 128)}  # m -> config
 FUSED = {1: (4, 2, 1, 2, 3, 128), 8: (2, 4, 1, 2, 2, 128), 16: (2, 4, 1, 2, 2, 128)}
-LIMITS = {"int4": 0.75, "nf4": 0.65, "int8": 0.6, "fp8": 1.1}  # integer instructions per code, m = 1
+LIMITS = {
+    "int4": 0.75,
+    "nf4": 0.65,
+    "int8": 0.6,
+    "fp8": 1.1,
+}  # integer instructions per code, m = 1
 WIDE = [  # m, config; and what is offered for 64 rows where registers are fewest
     (1024, (256, 1, 3)),
     (1536, (256, 1, 3, 2)),  # the last round of tiles split
@@ -76,6 +84,7 @@ WIDE = [  # m, config; and what is offered for 64 rows where registers are fewes
 WIDE_LIMITS = {"int4": 25, "nf4": 34, "int8": 22, "fp8": 30, "zeros": 37}
 ZEROS = Weight(4096, 4096, 64, "uint4", "float16", zero="uint4")
 INT8_LIMIT = 24  # instructions of a warp, 32 along k
+ATTENTION_SPILLS = 76  # bytes of a thread
 INTEGER = ("LOP3", "SHF", "PRMT", "IDP")
 OTHERS = ("HMMA", "HADD2", "HMUL2", "HFMA2", "FFMA", "FADD", "FMUL", "LDS", "IMAD", "SYNCS")
 
@@ -199,6 +208,30 @@ def fused(name: str, weight: Weight, m: int, norm: Any) -> list[str]:
     return [f"{name}, m = {m}, fused"] if bad else []
 
 
+def attends(batch: int, groups: int, head_dim: int) -> list[str]:
+    """Prints the row of attention over 2048 positions; what is wrong with it."""
+    p = attention_problem(batch, 8, groups, head_dim, 2048, head_dim**-0.5)
+    array = jax.ShapeDtypeStruct
+    heads = lambda n: array((batch, n, head_dim), jnp.bfloat16)
+    angles, seen = array((head_dim // 2,), jnp.float32), array((2,), jnp.int32)
+    cache = array((batch, p.length, 8, head_dim), jnp.bfloat16)
+    args = [heads(8 * groups), heads(8), heads(8), angles, angles, seen]
+    with tempfile.TemporaryDirectory() as folder:
+        text, report = compiled(
+            folder, lambda *v: attention.run(*v, problem=p), *args, cache, cache
+        )
+    registers = re.search(r"Used (\d+) registers", report)
+    spilled = re.search(r"(\d+) bytes spill stores", report)
+    print(
+        f"attention, {batch} rows, {groups} heads of {head_dim} a key, clusters of "
+        f"{attention.cluster_of(p)}: {registers[1] if registers else '?'} registers, spilled "
+        f"{spilled[1] if spilled else '?'}, {sum(counts(text).values())} instructions",
+        flush=True,
+    )
+    bad = spilled is None or int(spilled[1]) > ATTENTION_SPILLS or fenced(text)
+    return [f"attention, {batch} rows, heads of {head_dim}"] if bad else []
+
+
 def main() -> None:
     """Prints a row per kernel; exits with 1 if one is over its limit."""
     root = pathlib.Path(next(iter(nvidia.__path__))) / "cu13"  # bin/nvdisasm and bin/ptxas
@@ -236,6 +269,8 @@ def main() -> None:
         for m, cut in dict.fromkeys([*WIDE, (64, tuple(crowded[0]))]):
             bad += wide(name, weight, m, cut)
     bad += [*integers(0), *integers(64)]
+    for batch, groups, head_dim in ((1, 4, 128), (8, 4, 128), (1, 7, 64)):
+        bad += attends(batch, groups, head_dim)
     if bad:
         sys.exit("over the limit: " + "; ".join(bad))
 
