@@ -69,12 +69,8 @@ WEIGHTS = {
 }
 CONFIGS = {1: (4, 4, 1, 2, 1, 0), 8: (8, 2, 1, 2, 1, 128), 16: (4, 2, 1, 2, 2, 128)}  # m -> config
 FUSED = {1: (4, 2, 1, 2, 3, 128), 8: (2, 4, 1, 2, 2, 128), 16: (2, 4, 1, 2, 2, 128)}
-LIMITS = {
-    "int4": 0.75,
-    "nf4": 0.65,
-    "int8": 0.6,
-    "fp8": 1.1,
-}  # integer instructions per code, m = 1
+# integer instructions per code, m = 1
+LIMITS = {"int4": 0.75, "nf4": 0.65, "int8": 0.6, "fp8": 1.1}
 WIDE = [  # m, config; and what is offered for 64 rows where registers are fewest
     (1024, (256, 1, 3)),
     (1536, (256, 1, 3, 2)),  # the last round of tiles split

@@ -78,7 +78,7 @@ def step(shape: Shape, config: Config, row: int) -> Any:
                 unit = ptx.load(w_s, ptx.add(own, j * words + line), 4, i32)
                 codes += [unit[i] for i in order]
             for group in range(groups):
-                start = [[next(starts), next(starts)] for _ in range(columns)] if rest else None
+                start = [[next(starts), next(starts)] for _ in range(columns)] if rest else []
                 if per_channel:
                     parts = sums
                     if shape.center:
