@@ -51,9 +51,11 @@ CHECKS = {  # more than those of decoding
     "int8 short": (Weight(40, 64, 40, "int8"), "relu"),
     "nf4 channel": (Weight(2048, 264, 2048, "uint4", values=problems.NF4), None),
     "nf4 short scales": (Weight(2048, 264, 64, "uint4", "bfloat16", values=problems.NF4), None),
-    "int4 rounds": (Weight(1024, 11520, 128, "int4", "bfloat16"), None),  # of m 264, the last short
+    # at m 264 the last round is short: of clusters of two, of four
+    "int4 rounds": (Weight(1024, 11520, 128, "int4", "bfloat16"), None),
+    "int4 rounds of four": (Weight(1024, 8192, 128, "int4", "bfloat16"), None),
 }
-EVERY = ("int4 square", "int4 rounds")  # whose checks go through all configs that fit
+EVERY = ("int4 square", "int4 rounds", "int4 rounds of four")  # all configs that fit are checked
 CONFIGS = [  # a fourth of them per m for the others
     Config(32, 2, 8),
     Config(64, 2, 5, 2),

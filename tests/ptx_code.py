@@ -225,8 +225,6 @@ def _value(name: str, args: list[Any]) -> Any:
             return _dp4a(*args)
         case "add.rn.bf16x2":
             return _pair(halves(args[0]) + halves(args[1]))
-        case "sub.rn.bf16x2":
-            return _pair(halves(args[0]) - halves(args[1]))
         case "fma.rn.bf16x2":
             a, b, c = (halves(v).astype(np.float64) for v in np.broadcast_arrays(*args))
             return _pair(_to_odd(a * b + c))

@@ -20,6 +20,8 @@ INT4 = Weight(1000, 96, 128, "int4", "bfloat16")
 CHANNELS = Weight(1000, 96, 1000, "int4", "float16")
 ZEROS = Weight(1000, 40, 32, "uint4", "bfloat16", zero="uint4")
 OFFSETS = Weight(776, 48, 64, "uint4", "float16", offset="float16")
+SIGNED_OFFSETS = OFFSETS._replace(code="int4", n=32)
+SIGNED_ZEROS = Weight(776, 32, 128, "int4", "float16", zero="int4")
 INT8 = Weight(1544, 40, 1544, "int8")
 PAIRS = Weight(1032, 96, 64, "uint4", values=NF4)
 FP8 = Weight(4096, 24, 4096, "float8_e4m3fn")
@@ -30,6 +32,8 @@ PRODUCTS = (
     (3, ZEROS, (40,), True, "silu", "float32", (1, 1, 2, 1, 1, 1)),
     (16, ZEROS, (40,), False, None, "float32", (1, 2, 2, 3, 3, 1)),
     (16, OFFSETS, (32, 16), True, "relu", "float32", (1, 1, 2, 3, 2, 1)),
+    (3, SIGNED_OFFSETS, (32,), False, None, "float32", (1, 1, 2, 1, 2, 1)),
+    (3, SIGNED_ZEROS, (32,), False, None, "float32", (1, 1, 2, 1, 2, 1)),
     (16, INT8, (40,), True, "gelu_tanh", "float32", (1, 1, 4, 1, 2, 1)),
     (1, INT8, (40,), False, None, "float32", (2, 1, 2, 1, 2, 0)),
     (3, PAIRS, (32, 64), True, "silu", "bfloat16", (1, 1, 4, 1, 2, 1)),  # a ring used three times
@@ -76,13 +80,13 @@ def attended(p, first, last, q, k, v, cos, sin, seen, keys, values):
     return np.einsum("bkgt,btkd->bkgd", weights, values[:, seen]).reshape(q.shape), keys, values
 
 
-def check_product(cut, m, weight, channels, bias=False, activation=None, out="float32"):
-    """Against float64. Sums of float32 have k roundings of 6e-8; bfloat16, half a unit in the last
-    place.
+def check_product(cut, m, weight, channels, bias=False, activation=None, out="float32", size=1.0):
+    """Against float64, with x of about `size`. Sums of float32 have k roundings of 6e-8; bfloat16,
+    half a unit in the last place.
     """
     rng, weights = np.random.default_rng(1), [weight._replace(n=n) for n in channels]
     layout = "hopper8" if "8" in weight.code else "hopper4"
-    x, arrays, wanted = rng.normal(size=(m, weight.k)).astype(BF16), [], []
+    x, arrays, wanted = (size * rng.normal(size=(m, weight.k))).astype(BF16), [], []
     for i, one in enumerate(weights):
         held, w = packed(one, layout, i)
         of_channels = rng.normal(size=one.n).astype(np.float32)
@@ -100,6 +104,14 @@ def test_a_product_lane_by_lane(which, monkeypatch):
     *what, cut = PRODUCTS[which]
     lanes.on_a_cpu(monkeypatch)
     check_product(cut, *what)
+
+
+@pytest.mark.parametrize("size", [2.0**-52, 2.0**61])
+@pytest.mark.parametrize("weight", [INT4, ZEROS, INT8, FP8], ids=lambda w: w.code)
+def test_x_may_be_large_or_small(weight, size, monkeypatch):
+    lanes.on_a_cpu(monkeypatch)
+    weight = weight._replace(n=16, k=1024, group=min(weight.group, 1024))
+    check_product((2, 1, 1, 1, 1, 1), 3, weight, (16,), size=size)
 
 
 @pytest.mark.slow

@@ -46,6 +46,9 @@ WEIGHTS = {
     "int8 groups": Weight(256, 16, 128, "int8", "bfloat16"),
     "fp8": Weight(128, 24, 32, "float8_e4m3fn", "float32"),
     "fp8_e5m2": Weight(256, 16, 256, "float8_e5m2", "float16"),
+    "short offsets": Weight(136, 40, 64, "uint4", "bfloat16", offset="bfloat16"),
+    "int4 offsets": Weight(136, 40, 64, "int4", "bfloat16", offset="float16"),
+    "fp8 groups": Weight(128, 16, 64, "float8_e4m3fn", "bfloat16"),
 }
 
 
@@ -150,7 +153,9 @@ def _permuted(table: list[int], selectors: np.ndarray) -> np.ndarray:
 
 
 def _pairs(weight: Weight, words: list[np.ndarray]) -> list[np.ndarray]:
-    """The four registers that `hopper_decode` makes of the words of one multiplication."""
+    """The codes of the four registers that `hopper_decode` makes of the words of a multiplication,
+    by its bits; of int8 less 128, which the kernel takes off by the sums of x.
+    """
     if weight.values is not None:
         (word,) = words
         table, out = hopper_codebook.codebook_bytes(weight.values), []

@@ -2,6 +2,7 @@
 runs in test_wgmma_lanes, and all of it on the device (experiments/prefill_kernels.py check).
 """
 
+import itertools
 import json
 
 import jax
@@ -95,35 +96,111 @@ def test_the_interpreted_kernel_multiplies(
     assert np.abs(got - truth).max() <= _bound(out, truth)
 
 
-@needs_mosaic
-@pytest.mark.parametrize("at_once", [4, 8])  # of six tiles: two of the last round, or all
-def test_blocks_split_k_in_the_last_round(
-    at_once: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """The interpreter knows no messages between blocks: a block writes its own sums of the rows
-    that it adds up.
+@pytest.fixture
+def silent(monkeypatch: pytest.MonkeyPatch) -> list:
+    """Calls of `Parts` and `Exchange`, which do nothing here: the interpreter knows no messages
+    between blocks or warpgroups. A block keeps its own sums of the rows that it adds up.
     """
     from pallas_kernels.quantized_matmul import hopper_wgmma
+
+    calls: list = []
 
     class Silent:
         def __init__(self, *how: int) -> None:
             self.how = how
-            self.open = self.meet = self.wait = self.send = lambda *of: None
+
+        def __getattr__(self, name: str):
+            return lambda *of: calls.append((self.how, name))
 
         def add(self, sums: jax.Array, slots: object) -> jax.Array:
-            rows = self.how[0] // self.how[1]
-            return lax.dynamic_slice_in_dim(sums, lax.axis_index("cluster") * rows, rows, 1)
+            calls.append((self.how, "add"))
+            rows, split = self.how[0] // self.how[1], self.how[1]
+            first = lax.axis_index("cluster") * rows if split > 1 else 0
+            return lax.dynamic_slice_in_dim(sums, first, rows, 1)
 
     monkeypatch.setattr(hopper_wgmma, "Parts", Silent)
     monkeypatch.setattr(hopper_wgmma, "Exchange", Silent)
+    return calls
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+    ("config", "at_once", "first"),  # from which channel on tiles are of the last round
+    [
+        (Config(64, 1, 3, 2), 4, 256),  # of six tiles two, for as many clusters
+        (Config(64, 1, 3, 2), 8, 0),  # all
+        (Config(32, 1, 4, 2), 4, 256),  # of nine tiles one, for two clusters
+        (Config(32, 1, 4, 2), 16, 0),
+    ],
+)
+def test_blocks_split_k_in_the_last_round(
+    config: Config,
+    at_once: int,
+    first: int,
+    silent: list,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.setitem(mosaic_wgmma.AT_ONCE, 2, at_once)
-    got, x, w = _interpreted(Config(64, 1, 3, 2), "float32", capfd)
-    truth = x @ w
-    first = 256 if at_once == 4 else 0  # whose channels are of the last round
-    for row in range(0, 83, 32):  # one block has turn 0 of 128 along k, the other the other two
-        k = slice(0, 128) if row % 64 == 0 else slice(128, 384)
-        truth[row : row + 32, first:] = x[row : row + 32, k] @ w[k, first:]
+    got, x, w = _interpreted(config, "float32", capfd)
+    truth, half = x @ w, config.rows // 2
+    last = range(64, 83, half) if config.rows == 32 and first else range(0, 83, half)
+    for row in last:  # one block has turn 0 of 128 along k, the other the other two
+        k = slice(0, 128) if row % config.rows == 0 else slice(128, 384)
+        truth[row : row + half, first:] = x[row : row + half, k] @ w[k, first:]
     assert np.abs(got - truth).max() <= _bound("float32", truth)
+    joint, shared = (config.rows, 2, 1, 2), (4 * mosaic_wgmma.sum_words(config, 2),)
+    assert silent == [  # of the warpgroup that loads, then of those that multiply
+        (shared, "open"),
+        (shared, "meet"),
+        (shared, "meet"),
+        (joint, "send"),
+        (shared, "wait"),
+        (joint, "add"),
+    ]
+
+
+@needs_mosaic
+def test_the_second_team_leaves_its_sums(
+    silent: list, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(mosaic_wgmma.AT_ONCE, 1, 2)
+    got, x, w = _interpreted(Config(32, 1, 4, channels=64, teams=2), "float32", capfd)
+    own = np.arange(384) // 64 % 2 == 0  # stages of the first team
+    truth = x[:, own] @ w[own]
+    assert np.abs(got - truth).max() <= _bound("float32", truth)
+    names = ["meet", "leave", "meet", "add"]  # they wait for the sums before, and for these
+    assert silent == [((32, 1, 2, 1), name) for name in names]
+
+
+def test_each_tile_is_taken_once() -> None:
+    weight = Weight(4096, 4096, 128, "int4", "bfloat16")
+    kinds = set()
+    for m, n in itertools.product((17, 64, 200, 264, 1024, 1536), (64, 6144, 8192, 11520, 28672)):
+        problem = Problem(m, weight._replace(n=n), "hopper4", "bfloat16", "bfloat16")
+        cuts = [Config(r, 1, 3, s) for r in (32, 64, 256) for s in (2, 4)]
+        cuts += [c for _, c in mosaic_wgmma.configs(problem)]
+        for c in cuts:
+            cut = mosaic_wgmma.rounds(m, n, c)
+            if mosaic_wgmma.fits(problem, c) is not None:
+                continue
+            whole = [  # by the rank in a cluster, its cluster, its round
+                i * c.split + rank
+                for cluster, rank in itertools.product(range(cut.clusters), range(c.split))
+                for i in range(cluster, cut.whole // c.split, cut.clusters)
+            ]
+            rest = [cut.whole + i for i in range(min(cut.clusters, cut.rest))]
+            tiles = -(-m // c.rows) * -(-n // (c.channels * c.shared))
+            assert sorted(whole + rest) == list(range(tiles)), (m, n, c)
+            kinds.add((c.split, cut.whole > 0, 0 < cut.rest < cut.clusters))
+    assert {(2, True, True), (4, True, True), (2, False, False), (1, True, False)} <= kinds
+
+
+def test_a_split_that_no_cluster_has_is_refused() -> None:
+    weight = Weight(4096, 4096, 128, "int4", "bfloat16")
+    problem = Problem(64, weight, "hopper4", "bfloat16", "bfloat16")
+    for split in (3, 8):
+        assert "none of (1, 2, 4)" in str(mosaic_wgmma.fits(problem, Config(96, 1, 3, split)))
 
 
 @needs_mosaic

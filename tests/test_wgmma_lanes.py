@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import needs_mosaic
+from hopper_operands import ACTIVATIONS
 from lane_memory import GROUP
 from lanes import Ref, on_a_cpu
 from ptx_code import halves
@@ -16,7 +17,7 @@ from test_hopper import WEIGHTS, _operands, _pack
 from pallas_kernels.quantized_matmul import hopper_layout, mosaic_wgmma
 from pallas_kernels.quantized_matmul.mosaic_gpu import PAIR_TABLE
 from pallas_kernels.quantized_matmul.mosaic_wgmma import Config
-from pallas_kernels.quantized_matmul.problem import Weight
+from pallas_kernels.quantized_matmul.problem import Problem, Weight
 from pallas_kernels.quantized_matmul.problems import NF4
 
 pytestmark = needs_mosaic
@@ -135,6 +136,42 @@ def test_scales_of_a_codebook_may_be_large_small_or_none(monkeypatch):
     wanted = _numbers(weight, {"codes": codes, "scale": scale}).astype(np.float32)
     wanted = wanted.astype(BF16).astype(np.float64)  # the largest is infinite
     np.testing.assert_allclose(got, wanted, rtol=2**-7, atol=0)
+
+
+@pytest.mark.parametrize("ends", [(False, "relu"), (True, None), (True, "silu"), (False, None)])
+@pytest.mark.parametrize("name", ["symmetric", "int8", "fp8", "zeros", "nf4"])
+def test_sums_become_results(name, ends, monkeypatch):
+    """By the unit of the operands, scales of channels, bias and activation."""
+    from pallas_kernels.quantized_matmul import hopper_finish, hopper_fragments
+
+    machine, (bias, activation) = on_a_cpu(monkeypatch, 2**21), ends
+    weight, rng, rows = WEIGHTS[name], np.random.default_rng(0), 16
+    if name in ("int8", "fp8"):
+        weight = weight._replace(group=weight.k, scale="float32")
+    layout = "hopper8" if "8" in weight.code else "hopper4"
+    problem = Problem(rows, weight, layout, "bfloat16", "float32", bias, activation)
+    held = [
+        rng.uniform(0.5, 2, 256).astype(np.float32)
+        for there in (hopper_layout.per_channel(weight), bias)
+        if there
+    ]
+    places, refs = machine.windows([1024] * max(1, len(held)), 1), []
+    machine.begin(0, 1, 1, 1)
+    for values, place in zip(held, places, strict=False):
+        begin = machine.shared + place
+        machine.bytes[begin : begin + 1024] = values.view(np.uint8)
+        refs.append(Ref(machine, begin + 0 * machine.thread, (256,), np.float32))
+    sums = rng.normal(size=(rows // 4, 2, len(machine.thread))).astype(np.float32)
+    first, small = np.full(len(machine.thread), 64, np.int32), hopper_fragments.unit(weight)
+    got = hopper_finish.finish(problem, rows)(sums / np.float32(small), refs, first)
+    channel = 64 + 16 * (machine.thread // 32 % 4) + machine.thread % 32 // 4
+    wanted = sums.astype(np.float64)
+    for i in range(rows // 4):
+        of = [values[channel + 8 * (i % 2)] for values in held]
+        wanted[i] = wanted[i] * of[0] if hopper_layout.per_channel(weight) else wanted[i]
+        wanted[i] += of[-1] if bias else 0
+    wanted = ACTIVATIONS[activation](wanted)
+    np.testing.assert_allclose(np.asarray(got), wanted, rtol=1e-6, atol=1e-6)
 
 
 CUTS = [

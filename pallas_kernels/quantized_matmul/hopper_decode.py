@@ -1,7 +1,7 @@
 """How words of codes become the A operand of `mma.m16n8k16`: four registers of two bfloat16.
 
 Each is exact but for a codebook, whose values are rounded to bfloat16. In the order of
-`hopper_layout`; the tests hold these bits against numpy.
+`hopper_layout`; the tests carry the instructions out in numpy.
 
 An integer of up to eight bits is a bfloat16 as it is, times 2 ** 133: numbers whose exponent is 0
 or 1 lie 2 ** -133 apart. An 8-bit float is one where its bits are moved to, times another power.
@@ -110,7 +110,9 @@ def _float8(mantissa: int) -> Operand:
     return bits
 
 
-GROWN = 2.0**64  # by what x is multiplied for m <= 16, so that its products with bits are normal
+# by what x is multiplied for m <= 16: |x| >= 2 ** 64 becomes infinite; sums of 4-bit and int8 codes
+# times x, before scales, lose bits below 2 ** -57
+GROWN = 2.0**64
 RAW: Mapping[str, Raw] = {
     "int4": Raw(_nibbles, (133, 129)),
     "int8": Raw(_bytes, (133, 133)),

@@ -73,10 +73,7 @@ def finish(problem: Problem, rows: int) -> Any:
 
         def held(ref):
             """What channels r and r + 8 of the warp have."""
-            return [
-                llvm.load(f32, ptx.at(ref, ptx.add(channel, 8 * i), f32), alignment=4)
-                for i in range(2)
-            ]
+            return [ptx.load(ref, ptx.add(channel, 8 * i), 1, f32)[0] for i in range(2)]
 
         values = iter(held(ref) for ref in of_channels)
         scale = next(values) if scaled else None

@@ -42,7 +42,8 @@ ROWS = 64  # channels of a warpgroup
 HALF = 64  # of k: four operands of 16
 LARGEST = float(jnp.finfo(jnp.bfloat16).max)
 UNIT = 2.0**6  # 2 ** 127 is the largest power of two of a bfloat16, not 2 ** 133
-FOLDED = 2.0**40  # scales up to 2 ** 34 stay finite, and down to 2 ** -86 exact
+# scales of integers stay finite up to 2 ** 34 and exact down to 2 ** -86; of fp8 to 2 ** -70
+FOLDED = 2.0**40
 # what an even lane takes of two words, and an odd one: bytes 0 and 2, or 1 and 3, of numbers; 0 and
 # 1, or 2 and 3, of a codebook
 SELECTORS = (0x6240, 0x7351), (0x5410, 0x7632)
@@ -174,7 +175,7 @@ def _scaling(
         return ptx.asm(i32, "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", a, b)
 
     scale = held("scale") if names else None
-    if scale is not None and raw is not None and _folds(weight):
+    if scale is not None and raw is not None and _folds(weight):  # raw: for the type checker
         low = pair(layout.lowest(weight) / FOLDED)
         grown = [times(s, pair(2.0**p / FOLDED)) for s, p in zip(scale, raw.powers, strict=True)]
         starts = [times(s, low) for s in scale]

@@ -118,14 +118,14 @@ def kernel(
             of all tiles of this block.
             """
 
-            def one(number, round_, halves):
+            def one(number, round_, parted):
                 mi, ni = plgpu.planar_snake(number, tiles, 0, c.width)
                 if c.shared > 1:
                     ni = ni * c.shared + rank
-                ends = i32(0), i32(turns)
-                if halves:
-                    ends = rank * turns // c.split, (rank + 1) * turns // c.split
-                take(mi, ni, round_ * (turns * per_turn), ends, halves)
+                along = i32(0), i32(turns)
+                if parted:
+                    along = rank * turns // c.split, (rank + 1) * turns // c.split
+                take(mi, ni, round_ * (turns * per_turn), along, parted)
 
             if cut.whole:
 
@@ -139,8 +139,8 @@ def kernel(
                 mine = functools.partial(one, cut.whole + cluster, i32(before), True)
                 mine() if cut.rest == cut.clusters else pl.when(cluster < cut.rest)(mine)
 
-        def load_tile(mi, ni, first, ends, halves):
-            begin, end = ends
+        def load_tile(mi, ni, first, along, parted):
+            begin, end = along
 
             @pl.loop(0, (end - begin) * per_turn)
             def _(i):
@@ -190,9 +190,9 @@ def kernel(
                 fill(pairs)
                 alone.meet()
 
-            def multiply_tile(mi, ni, first, ends, halves):
+            def multiply_tile(mi, ni, first, along, parted):
                 place = lambda i: lax.rem(first + i * c.teams + team, i32(c.steps))
-                begin, end = ends
+                begin, end = along
 
                 def operand(i):
                     """Of the team's stage i, decoded."""
@@ -218,7 +218,7 @@ def kernel(
                     return acc[...]
 
                 total = pl.run_scoped(product, plgpu.ACC((64, c.rows), F32))
-                if halves:
+                if parted:
                     exchange.meet()
                     joint.send(total, slots, arrived)
                 elif c.teams > 1:
@@ -230,7 +230,7 @@ def kernel(
                 def _():
                     channel = jnp.broadcast_to(ni * c.channels + member * STRIP, (128,))
                     row, channels = mi * c.rows, pl.ds(ni * c.channels + member * STRIP, STRIP)
-                    if halves:
+                    if parted:
                         exchange.wait(arrived.at[0])
                         row += rank * (c.rows // c.split)
                         y = last_joint(joint.add(total, slots), channel_refs, channel)

@@ -127,7 +127,7 @@ def sum_x(shape: Shape, config: Config) -> Any:
     )
     def add_up(ctx, x):
         words = [llvm.extractelement(v, ptx.number(0)) for v in x.registers.flat]
-        minus = [pair(-shape.start / RAW[shape.decode].unit / GROWN)] * 4
+        minus = [pair(-shape.start * 2.0 ** -RAW[shape.decode].powers[0])] * 4
         sums, per_group = [], shape.group // 16
         for group in range(config.depth * shape.groups):
             for column in range(shape.columns):

@@ -22,6 +22,7 @@ MULTIPROCESSORS = 132
 # depth times eighths of m, of more than eight warps: more do not fit beside the rest
 FAST_TILES = 4
 FAST_REGISTERS = 152  # for x and what goes with its groups, of eight warps
+CROWDED = 80  # of more than eight warps: what holds more spills, up to 0.2 KB a thread
 MOST_WAITING = 140_000  # bytes on their way to a multiprocessor; rings that hold more were slower
 MAX_ROWS = 16
 PAIR_TABLE = (256, 32)  # words in shared memory that a codebook needs, `hopper_pairs`
@@ -172,6 +173,8 @@ def configs(
             all_bytes = n * k * 4 * tile_words(weight)
             worth = even * (0.5 + 0.5 * useful) * (0.6 + 0.4 * min(1.0, waiting / 90_000))
             worth *= {1: 1.0, 2: 0.97, 4: 0.85, 8: 0.85}[cluster] * (1.05 if rows > 1 else 1.0)
+            if warpgroups * resident > 2 and tiles * kept_words(weight) > CROWDED:
+                worth *= 0.9
             yield worth / (1 + 0.15 * x_bytes / all_bytes), config
             break
 

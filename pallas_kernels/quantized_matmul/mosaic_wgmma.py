@@ -75,12 +75,12 @@ def stage_bytes(weight: Weight, config: Config) -> int:
 
 
 class Rounds(NamedTuple):
-    """Who takes the tiles: of a cluster of blocks that share x, pairs of tiles.
+    """Who takes the tiles; where blocks of a cluster share x, as many side by side count as one.
 
     Attributes:
       clusters: of blocks, along the tiles.
-      whole: tiles that one block has.
-      rest: tiles of the last round, whose k the blocks of a cluster split.
+      whole: tiles before the last round, or all: a block has all of their k.
+      rest: tiles of the last round, whose k the blocks of a cluster split, a tile a cluster.
     """
 
     clusters: int
@@ -130,6 +130,8 @@ def shared_bytes(problem: Problem, config: Config) -> int:
 def fits(problem: Problem, config: Config) -> str | None:
     """None, or why the config cannot run the problem."""
     c = config
+    if c.split not in AT_ONCE:
+        return f"clusters of {c.split} blocks are none of {tuple(AT_ONCE)} that split k"
     if c.strips * hopper_layout.code_words(problem.weight) > 512:
         return "a copy takes at most 256 words of a tile"
     long = turns(problem.weight.k, c)
@@ -157,6 +159,8 @@ def configs(problem: Problem) -> Iterator[tuple[float, Config]]:
             continue
         if shared > 1 and weight.n <= cut[0]:
             continue
+        if split > 2 and rounds(m, weight.n, Config(rows, split=split, channels=cut[0])).whole:
+            continue  # no device has run it
         strips = 1 if rows > 64 or not _two_strips(weight, cut) else 2
         for steps in (12, 10, 8, 7, 6, 5, 4, 3):
             config = Config(rows, strips, steps, split, shared, 8, *cut)
