@@ -127,6 +127,15 @@ def counts(text: str) -> collections.Counter:
     return collections.Counter(re.findall(code, text))
 
 
+def used(report: str) -> tuple[int, int]:
+    """Registers of a thread, and the bytes that it spills."""
+    found = [re.search(v, report) for v in (r"Used (\d+) registers", r"(\d+) bytes spill stores")]
+    if None in found:
+        raise ValueError(f"the compiler does not say what the kernel takes: {report[:500]}")
+    registers, spilled = (int(v[1]) for v in found if v)
+    return registers, spilled
+
+
 def fenced(text: str) -> bool:
     """Whether something waits until all memory operations are seen by the whole GPU."""
     return re.search(r"MEMBAR\.\w+\.GPU", text) is not None
@@ -152,14 +161,13 @@ def wide(name: str, weight: Weight, m: int, cut: tuple[int, ...]) -> list[str]:
         text, report = sass(m, weight, cut, folder)
     products = 8 * cut[1]  # a turn is two stages of one or two strips
     each = sum(counts("\n".join(loop(text, products))).values()) / products
-    spilled = re.search(r"(\d+) bytes spill stores", report)
-    waits = "serialized" in report
+    (_, spilled), waits = used(report), "serialized" in report
     print(
         f"{name:6} {m}, {cut}: {products} products in the loop, {each:.1f} instructions "
-        f"each, spilled {spilled[1] if spilled else '?'}, {'serial' if waits else 'overlapping'}",
+        f"each, spilled {spilled}, {'serial' if waits else 'overlapping'}",
         flush=True,
     )
-    bad = waits or (spilled and int(spilled[1])) or each > WIDE_LIMITS[name] or fenced(text)
+    bad = waits or spilled or each > WIDE_LIMITS[name] or fenced(text)
     return [f"{name}, m = {m}"] if bad else []
 
 
@@ -176,15 +184,13 @@ def integers(outliers: int) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         text, report = compiled(folder, lambda *v: int8_plan.launch(problem, config, *v), *args)
     each = sum(counts("\n".join(loop(text, 8))).values()) / 8
-    spilled = re.search(r"(\d+) bytes spill stores", report)
-    waits = "serialized" in report
+    (_, spilled), waits = used(report), "serialized" in report
     print(
         f"int8 by int8, {outliers} outlier columns, {tuple(config)}: {each:.1f} instructions a "
-        f"product of 32 along k, spilled {spilled[1] if spilled else '?'}, "
-        f"{'serial' if waits else 'overlapping'}",
+        f"product of 32 along k, spilled {spilled}, {'serial' if waits else 'overlapping'}",
         flush=True,
     )
-    bad = waits or (spilled and int(spilled[1])) or each > INT8_LIMIT or fenced(text)
+    bad = waits or spilled or each > INT8_LIMIT or fenced(text)
     return [f"int8 by int8, {outliers} outliers"] if bad else []
 
 
@@ -192,15 +198,13 @@ def fused(name: str, weight: Weight, m: int, norm: Any) -> list[str]:
     """Prints the row of the kernel with a norm and a gate; what is wrong with it."""
     with tempfile.TemporaryDirectory() as folder:
         text, report = sass(m, weight, FUSED[m], folder, norm)
-    registers = re.search(r"Used (\d+) registers", report)
-    spilled = re.search(r"(\d+) bytes spill stores", report)
+    registers, spilled = used(report)
     print(
         f"{name:6} {m:2d}, norm by {jnp.dtype(norm).name} and gate: "
-        f"{registers[1] if registers else '?'} registers, spilled {spilled[1] if spilled else 0}, "
-        f"{sum(counts(text).values())} instructions",
+        f"{registers} registers, spilled {spilled}, {sum(counts(text).values())} instructions",
         flush=True,
     )
-    bad = (m <= 8 and spilled and int(spilled[1])) or fenced(text)
+    bad = (m <= 8 and spilled) or fenced(text)
     return [f"{name}, m = {m}, fused"] if bad else []
 
 
@@ -216,15 +220,14 @@ def attends(batch: int, groups: int, head_dim: int) -> list[str]:
         text, report = compiled(
             folder, lambda *v: attention.run(*v, problem=p), *args, cache, cache
         )
-    registers = re.search(r"Used (\d+) registers", report)
-    spilled = re.search(r"(\d+) bytes spill stores", report)
+    registers, spilled = used(report)
     print(
         f"attention, {batch} rows, {groups} heads of {head_dim} a key, clusters of "
-        f"{attention.cluster_of(p)}: {registers[1] if registers else '?'} registers, spilled "
-        f"{spilled[1] if spilled else '?'}, {sum(counts(text).values())} instructions",
+        f"{attention.cluster_of(p)}: {registers} registers, spilled {spilled}, "
+        f"{sum(counts(text).values())} instructions",
         flush=True,
     )
-    bad = spilled is None or int(spilled[1]) > ATTENTION_SPILLS or fenced(text)
+    bad = spilled > ATTENTION_SPILLS or fenced(text)
     return [f"attention, {batch} rows, heads of {head_dim}"] if bad else []
 
 
@@ -241,19 +244,17 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 text, report = sass(m, weight, config, folder)
             found: Any = counts(text)
-            registers = re.search(r"Used (\d+) registers", report)
-            spilled = re.search(r"(\d+) bytes spill stores", report)
-            bytes_spilled = int(spilled[1]) if spilled else 0
+            registers, spilled = used(report)
             lanes = hopper_layout.ROWS * hopper_layout.DEPTH // 32  # codes of a lane in a tile
             codes = lanes * config[0] * config[3]
             per_code = sum(found[i] for i in INTEGER) / codes
             others = " ".join(f"{i} {found[i]}" for i in OTHERS if found[i])
             print(
-                f"{name:6} {m:2d}  {registers[1] if registers else '?':>9}  {bytes_spilled:7d}  "
+                f"{name:6} {m:2d}  {registers:9d}  {spilled:7d}  "
                 f"{per_code:16.2f}  {sum(found.values())}  {others}",
                 flush=True,
             )
-            if bytes_spilled or (m == 1 and per_code > LIMITS[name]) or fenced(text):
+            if spilled or (m == 1 and per_code > LIMITS[name]) or fenced(text):
                 bad.append(f"{name}, m = {m}")
     for name, weight in WEIGHTS.items():
         for m, norm in itertools.product(FUSED, (jnp.bfloat16, jnp.float32)):

@@ -21,6 +21,7 @@ from jaxlib.mlir.dialects import arith
 
 from pallas_kernels.quantized_matmul import hopper_asm as ptx
 from pallas_kernels.quantized_matmul.hopper_codebook import codebook_bytes
+from pallas_kernels.quantized_matmul.problem import Weight
 
 Words: TypeAlias = Sequence[ir.Value]
 Operand: TypeAlias = Callable[[Words], list[ir.Value]]
@@ -40,6 +41,11 @@ def pair(value: float) -> ir.Value:
 def fma(a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
     """`a b + c` of pairs of bfloat16, rounded once."""
     return _word("fma.rn.bf16x2 $0, $1, $2, $3;", a, b, c)
+
+
+def times(a: ir.Value, b: ir.Value) -> ir.Value:
+    """`a b` of pairs of bfloat16, rounded."""
+    return _word("mul.rn.bf16x2 $0, $1, $2;", a, b)
 
 
 def _right(word: ir.Value, bits: int) -> ir.Value:
@@ -119,6 +125,13 @@ RAW: Mapping[str, Raw] = {
     "float8_e4m3fn": Raw(_float8(3), (120, 120)),
     "float8_e5m2": Raw(_float8(2), (112, 112)),
 }
+
+
+def decode_of(weight: Weight) -> str:
+    """The key of RAW for its codes, or "codebook"."""
+    if weight.values is not None:
+        return "codebook"
+    return weight.code if "8" in weight.code else "int4"
 
 
 def codebook(values: Sequence[float]) -> Operand:

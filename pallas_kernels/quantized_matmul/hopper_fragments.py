@@ -30,9 +30,11 @@ from pallas_kernels.quantized_matmul.hopper_decode import (
     RAW,
     Raw,
     choose_bytes,
+    decode_of,
     fma,
     halves,
     pair,
+    times,
 )
 from pallas_kernels.quantized_matmul.hopper_pairs import looked_up
 from pallas_kernels.quantized_matmul.mosaic_wgmma import part_names, part_words
@@ -51,9 +53,7 @@ SELECTORS = (0x6240, 0x7351), (0x5410, 0x7632)
 
 def _raw(weight: Weight) -> Raw | None:
     """How codes are taken as bits; None of a codebook."""
-    if weight.values is not None:
-        return None
-    return RAW["int4" if "8" not in weight.code else weight.code]
+    return RAW.get(decode_of(weight))
 
 
 def _short(weight: Weight) -> bool:
@@ -170,9 +170,6 @@ def _scaling(
         if name == "zero" or short:
             return [choose_bytes(word, word, ptx.number(s)) for s in (0x1010, 0x3232)]
         return halves(word, getattr(weight, name))
-
-    def times(a: ir.Value, b: ir.Value) -> ir.Value:
-        return ptx.asm(i32, "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", a, b)
 
     scale = held("scale") if names else None
     if scale is not None and raw is not None and _folds(weight):  # raw: for the type checker

@@ -17,7 +17,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, scf
 
 from pallas_kernels.quantized_matmul import hopper_asm as ptx
-from pallas_kernels.quantized_matmul.hopper_decode import halves
+from pallas_kernels.quantized_matmul.hopper_decode import halves, times
 from pallas_kernels.quantized_matmul.hopper_shape import Shape
 from pallas_kernels.quantized_matmul.hopper_x import along_k, eights, layouts, take
 from pallas_kernels.quantized_matmul.mosaic_gpu import Config
@@ -160,7 +160,6 @@ def _scaled(four: list[ir.Value], by: list[ir.Value], dtype: str) -> list[ir.Val
     """Eight bfloat16 times eight factors, rounded to bfloat16."""
     i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
     if dtype == "bfloat16":
-        times = lambda *v: ptx.asm(i32, "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", *v)
         return [times(*v) for v in zip(four, by, strict=True)]
     if dtype == "float16":
         factors = [v for word in by for v in halves(word, dtype)]

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from pallas_kernels.quantized_matmul import hopper_layout as layout
+from pallas_kernels.quantized_matmul.hopper_decode import decode_of
 from pallas_kernels.quantized_matmul.mosaic_gpu import Plan, columns
 from pallas_kernels.quantized_matmul.problem import Problem
 
@@ -98,16 +99,13 @@ def shape_of(problem: Problem, sizes: Plan) -> Shape:
         pieces += [Piece(n, layout.group_words(weight, n), True) for n in ("scale", *names)]
     if problem.bias:
         pieces.append(Piece("bias", layout.ROWS, False))
-    decode = "int4" if "8" not in weight.code else weight.code
-    if weight.values is not None:
-        decode = "codebook"
     center = 0.0 if weight.zero is not None else float(-layout.lowest(weight))
     start = center or float(bool(names))
     return Shape(
         problem.m,
         weight.n,
         weight.k,
-        decode,
+        decode_of(weight),
         weight.values,
         layout.DEPTH if channel else weight.group,
         center,

@@ -122,10 +122,10 @@ def kernel(
                 mi, ni = plgpu.planar_snake(number, tiles, 0, c.width)
                 if c.shared > 1:
                     ni = ni * c.shared + rank
-                along = i32(0), i32(turns)
+                share = i32(0), i32(turns)
                 if parted:
-                    along = rank * turns // c.split, (rank + 1) * turns // c.split
-                take(mi, ni, round_ * (turns * per_turn), along, parted)
+                    share = rank * turns // c.split, (rank + 1) * turns // c.split
+                take(mi, ni, round_ * (turns * per_turn), share, parted)
 
             if cut.whole:
 
@@ -139,8 +139,8 @@ def kernel(
                 mine = functools.partial(one, cut.whole + cluster, i32(before), True)
                 mine() if cut.rest == cut.clusters else pl.when(cluster < cut.rest)(mine)
 
-        def load_tile(mi, ni, first, along, parted):
-            begin, end = along
+        def load_tile(mi, ni, first, share, parted):
+            begin, end = share
 
             @pl.loop(0, (end - begin) * per_turn)
             def _(i):
@@ -190,9 +190,9 @@ def kernel(
                 fill(pairs)
                 alone.meet()
 
-            def multiply_tile(mi, ni, first, along, parted):
+            def multiply_tile(mi, ni, first, share, parted):
                 place = lambda i: lax.rem(first + i * c.teams + team, i32(c.steps))
-                begin, end = along
+                begin, end = share
 
                 def operand(i):
                     """Of the team's stage i, decoded."""

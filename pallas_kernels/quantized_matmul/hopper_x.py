@@ -13,7 +13,7 @@ from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels.quantized_matmul import hopper_asm as ptx
 from pallas_kernels.quantized_matmul import hopper_layout as layout
-from pallas_kernels.quantized_matmul.hopper_decode import GROWN, RAW, pair
+from pallas_kernels.quantized_matmul.hopper_decode import GROWN, RAW, pair, times
 from pallas_kernels.quantized_matmul.hopper_shape import Shape
 from pallas_kernels.quantized_matmul.mosaic_gpu import Config
 
@@ -108,9 +108,8 @@ def grow_x(shape: Shape, config: Config) -> Any:
         return_type=plgpu.ShapeDtypeStruct((count, 128), jnp.int32, layout=held),
     )
     def grow(ctx, x):
-        i32, by = ir.IntegerType.get_signless(32), pair(GROWN)
-        times = lambda v: ptx.asm(i32, "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", v, by)
-        return ptx.registers([times(v) for v in ptx.words(x)], i32)
+        grown = [times(v, pair(GROWN)) for v in ptx.words(x)]
+        return ptx.registers(grown, ir.IntegerType.get_signless(32))
 
     return grow
 

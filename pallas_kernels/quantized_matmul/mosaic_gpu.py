@@ -19,6 +19,8 @@ from pallas_kernels.quantized_matmul.problem import Problem, Weight
 
 SHARED_MEMORY = 232448 - 4096  # bytes of a block, less what Mosaic keeps and aligns
 MULTIPROCESSORS = 132
+# blocks that run at once, by those of a cluster: four and eight do not fill every part of the chip
+AT_ONCE = {1: MULTIPROCESSORS, 2: MULTIPROCESSORS, 4: 116, 8: 120}
 # depth times eighths of m, of more than eight warps: more do not fit beside the rest
 FAST_TILES = 4
 FAST_REGISTERS = 152  # for x and what goes with its groups, of eight warps
@@ -148,9 +150,7 @@ def configs(
             continue
         if not 4 * depth <= k <= cluster * warpgroups * 4 * depth:  # each matmul asks: be quick
             continue
-        # clusters of 4 and 8 do not fill every processing cluster of the chip
-        usable = MULTIPROCESSORS - {1: 0, 2: 0, 4: 16, 8: 12}[cluster]
-        at_once = usable * resident // cluster
+        at_once = AT_ONCE[cluster] * resident // cluster
         turns = -(-(n // rows) // at_once)
         blocks = -(-(n // rows) // turns)
         for steps in (16, 12, 8, 6, 5, 4, 3, 2, 1):

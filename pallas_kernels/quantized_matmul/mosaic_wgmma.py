@@ -18,9 +18,8 @@ from pallas_kernels.quantized_matmul.problem import Problem, Weight
 
 CHANNELS = 128  # that weights of one launch fill
 STRIP = 64  # of k, what the tensor cores take at once
-# blocks that run at once, by those of a cluster that split k: four do not fill the whole chip
-AT_ONCE = {split: mosaic_gpu.MULTIPROCESSORS - less for split, less in ((1, 0), (2, 0), (4, 16))}
 CLUSTERS = ((1, 1), (2, 1), (4, 1), (1, 2))  # blocks that split k, that share x: checked ones
+AT_ONCE = {split: mosaic_gpu.AT_ONCE[split] for split, _ in CLUSTERS}  # blocks, by their split
 BLOCKS = ((128, 1), (64, 2), (128, 2))  # channels, teams: checked ones
 LEAST_ROWS = mosaic_gpu.MAX_ROWS + 1
 TABLES = pathlib.Path(__file__).parent / "tables_wgmma"
