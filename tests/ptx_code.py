@@ -77,6 +77,10 @@ def _statement(
         machine.whole(live, WARP)
         a, b, c = ([_all(_get(v, names), live) for v in _list(o)] for o in operands[1:])
         names.update(zip(_list(operands[0]), _mma(a, b, c), strict=True))
+    elif name == "ldmatrix.sync.aligned.m8n8.x4.shared.b16":
+        machine.whole(live, WARP)
+        lines = machine.load(get(1), 4, live, "shared").T.reshape(-1, 4, 8, 4)  # matrix, r, c
+        names.update(zip(_list(operands[0]), lines.swapaxes(0, 1).reshape(4, -1), strict=True))
     elif name == "shfl.sync.bfly.b32":
         machine.whole(live, WARP)
         assert operands[3:] == ["31", "0xFFFFFFFF"]

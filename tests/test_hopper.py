@@ -124,12 +124,12 @@ def test_codes_lie_where_the_docstring_says() -> None:
     codes = np.random.default_rng(0).integers(0, 16, (weight.k, weight.n))
     words = np.asarray(_pack({"codes": codes.astype("uint4")}, weight)["codes"]).view(np.uint32)
     assert words.shape == (2, 2, hopper_layout.code_words(weight))
-    for i, lane, p in itertools.product(range(8), range(32), range(8)):
+    for b, lane, p, h, e in itertools.product(range(4), range(32), range(4), *[range(2)] * 2):
         r, c = divmod(lane, 4)
-        word = i // 4 * 128 + PLACES[lane] + 2 * (i % 2) + i // 2 % 2
-        k = 32 * (i // 2) + 8 * c + 4 * (i % 2) + 2 * (p // 2 % 2) + p // 4
-        nibbles = words[:, :, word] >> np.uint32(4 * p) & np.uint32(15)
-        wanted = codes.reshape(2, 128, 2, 16)[:, k, :, r + 8 * (p % 2)].T
+        word, nibble = b // 2 * 128 + PLACES[lane] + p, 2 * (b % 2) + h + 4 * e
+        nibbles = words[:, :, word] >> np.uint32(4 * nibble) & np.uint32(15)
+        k = 32 * b + 8 * c + 2 * p + e
+        wanted = codes.reshape(2, 128, 2, 16)[:, k, :, r + 8 * h].T
         np.testing.assert_array_equal(nibbles, wanted)
 
 
@@ -152,12 +152,12 @@ def _permuted(table: list[int], selectors: np.ndarray) -> np.ndarray:
     return out
 
 
-def _pairs(weight: Weight, words: list[np.ndarray]) -> list[np.ndarray]:
-    """The codes of the four registers that `hopper_decode` makes of the words of a multiplication,
-    by its bits; of int8 less 128, which the kernel takes off by the sums of x.
+def _pairs(weight: Weight, word: np.ndarray) -> list[np.ndarray]:
+    """The values of the registers that `hopper_decode` makes of a word, by its bits: of channels r
+    and r + 8, of 4 bits for each 32 along k; of int8 less 128, which the kernel takes off by the
+    sums of x.
     """
     if weight.values is not None:
-        (word,) = words
         table, out = hopper_codebook.codebook_bytes(weight.values), []
         for half in range(2):
             codes = word >> np.uint32(16 * half)
@@ -177,19 +177,18 @@ def _pairs(weight: Weight, words: list[np.ndarray]) -> list[np.ndarray]:
                 out.append(pair[0] | pair[1] << np.uint32(16))
         return out
     if weight.code == "int8":
-        bits = [w >> np.uint32(s) & np.uint32(0x00FF00FF) for w in words for s in (0, 8)]
+        bits = [word >> np.uint32(s) & np.uint32(0x00FF00FF) for s in (0, 8)]
         return [_from_floats(_halves(v) * 2.0**133 - 128) for v in bits]
     if weight.code.startswith("float8"):
         shift, power = (4, 120) if weight.code == "float8_e4m3fn" else (5, 112)
         out = []
-        for word, low in itertools.product(words, (0, 8)):
+        for low in (0, 8):
             signed = [(word >> np.uint32(at + low)).astype(np.int8) for at in (0, 16)]
             low16, high16 = (v.astype(np.int16).view(np.uint16).astype(np.uint32) for v in signed)
             moved = (low16 | high16 << np.uint32(16)) << np.uint32(shift)
             bits = moved & np.uint32((0x8000 | 0x7F << shift) * 0x10001)
             out.append(_from_floats(_halves(bits) * 2.0**power))
         return out
-    (word,) = words
     cases = itertools.product((0, 8), ((0x000F000F, 133), (0x00F000F0, 129)))
     bits = [(word >> np.uint32(s) & np.uint32(mask), power) for s, (mask, power) in cases]
     return [_from_floats(_halves(v) * 2.0**power) for v, power in bits]
@@ -221,7 +220,7 @@ def _emulate(weight: Weight, packed: dict[str, jax.Array], x: np.ndarray) -> np.
     x = np.pad(x, ((0, 0), (0, tiles_k * hopper_layout.DEPTH - weight.k)))
     lanes = np.arange(32)
     r, c = lanes // 4, lanes % 4
-    each = count // 256  # words of a lane per multiplication
+    blocks = 512 // count  # of 32 along k in four words of a lane
     out = np.zeros((tiles_n * 16, len(x)))
     for row, tile, group in itertools.product(range(tiles_n), range(tiles_k), range(groups)):
         first = tile * hopper_layout.DEPTH + group * group_size
@@ -230,12 +229,12 @@ def _emulate(weight: Weight, packed: dict[str, jax.Array], x: np.ndarray) -> np.
         for i in range(group * group_size // 16, (group + 1) * group_size // 16):
             a = np.zeros((16, 16))
             b = np.zeros((16, len(x)))
-            index = [i // 4 * 128 + 2 * (i % 2) + i // 2 % 2]  # of the words that a lane loads
-            if each == 2:
-                index = [i // 2 * 128 + 2 * (i % 2) + v for v in range(2)]
-            held = [words["codes"][row, tile, PLACES + v] for v in index]
+            line, block = divmod(i // 2, blocks)
+            first_word = PLACES + 128 * line + 2 * (i % 2)
+            held = [_pairs(weight, words["codes"][row, tile, first_word + v]) for v in range(2)]
             at = tile * hopper_layout.DEPTH + 32 * (i // 2) + 8 * c + 4 * (i % 2)
-            for j, pair in enumerate(_pairs(weight, held)):
+            registers = [pair for v in held for pair in v[2 * block :][:2]]
+            for j, pair in enumerate(registers):
                 for e, value in enumerate(_halves(pair)):
                     a[r + 8 * (j % 2), 2 * c + e + 8 * (j // 2)] = value
             for q, e in itertools.product(range(2), range(2)):  # register q of the other operand

@@ -32,13 +32,11 @@ def _twin(strips: int, unit: float):
 
     def decode(refs):
         codes, scale = refs[0][...], refs[1][...]
-        # tile, half, r, c, block, step of decoding
-        words = by_lane(codes.reshape(4, strips, 128)).reshape(4, strips, 8, 4, 2, 2)
-        words = words.swapaxes(-1, -2)
-        shifts = 4 * lax.broadcasted_iota(jnp.int32, (1,) * 6 + (8,), 6)
-        nibbles = (words[..., None] >> shifts) & 15  # j + 4 e
-        cut = nibbles.reshape(4, strips, 8, 4, 2, 2, 2, 2, 2)  # ..., block, i, e, j // 2, j % 2
-        cut = cut.transpose(0, 8, 2, 1, 4, 3, 5, 7, 6).reshape(64, 64 * strips)
+        words = by_lane(codes.reshape(4, strips, 128))  # tile, half, r, c, p
+        shifts = 4 * lax.broadcasted_iota(jnp.int32, (1,) * 5 + (8,), 5)
+        nibbles = (words[..., None] >> shifts) & 15  # 2 b + h + 4 e
+        cut = nibbles.reshape(4, strips, 8, 4, 4, 2, 2, 2)  # ..., e, b, h
+        cut = cut.transpose(0, 7, 2, 1, 6, 3, 4, 5).reshape(64, 64 * strips)
         wide = jnp.stack([scale << 16, scale & jnp.int32(-65536)], 1)  # tile, half, r
         wide = lax.bitcast_convert_type(wide, jnp.float32).reshape(64, 1)
         return ((cut - 8).astype(jnp.float32) * wide / unit).astype(jnp.bfloat16)

@@ -113,6 +113,21 @@ def load(ref: ir.Value, word: ir.Value, n: int, kind: ir.Type) -> list[ir.Value]
     return [llvm.extractelement(vector, number(i)) for i in range(n)]
 
 
+def load_lines(address: ir.Value) -> list[ir.Value]:
+    """Of four times eight lines of 16 bytes of shared memory, whose 32-bit addresses lane 8 i + r
+    gives, word c of line r of each four: `ldmatrix`.
+    """
+    i32 = ir.IntegerType.get_signless(32)
+    got = asm(
+        llvm.StructType.get_literal([i32] * 4),
+        "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];",
+        "=r,=r,=r,=r,r,~{memory}",
+        address,
+        effects=True,
+    )
+    return [llvm.extractvalue(i32, got, [i]) for i in range(4)]
+
+
 def flag(condition: ir.Value) -> ir.Value:
     """A condition as 0 or 1."""
     return arith.extui(ir.IntegerType.get_signless(32), condition)

@@ -1,4 +1,4 @@
-"""How words of codes become the A operand of `mma.m16n8k16`: four registers of two bfloat16.
+"""How words of codes become registers of two bfloat16, of the A operand of a product.
 
 Each is exact but for a codebook, whose values are rounded to bfloat16. In the order of
 `hopper_layout`; the tests carry the instructions out in numpy.
@@ -23,8 +23,8 @@ from pallas_kernels.quantized_matmul import hopper_asm as ptx
 from pallas_kernels.quantized_matmul.hopper_codebook import codebook_bytes
 from pallas_kernels.quantized_matmul.problem import Weight
 
-Words: TypeAlias = Sequence[ir.Value]
-Operand: TypeAlias = Callable[[Words], list[ir.Value]]
+# a word, of 4-bit codes also which 32 along k -> the registers of channels r and r + 8
+Pairs: TypeAlias = Callable[[ir.Value, int], list[ir.Value]]
 PAIRS = 0x0001_0001  # a 16-bit number in both halves of a register
 
 
@@ -70,48 +70,42 @@ class Raw(NamedTuple):
     """Codes as bits of bfloat16.
 
     Attributes:
-      bits: of one multiplication's words, its registers.
-      powers: a register, of the even ones (channels r) and of the odd (r + 8), is u 2 ** -power of
-        a stored code u.
+      bits: of a word.
+      powers: the registers of channels r and of r + 8 are u 2 ** -power of a stored code u.
     """
 
-    bits: Operand
+    bits: Pairs
     powers: tuple[int, int]
 
     @property
     def unit(self) -> float:
-        """By what sums of products with x GROWN are too small, of even registers."""
+        """By what sums of products with x GROWN are too small, of channels r."""
         return 2.0 ** self.powers[0] / GROWN
 
     @property
     def second(self) -> float:
-        """Odd registers over even ones, of one code."""
+        """Registers of channels r + 8 over those of r, of one code."""
         return 2.0 ** (self.powers[0] - self.powers[1])
 
 
-def _nibbles(words: Words) -> list[ir.Value]:
-    (word,) = words
-    masks = [ptx.number(0xF * PAIRS), ptx.number(0xF0 * PAIRS)]
-    return [arith.andi(_right(word, low), mask) for low in (0, 8) for mask in masks]
+def _nibbles(word: ir.Value, block: int) -> list[ir.Value]:
+    moved = _right(word, 8 * block)
+    return [arith.andi(moved, ptx.number(mask * PAIRS)) for mask in (0xF, 0xF0)]
 
 
-def _bytes(words: Words) -> list[ir.Value]:
-    none, even_odd = ptx.number(0), (0x4240, 0x4341)
-    return [choose_bytes(w, none, ptx.number(s)) for w in words for s in even_odd]
+def _bytes(word: ir.Value, block: int) -> list[ir.Value]:
+    return [choose_bytes(word, ptx.number(0), ptx.number(s)) for s in (0x4240, 0x4341)]
 
 
-def _float8(mantissa: int) -> Operand:
-    """The bits of eight numbers where bfloat16 has them. NaN and Inf become finite."""
+def _float8(mantissa: int) -> Pairs:
+    """The bits of four numbers where bfloat16 has them. NaN and Inf become finite."""
     shift = 7 - mantissa
     kept = (0x8000 | 0x7F << shift) * PAIRS
 
-    def bits(words: Words) -> list[ir.Value]:
-        out = []
-        for word in words:
-            for signs in (0xA280, 0xB391):  # a byte, and eight times its sign: even, odd ...
-                moved = _left(choose_bytes(word, word, ptx.number(signs)), shift)
-                out.append(arith.andi(moved, ptx.number(kept)))
-        return out
+    def bits(word: ir.Value, block: int) -> list[ir.Value]:
+        # bytes, and eight times their signs: even, odd ...
+        moved = [choose_bytes(word, word, ptx.number(signs)) for signs in (0xA280, 0xB391)]
+        return [arith.andi(_left(v, shift), ptx.number(kept)) for v in moved]
 
     return bits
 
@@ -134,13 +128,12 @@ def decode_of(weight: Weight) -> str:
     return weight.code if "8" in weight.code else "int4"
 
 
-def codebook(values: Sequence[float]) -> Operand:
-    """Eight values by the byte permutation: three bits choose from each half of the table, the
-    highest bit between the halves.
+def codebook(values: Sequence[float]) -> Callable[[ir.Value], list[ir.Value]]:
+    """A word's eight values, a pair of each byte, by the byte permutation: three bits choose from
+    each half of the table, the highest bit between the halves.
     """
 
-    def operand(words: Words) -> list[ir.Value]:
-        (word,) = words
+    def pairs(word: ir.Value) -> list[ir.Value]:
         table = [ptx.number(v) for v in codebook_bytes(values)]
         three, even = arith.andi(word, ptx.number(0x77777777)), _left(word, 4)
         out = []
@@ -155,7 +148,7 @@ def codebook(values: Sequence[float]) -> Operand:
             out += [choose_bytes(*planes, ptx.number(s)) for s in (0x5140, 0x7362)]
         return out
 
-    return operand
+    return pairs
 
 
 def halves(word: ir.Value, dtype: str) -> list[ir.Value]:

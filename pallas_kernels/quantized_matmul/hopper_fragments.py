@@ -1,8 +1,8 @@
 """How tiles of a weight become the A operand of `wgmma`: bfloat16 in registers, scaled.
 
-`hopper_layout` gives lane = 4 r + c eight neighbors along k (of each 32) of channels r and r + 8,
-for the sake of decoding; `wgmma` takes of every 8 neighbors two. So a lane reads its part of what
-each of the four lanes of its row has, and no two words of a load are in one bank.
+`wgmma` wants k in order, `hopper_layout` has eight neighbors of each 32 in a lane of the decoding
+kernel: word p of lanes 4 r to 4 r + 3 is what lane 4 r + p of `wgmma` multiplies, and `ldmatrix`
+brings it there.
 Operands are `(code - zero) * scale + offset` rounded once to bfloat16, which is what the reference
 multiplies with, over `unit`, a power of two that is left to the sums, as are scales per channel. A
 codebook's values are rounded first, and times scales that are no bfloat16 one in a thousand is a
@@ -46,9 +46,6 @@ LARGEST = float(jnp.finfo(jnp.bfloat16).max)
 UNIT = 2.0**6  # 2 ** 127 is the largest power of two of a bfloat16, not 2 ** 133
 # scales of integers stay finite up to 2 ** 34 and exact down to 2 ** -86; of fp8 to 2 ** -70
 FOLDED = 2.0**40
-# what an even lane takes of two words, and an odd one: bytes 0 and 2, or 1 and 3, of numbers; 0 and
-# 1, or 2 and 3, of a codebook
-SELECTORS = (0x6240, 0x7351), (0x5410, 0x7632)
 
 
 def _raw(weight: Weight) -> Raw | None:
@@ -84,8 +81,8 @@ def fragments(weight: Weight, deep: int) -> Any:
     """
     names = part_names(weight)
     words = layout.code_words(weight) // 2 * deep
-    tables, wide = int(weight.values is not None), "8" in weight.code
-    blocks = 1 if wide else 2  # of 32 along k, in a line of units
+    tables = int(weight.values is not None)
+    blocks = 1 if "8" in weight.code else 2  # of 32 along k, in a line of units
     raw = _raw(weight)
 
     @plgpu.inline_mgpu(
@@ -95,17 +92,14 @@ def fragments(weight: Weight, deep: int) -> Any:
         ),
     )
     def decode(ctx, refs):
-        i32 = ir.IntegerType.get_signless(32)
         two = ir.VectorType.get((2,), ir.BF16Type.get())
         warp, lane = ptx.lane()
         warp = arith.andi(warp, ptx.number(3))
-        r, c = arith.shrui(lane, ptx.number(2)), arith.andi(lane, ptx.number(3))
-        odd = arith.cmpi(arith.CmpIPredicate.ne, arith.andi(c, ptx.number(1)), ptx.number(0))
-        pair_of = arith.select(odd, *(ptx.number(v) for v in reversed(SELECTORS[tables])))
-        inner = c if wide else arith.andi(c, ptx.number(2))
-        start = arith.addi(arith.muli(warp, ptx.number(words)), inner)
-        starts = [arith.addi(start, ptx.place(r, ptx.number(other))) for other in range(4)]
-        operand = looked_up(refs[-1], lane) if raw is None else raw.bits
+        r = arith.shrui(lane, ptx.number(2))
+        unit = ptx.place(arith.andi(lane, ptx.number(7)), arith.shrui(lane, ptx.number(3)))
+        own = arith.addi(arith.muli(warp, ptx.number(words)), unit)
+        start = ptx.add_bytes(ptx.near(refs[0]), own, 4)
+        pairs = looked_up(refs[-1], lane) if raw is None else raw.bits
         factors: dict[int, Callable[[ir.Value, int], ir.Value]] = {}
 
         def scaled(group: int) -> Callable[[ir.Value, int], ir.Value]:
@@ -113,17 +107,14 @@ def fragments(weight: Weight, deep: int) -> Any:
                 factors[group] = _scaling(weight, names, refs[1:], warp, r, group, deep)
             return factors[group]
 
-        held: list[Sequence[ir.Value]] = []  # of each 32 along k: what the four lanes have
-        for line in range(0, words, 128):
-            taken = [ptx.load(refs[0], ptx.add(v, line), blocks, i32) for v in starts]
-            held += zip(*taken, strict=True)
+        # all are asked for first
+        lines = [ptx.load_lines(ptx.add(start, 4 * word)) for word in range(0, words, 128)]
         out: list[ir.Value] = []
-        for block, parts in enumerate(held):
-            if not wide:
-                parts = [choose_bytes(*parts[i : i + 2], pair_of) for i in (0, 2)]
-            half, group = len(parts) // 2, 32 * block // weight.group if names else 0
-            for i, value in enumerate([*operand(parts[:half]), *operand(parts[half:])]):
-                out.append(utils.bitcast(scaled(group)(value, i % 2), two))
+        for i, held in enumerate(lines):
+            for block in range(blocks):
+                group = 32 * (i * blocks + block) // weight.group if names else 0
+                values = [v for word in held for v in pairs(word, block)]
+                out += [utils.bitcast(scaled(group)(v, j % 2), two) for j, v in enumerate(values)]
         shape = fa.WGMMA_LAYOUT.registers_shape((ROWS, HALF * deep))
         return fa.FragmentedArray(
             _registers=np.array(out, dtype=object).reshape(shape),

@@ -3,18 +3,15 @@
 The unit is a tile of 16 output channels by 128 of k, the A operands of eight `mma.m16n8k16`. Codes
 are `[n / 16, k / 128, words]` of 32 bits. Of 32 times four words lane = 4 r + c of a warp has those
 at place 8 c + (r xor 2 c): the eight lanes of a quarter of a warp read different banks, and so do
-lanes that read from one c, which is how `wgmma` wants its operand. Multiplication i takes of a
-lane the channels r and r + 8 and eight numbers of x that are neighbors in memory; element (j, e) of
-its operand, half e of register j, is channel r + 8 (j mod 2),
-k = 32 (i // 2) + 8 c + 4 (i mod 2) + 2 (j // 2) + e.
+those of one c. Word p of a lane's four has pair p of the eight numbers of x that are neighbors in
+memory, k = 32 b + 8 c + 2 p + e, for the channels r + 8 h: two registers of an operand. Words 2 i
+and 2 i + 1 are an operand of `mma.m16n8k16`, whose k is then four numbers of each lane; words p of
+lanes 4 r to 4 r + 3 are two of `wgmma`, whose k is in order, and what `ldmatrix` gives lane 4 r + p.
 
-  - `HOPPER4`, 256 words `[half of k, place, i mod 2, i // 2 mod 2]`: a word has the eight codes of
-    multiplication i, less the lowest code. Integers: (j, e) is nibble j + 4 e, so that
-    `word >> 4 j & 0x000F000F` is register j. Codebooks: (j, e) is nibble 2 j + e, so that byte j
-    names the pair of register j.
-  - `HOPPER8`, 512 words `[quarter of k, place, 4]`: words 2 (i mod 2) and the next have the bytes
-    of multiplication i of quarter i // 2; (j, e) is byte j mod 2 + 2 e of word j // 2. Integers are
-    held plus 128.
+  - `HOPPER4`, 256 words `[b // 2, place, p]`, of both b, less the lowest code. Integers: (b, h, e)
+    is nibble 2 (b mod 2) + h + 4 e, so that a shift and the mask 0x000F000F give a register.
+    Codebooks: nibble 4 (b mod 2) + 2 h + e, so that a byte names the pair of a register.
+  - `HOPPER8`, 512 words `[b, place, p]`: (h, e) is byte h + 2 e. Integers are held plus 128.
   - scales, zero points and offsets of groups of 32, 64 or 128: 16-bit ones in 8 words per group,
     word r with channels r (low half) and r + 8; float32 ones in 16 words per group, by channel.
     A zero point z is held as the bfloat16 `128 + z - lowest code`, exactly.
@@ -108,28 +105,28 @@ def _tiles(weight: Weight) -> tuple[int, int]:
 
 
 def _shifts(codebook: bool) -> jax.Array:
-    """Bits by which element (j, e) is shifted, along (j // 2, e, j mod 2), the last axes of nine.
+    """Bits by which element (b mod 2, h, e) is shifted, along axes 3, 8 and 7 of nine.
 
     An iota, since custom_partitioning takes no constants.
     """
-    shape = (1, 1, 1, 1, 1, 1, 2, 2, 2)
-    high, e, low = (lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in (6, 7, 8))
+    shape = (1, 1, 1, 2, 1, 1, 1, 2, 2)
+    b, e, h = (lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in (3, 7, 8))
     if codebook:
-        return low * 8 + high * 16 + e * 4
-    return low * 4 + high * 8 + e * 16
+        return b * 16 + h * 8 + e * 4
+    return b * 8 + h * 4 + e * 16
 
 
 def _cut(codes: jax.Array, weight: Weight) -> jax.Array:
-    """Codes `[k, n]` as `[n tile, k tile, i // 2, r, c, i mod 2, j // 2, e, j mod 2]`."""
+    """Codes `[k, n]` as `[n tile, k tile, b, r, c, p, e, h]`."""
     rows, deep = _tiles(weight)
     whole = jnp.pad(codes, ((0, deep * DEPTH - weight.k), (0, rows * ROWS - weight.n)))
-    return whole.reshape(deep, 4, 4, 2, 2, 2, rows, 2, 8).transpose(6, 0, 1, 8, 2, 3, 4, 5, 7)
+    return whole.reshape(deep, 4, 4, 4, 2, rows, 2, 8).transpose(5, 0, 1, 7, 2, 3, 4, 6)
 
 
 def _joined(cut: jax.Array, weight: Weight) -> jax.Array:
     """The inverse of `_cut`."""
     rows, deep = _tiles(weight)
-    whole = cut.transpose(1, 2, 4, 5, 6, 7, 0, 8, 3).reshape(deep * DEPTH, rows * ROWS)
+    whole = cut.transpose(1, 2, 4, 5, 6, 0, 7, 3).reshape(deep * DEPTH, rows * ROWS)
     return whole[: weight.k, : weight.n]
 
 
@@ -146,19 +143,18 @@ def _placed(units: jax.Array) -> jax.Array:
 def _pack4(codes: jax.Array, weight: Weight) -> jax.Array:
     rows, deep = _tiles(weight)
     unsigned = (codes.astype(jnp.int32) - lowest(weight)).astype(jnp.uint32)
-    spread = _cut(unsigned, weight) << _shifts(weight.values is not None)
-    word = jnp.sum(spread, axis=(-3, -2, -1), dtype=jnp.uint32)
-    word = word.reshape(rows, deep, 2, 2, 8, 4, 2)  # half, i // 2 mod 2, r, c, i mod 2
-    word = word.transpose(0, 1, 2, 5, 4, 6, 3).reshape(rows, deep, 2, 4, 8, 4)
-    return lax.bitcast_convert_type(_placed(word).reshape(rows, deep, -1), jnp.int32)
+    cut = _cut(unsigned, weight).reshape(rows, deep, 2, 2, 8, 4, 4, 2, 2)  # b // 2, b mod 2
+    spread = cut << _shifts(weight.values is not None)
+    units = jnp.sum(spread, axis=(3, 7, 8), dtype=jnp.uint32).swapaxes(3, 4)
+    return lax.bitcast_convert_type(_placed(units).reshape(rows, deep, -1), jnp.int32)
 
 
 def _unpack4(words: jax.Array, weight: Weight) -> jax.Array:
     rows, deep = _tiles(weight)
-    word = lax.bitcast_convert_type(words, jnp.uint32).reshape(rows, deep, 2, 4, 8, 4)
-    word = _placed(word).reshape(rows, deep, 2, 4, 8, 2, 2)
-    word = word.transpose(0, 1, 2, 6, 4, 3, 5).reshape(rows, deep, 4, 8, 4, 2)
-    cut = (word[..., None, None, None] >> _shifts(weight.values is not None)) & jnp.uint32(15)
+    units = lax.bitcast_convert_type(words, jnp.uint32).reshape(rows, deep, 2, 4, 8, 4)
+    word = jnp.expand_dims(_placed(units).swapaxes(3, 4), (3, 7, 8))
+    cut = (word >> _shifts(weight.values is not None)) & jnp.uint32(15)
+    cut = cut.reshape(rows, deep, 4, 8, 4, 4, 2, 2)
     codes = _joined(cut, weight).astype(jnp.int32) + lowest(weight)
     return codes.astype(jnp.int8).astype(weight.code)
 
@@ -176,7 +172,7 @@ def _pack8(codes: jax.Array, weight: Weight) -> jax.Array:
 def _unpack8(words: jax.Array, weight: Weight) -> jax.Array:
     rows, deep = _tiles(weight)
     units = lax.bitcast_convert_type(words, jnp.uint8).reshape(rows, deep, 4, 4, 8, 16)
-    bits = _joined(_placed(units).swapaxes(3, 4).reshape(rows, deep, 4, 8, 4, 2, 2, 2, 2), weight)
+    bits = _joined(_placed(units).swapaxes(3, 4).reshape(rows, deep, 4, 8, 4, 4, 2, 2), weight)
     if weight.code == "int8":
         bits = bits ^ jnp.uint8(128)
     return lax.bitcast_convert_type(bits, weight.code)

@@ -14,7 +14,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels.quantized_matmul import hopper_asm as ptx
-from pallas_kernels.quantized_matmul.hopper_decode import Operand, Words, codebook
+from pallas_kernels.quantized_matmul.hopper_decode import Pairs, codebook
 from pallas_kernels.quantized_matmul.mosaic_gpu import PAIR_TABLE
 
 ENTRIES, LANES = PAIR_TABLE
@@ -36,7 +36,7 @@ def write_pairs(values: Sequence[float], warpgroups: int) -> Any:
         for begin in range(0, ENTRIES, 4 * at_once):
             entries = [begin + i * at_once for i in range(4)]
             word = ptx.add(in_each_byte, sum(entry << 8 * i for i, entry in enumerate(entries)))
-            for entry, pair in zip(entries, decode([word]), strict=True):
+            for entry, pair in zip(entries, decode(word), strict=True):
                 ptx.run(
                     "st.shared.v4.b32 [$0], {$1, $1, $1, $1};",
                     "r,r,~{memory}",
@@ -47,7 +47,7 @@ def write_pairs(values: Sequence[float], warpgroups: int) -> Any:
     return write
 
 
-def looked_up(pairs: ir.Value, lane: ir.Value) -> Operand:
+def looked_up(pairs: ir.Value, lane: ir.Value) -> Pairs:
     """What `hopper_decode` has for a codebook, by the table. `dp4a` takes a byte, times a stride,
     to the lane's own word of an entry. Volatile: the compiler would ask for so many pairs ahead
     that their registers spill.
@@ -59,8 +59,4 @@ def looked_up(pairs: ir.Value, lane: ir.Value) -> Operand:
         code = f"{{ .reg .b32 place; {code} ld.volatile.shared.b32 $0, [place]; }}"
         return ptx.asm(i32, code, "=r,r,r", word, own)
 
-    def operand(words: Words) -> list[ir.Value]:
-        (word,) = words
-        return [pair(word, i) for i in range(4)]
-
-    return operand
+    return lambda word, block: [pair(word, 2 * block + i) for i in range(2)]

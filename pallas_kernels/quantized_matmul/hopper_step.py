@@ -25,8 +25,7 @@ def step(shape: Shape, config: Config, row: int) -> Any:
     """
     columns, groups, per_group = shape.columns, shape.groups, shape.group // 16
     depth, words = config.depth, shape.piece("codes").words
-    per_product = words // 256  # words of a lane
-    order = (0, 2, 1, 3) if per_product == 1 else range(4)  # of a unit, by multiplication
+    blocks = 512 // words  # of 32 along k, in four words of a lane
     per_channel = not shape.piece("scale").per_tile
     kept_types = tuple(held for _, held in hopper_x.layouts(shape, config))
     tables = [] if shape.values is None else [plgpu.RefType()]
@@ -37,7 +36,7 @@ def step(shape: Shape, config: Config, row: int) -> Any:
     def multiply(ctx, w_s, sums_s, kept, tables):
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
         warp, lane = ptx.lane()
-        operand = looked_up(*tables, lane) if raw is None else raw.bits
+        pairs = looked_up(*tables, lane) if raw is None else raw.bits
         w_s, sums_s = ptx.begin(w_s), ptx.begin(sums_s)
         x_of, *rest = (
             [llvm.extractelement(v, ptx.number(0)) for v in held.registers.flat] for held in kept
@@ -73,10 +72,8 @@ def step(shape: Shape, config: Config, row: int) -> Any:
 
         sums = [[ptx.zero()] * 4 for _ in range(columns)]
         for j in range(depth):
-            codes = []
-            for line in range(0, words, 128):
-                unit = ptx.load(w_s, ptx.add(own, j * words + line), 4, i32)
-                codes += [unit[i] for i in order]
+            lines = range(j * words, (j + 1) * words, 128)
+            units = [ptx.load(w_s, ptx.add(own, line), 4, i32) for line in lines]
             for group in range(groups):
                 start = [[next(starts), next(starts)] for _ in range(columns)] if rest else []
                 if per_channel:
@@ -91,7 +88,9 @@ def step(shape: Shape, config: Config, row: int) -> Any:
                 else:
                     parts = [[ptx.zero()] * 4 for _ in range(columns)]
                 for i in range(group * per_group, (group + 1) * per_group):
-                    a = operand(codes[i * per_product : (i + 1) * per_product])
+                    line, block = divmod(i // 2, blocks)
+                    two = units[line][2 * (i % 2) :][:2]
+                    a = [v for word in two for v in pairs(word, block)]
                     for column in range(columns):
                         at_x = ((j * 4 + i // 2) * columns + column) * 4 + 2 * (i % 2)
                         parts[column] = ptx.mma(a, x_of[at_x : at_x + 2], parts[column])
