@@ -262,8 +262,9 @@ def main() -> None:
     for name, weight in (WEIGHTS | {"zeros": ZEROS}).items():
         layout = next(n for n in mosaic_gpu.LAYOUTS if LAYOUTS[n].supports(weight) is None)
         offered = mosaic_wgmma.configs(Problem(64, weight, layout, "bfloat16", "bfloat16"))
-        crowded = [c for _, c in offered if (c.rows, c.channels, c.teams) == (64, 128, 2)]
-        for m, cut in dict.fromkeys([*WIDE, (64, tuple(crowded[0]))]):
+        crowded = [c for _, c in offered if c.rows == 64 and c.channels * c.teams == 256]
+        cuts = {(c.channels, c.teams): (64, tuple(c)) for c in reversed(crowded)}.values()
+        for m, cut in dict.fromkeys([*WIDE, *cuts]):
             bad += wide(name, weight, m, cut)
     bad += [*integers(0), *integers(64)]
     for batch, groups, head_dim in ((1, 4, 128), (8, 4, 128), (1, 7, 64)):

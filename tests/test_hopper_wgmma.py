@@ -147,7 +147,7 @@ def test_blocks_split_k_in_the_last_round(
         k = slice(0, 128) if row % config.rows == 0 else slice(128, 384)
         truth[row : row + half, first:] = x[row : row + half, k] @ w[k, first:]
     assert np.abs(got - truth).max() <= _bound("float32", truth)
-    joint, shared = (config.rows, 2, 1, 2), (4 * mosaic_wgmma.sum_words(config, 2),)
+    joint, shared = (config.rows, 2, 1, 2), (4 * mosaic_wgmma.block_words(config),)
     assert silent == [  # of the warpgroup that loads, then of those that multiply
         (shared, "open"),
         (shared, "meet"),

@@ -177,7 +177,7 @@ def test_sums_become_results(name, ends, monkeypatch):
 CUTS = [
     Config(rows, 1, 4, split, 1, 8, channels, teams)
     for rows, (channels, teams), split in itertools.product(
-        (32, 64, 128, 256), ((128, 1), (64, 2), (128, 2)), (1, 2, 4)
+        (32, 64, 128, 256), ((128, 1), (64, 2), (128, 2), (256, 1)), (1, 2, 4)
     )
     if split * teams > 1 and (channels * teams == 128 or rows <= 64)
 ]
@@ -192,31 +192,37 @@ def test_sums_meet(config, monkeypatch):
     from pallas_kernels.quantized_matmul.hopper_sums import Exchange
 
     machine, c = on_a_cpu(monkeypatch, 2**23), config
-    members, words = c.channels // 64, mosaic_wgmma.sum_words(c, c.split)
-    places = machine.windows([4 * words, 8], c.split)
+    members, words = c.channels // 64, mosaic_wgmma.block_words(c)
+    places = machine.windows([4 * mosaic_wgmma.team_words(c), 4 * words, 8], c.split)
     machine.begin(0, 1, c.split, members * c.teams)
     own = machine.shared + machine.block * machine.window
-    slots = Ref(machine, own + places[0], (words,), np.float32)
-    arrived = Ref(machine, own + places[1], (1, 2), np.int32)
-    parts, exchange = Parts(c.rows, c.split, c.teams, members), Exchange(4 * words)
+    left = Ref(machine, own + places[0], (mosaic_wgmma.team_words(c),), np.float32)
+    slots = Ref(machine, own + places[1], (words,), np.float32)
+    arrived = Ref(machine, own + places[2], (1, 2), np.int32)
+    teams, blocks = Parts(c.rows, 1, c.teams, members), Parts(c.rows, c.split, 1, members)
+    exchange = Exchange(4 * words)
     member, team = machine.thread // GROUP % members, machine.thread // GROUP // members
     registers, live = c.rows // 4, machine.live
     sums = np.random.default_rng(0).integers(-999, 999, (registers, 2, len(live)))
     sums = sums.astype(np.float32)
     if c.split > 1:
         exchange.open(arrived)
-        exchange.meet()
-        parts.send(sums, slots, arrived)
-    else:
-        parts.meet()
+    got = sums
+    if c.teams > 1:
+        teams.meet()
         machine.live = live & (team > 0)
-        parts.leave(sums, slots)
+        teams.leave(sums, left)
         machine.live = live
-        parts.meet()
-    machine.live = live & (team == 0)
+        teams.meet()
+        machine.live = live & (team == 0)
+        got = teams.add(sums, left)
+        machine.live = live
     if c.split > 1:
+        exchange.meet()
+        machine.live = live & (team == 0)
+        blocks.send(got, slots, arrived)
         exchange.wait(arrived.at[0])
-    got = parts.add(sums, slots)
+        got = blocks.add(got, slots)
     machine.live = live
     machine.finish()
     whole = sums.reshape(registers, 2, c.split, c.teams, members, GROUP).sum((2, 3))

@@ -100,15 +100,17 @@ def finish(problem: Problem, rows: int) -> Any:
 
 
 class Parts:
-    """The sums of warpgroups that share k: of `teams` in a block, of `split` blocks.
+    """The sums of warpgroups that share k: of the `teams` of a block, or of the first teams of
+    `split` blocks.
 
-    Of a cluster, each block adds up its share of `rows`, whose sums its first team keeps in
-    registers. The others, in shared memory, lie as `[member, part, 8 rows, thread, 4]`: parts of
-    this block's other teams, then of the next blocks' teams. What a thread holds is added by the
-    thread of its number in the first team, in that order.
+    A first team adds up its block's share of `rows`, whose own sums it keeps in registers. The
+    others, in shared memory, lie as `[member, part, 8 rows, thread, 4]`: parts of the other teams,
+    or of the next blocks of the cluster. What a thread holds is added by the thread of its number
+    in the first team, in that order.
     """
 
     def __init__(self, rows: int, split: int, teams: int, members: int) -> None:
+        assert 1 in (split, teams)
         eights = rows // 8 // split
         count = split * teams - 1  # of parts in shared memory
 
@@ -144,8 +146,7 @@ class Parts:
             """To the blocks that own the rows."""
             quads, rank = _quads(sums), ptx.rank(True)
             for owner in range(split):
-                ahead = arith.remui(ptx.add(rank, split - owner), ptx.number(split))
-                number = arith.addi(arith.muli(ahead, ptx.number(teams)), team())
+                number = arith.remui(ptx.add(rank, split - owner), ptx.number(split))
                 barrier = ptx.far(ptx.near(arrived), ptx.number(owner))
                 start = ptx.far(ptx.near(slots), ptx.number(owner))
                 branch = scf.IfOp(arith.cmpi(arith.CmpIPredicate.ne, number, ptx.number(0)))

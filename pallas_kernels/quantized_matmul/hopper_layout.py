@@ -6,7 +6,7 @@ at place 8 c + (r xor 2 c): the eight lanes of a quarter of a warp read differen
 those of one c. Word p of a lane's four has pair p of the eight numbers of x that are neighbors in
 memory, k = 32 b + 8 c + 2 p + e, for the channels r + 8 h: two registers of an operand. Words 2 i
 and 2 i + 1 are an operand of `mma.m16n8k16`, whose k is then four numbers of each lane; words p of
-lanes 4 r to 4 r + 3 are two of `wgmma`, whose k is in order, and what `ldmatrix` gives lane 4 r + p.
+lanes 4 r to 4 r + 3 are two of `wgmma`, whose k is in order: `ldmatrix` gives them to lane 4 r + p.
 
   - `HOPPER4`, 256 words `[b // 2, place, p]`, of both b, less the lowest code. Integers: (b, h, e)
     is nibble 2 (b mod 2) + h + 4 e, so that a shift and the mask 0x000F000F give a register.

@@ -5,8 +5,9 @@ over the borders of tiles; warpgroups each take 64 channels of a tile: packed wo
 shared memory to registers, bfloat16 and scale (`hopper_fragments`),
 then `wgmma` with x from shared memory. While the tensor cores multiply one stage a warpgroup
 decodes its next. Two teams of warpgroups may take stages in turns. Where a round of tiles, the only
-one or the last, is too short for all multiprocessors, the blocks of a cluster can split k, and each
-adds up and writes its share of the rows; or blocks share the tiles of x by multicast.
+one or the last, is too short for all multiprocessors, the blocks of a cluster can split k: teams
+are added up first, then each block gets the sums of its share of the rows and writes them. Or
+blocks share the tiles of x by multicast.
 """
 
 # The decorator of inline code keeps the type of what it wraps, which takes one argument more, and
@@ -35,11 +36,13 @@ from pallas_kernels.quantized_matmul.mosaic_wgmma import (
     CHANNELS,
     STRIP,
     Config,
+    block_words,
     part_names,
     part_words,
     rounds,
     strips_out,
-    sum_words,
+    team_words,
+    unfilled,
 )
 from pallas_kernels.quantized_matmul.mosaic_wgmma import fits as misfit
 from pallas_kernels.quantized_matmul.mosaic_wgmma import turns as turns_of
@@ -84,10 +87,12 @@ def kernel(
     per_turn, turns = 2 * c.teams, turns_of(weight.k, c)
     tiles = (-(-m // c.rows), -(-weight.n // (c.channels * c.shared)))
     cut, outs, strip = rounds(m, weight.n, c), *strips_out(c)
-    alone, joint = (Parts(c.rows, split, c.teams, members) for split in (1, c.split))
+    teams, blocks = Parts(c.rows, 1, c.teams, members), Parts(c.rows, c.split, 1, members)
     last, last_joint = (finish(problem, c.rows // split) for split in (1, c.split))
-    exchange = Exchange(4 * sum_words(c, c.split))
+    exchange = Exchange(4 * block_words(c))
     sizes = channels or [weight.n]
+    if unfilled(sizes, c):
+        raise ValueError(f"{config} cannot run weights of {sizes} channels: they fill no tiles")
     begins = [0, *itertools.accumulate(-(-n // c.channels) for n in sizes)]
     ends = ["scale"] * layout.per_channel(weight) + ["bias"] * problem.bias
 
@@ -188,7 +193,7 @@ def kernel(
                 plgpu.barrier_arrive(empty.at[s + team])
             if fill is not None:
                 fill(pairs)
-                alone.meet()
+                teams.meet()
 
             def multiply_tile(mi, ni, first, share, parted):
                 place = lambda i: lax.rem(first + i * c.teams + team, i32(c.steps))
@@ -218,24 +223,24 @@ def kernel(
                     return acc[...]
 
                 total = pl.run_scoped(product, plgpu.ACC((64, c.rows), F32))
+                if c.teams > 1:
+                    teams.meet()  # the first one has taken what was left for it before
+                    pl.when(team > 0)(lambda: teams.leave(total, left))
+                    teams.meet()
                 if parted:
                     exchange.meet()
-                    joint.send(total, slots, arrived)
-                elif c.teams > 1:
-                    alone.meet()  # the first team has taken what was left for it before
-                    pl.when(team > 0)(lambda: alone.leave(total, left))
-                    alone.meet()
 
                 @pl.when(team == 0)
                 def _():
+                    sums = teams.add(total, left) if c.teams > 1 else total
                     channel = jnp.broadcast_to(ni * c.channels + member * STRIP, (128,))
                     row, channels = mi * c.rows, pl.ds(ni * c.channels + member * STRIP, STRIP)
                     if parted:
+                        blocks.send(sums, slots, arrived)
                         exchange.wait(arrived.at[0])
                         row += rank * (c.rows // c.split)
-                        y = last_joint(joint.add(total, slots), channel_refs, channel)
+                        y = last_joint(blocks.add(sums, slots), channel_refs, channel)
                     else:
-                        sums = alone.add(total, left) if c.teams > 1 else total
                         y = last(sums, channel_refs, channel)
                     write_strips(y, o_s, member, o_g, row, channels)
 
@@ -255,12 +260,12 @@ def kernel(
         "full": plgpu.Barrier(num_arrivals=1 + len(words), num_barriers=c.steps),
         "empty": emptied,
     }
-    if cut.whole and c.teams > 1:
-        scratch["left"] = plgpu.SMEM((sum_words(c, 1),), F32)
+    if c.teams > 1:
+        scratch["left"] = plgpu.SMEM((team_words(c),), F32)
     if fill is not None:
         scratch["pairs"] = plgpu.SMEM(PAIR_TABLE, i32)
     if cut.rest:
-        scratch["slots"] = plgpu.SMEM((sum_words(c, c.split),), F32)
+        scratch["slots"] = plgpu.SMEM((block_words(c),), F32)
         scratch["arrived"] = plgpu.SMEM((1, 2), i32)
     if twin is not None:
         scratch["a_s"] = plgpu.SMEM((warpgroups, 64, wide), jnp.bfloat16, transforms=tiled(2))

@@ -20,7 +20,7 @@ CHANNELS = 128  # that weights of one launch fill
 STRIP = 64  # of k, what the tensor cores take at once
 CLUSTERS = ((1, 1), (2, 1), (4, 1), (1, 2))  # blocks that split k, that share x: checked ones
 AT_ONCE = {split: mosaic_gpu.AT_ONCE[split] for split, _ in CLUSTERS}  # blocks, by their split
-BLOCKS = ((128, 1), (64, 2), (128, 2))  # channels, teams: checked ones
+BLOCKS = ((128, 1), (64, 2), (128, 2), (256, 1))  # channels, teams: checked ones
 LEAST_ROWS = mosaic_gpu.MAX_ROWS + 1
 TABLES = pathlib.Path(__file__).parent / "tables_wgmma"
 # device kind -> what was measured on it; read once, since every matmul of a model asks
@@ -98,10 +98,14 @@ def rounds(m: int, n: int, config: Config) -> Rounds:
     return Rounds(at_once // c.split if whole else tiles, whole, tiles - whole)
 
 
-def sum_words(config: Config, split: int) -> int:
-    """Float32 numbers that warpgroups which share k of a tile leave in one of `split` blocks."""
-    c = config  # all parts of a block's share of the rows, but for its first team's
-    return c.channels * c.rows // split * (split * c.teams - 1)
+def team_words(config: Config) -> int:
+    """Float32 numbers that the other teams of a block leave for its first one."""
+    return config.channels * config.rows * (config.teams - 1)
+
+
+def block_words(config: Config) -> int:
+    """Float32 numbers that the other blocks of a cluster which splits k send to one of them."""
+    return config.channels * config.rows // config.split * (config.split - 1)
 
 
 def strips_out(config: Config) -> tuple[int, int]:
@@ -122,7 +126,7 @@ def shared_bytes(problem: Problem, config: Config) -> int:
     total = c.steps * stage_bytes(problem.weight, c) + c.channels * math.prod(strips_out(c)) * size
     table = math.prod(mosaic_gpu.PAIR_TABLE) if problem.weight.values is not None else 0
     cut = rounds(problem.m, problem.weight.n, c)
-    sums = bool(cut.whole) * sum_words(c, 1) + bool(cut.rest) * sum_words(c, c.split)
+    sums = team_words(c) + bool(cut.rest) * block_words(c)
     return total + 4 * (sums + table)
 
 
@@ -154,7 +158,7 @@ def configs(problem: Problem) -> Iterator[tuple[float, Config]]:
     """Configs that can run, each with a guess at its microseconds."""
     weight, m = problem.weight, problem.m
     for rows, cut, (split, shared) in itertools.product((32, 64, 128, 256), BLOCKS, CLUSTERS):
-        if (rows > 32 and rows >= 2 * m) or (cut[1] > 1 and rows > 64):
+        if (rows > 32 and rows >= 2 * m) or (math.prod(cut) > 128 and rows > 64):
             continue
         if shared > 1 and weight.n <= cut[0]:
             continue
@@ -175,7 +179,7 @@ def _two_strips(weight: Weight, cut: tuple[int, int]) -> bool:
     if hopper_layout.code_words(weight) > 256 or weight.values is not None:
         return False
     more = weight.zero or weight.offset or weight.group == 32
-    return not (more and weight.scale != "bfloat16" and cut == (128, 2))
+    return not (more and weight.scale != "bfloat16" and math.prod(cut) > 128)
 
 
 def _guess(problem: Problem, c: Config) -> float:
@@ -187,13 +191,20 @@ def _guess(problem: Problem, c: Config) -> float:
     strip *= 0.98 if c.shared > 1 and c.rows > 128 else 1.0
     if c.teams > 1:
         strip *= 0.9 if c.channels == 128 else 0.55
+    elif c.channels == 256:
+        strip *= 1.75
     along, after = -(-problem.weight.k // STRIP) * strip, 1 + c.rows / 128
     return alone * (along + after) + joint * (along / c.split + after + 1.5) + 2
 
 
-def choose_config(problem: Problem, kind: str) -> Config | None:
+def unfilled(sizes: Sequence[int], config: Config) -> bool:
+    """Whether one of several weights side by side fills no tiles."""
+    return len(sizes) > 1 and any(n % config.channels for n in sizes)
+
+
+def choose_config(problem: Problem, kind: str, sizes: Sequence[int] = ()) -> Config | None:
     """An exact row of the device's table, else that of the next larger m, below twice as many rows;
-    else the best guess. None if no config can run.
+    else the best guess. None if no config can run. Channels of several weights are `sizes`.
     """
     weight, m = problem.weight, problem.m
     mine = mosaic_gpu.family(weight), weight.k, weight.n, mosaic_gpu.tile_words(weight)
@@ -204,9 +215,10 @@ def choose_config(problem: Problem, kind: str) -> Config | None:
     ]
     for row in sorted(near, key=lambda row: row["m"]):
         config = Config(*row["config"])
-        if fits(problem, config) is None:
+        if fits(problem, config) is None and not unfilled(sizes, config):
             return config
-    return min(configs(problem), default=(0.0, None))[1]
+    guesses = (guess for guess in configs(problem) if not unfilled(sizes, guess[1]))
+    return min(guesses, default=(0.0, None))[1]
 
 
 def supports(problem: Problem, device: Device) -> str | None:
@@ -242,9 +254,9 @@ def run_joined(
 ) -> list[jax.Array]:
     """`[x @ w for w in weights]`, one launch."""
     whole = mosaic_gpu.whole_problem(problems)
-    config = choose_config(whole, Device.default().kind)
-    assert config is not None, "supports() found one"
     channels = tuple(p.weight.n for p in problems)
+    config = choose_config(whole, Device.default().kind, channels)
+    assert config is not None, "supports() found one"
     return mosaic_gpu.columns_of(launch(whole, config, channels, x, list(arrays)), channels)
 
 
