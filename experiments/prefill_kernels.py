@@ -236,7 +236,8 @@ def measure(
     program = pool.submit(ceilings.compiled, turns, parts)
 
     def finish(rate: Callable[[], float]) -> dict[str, Any]:
-        calls, per_us = ceilings.timed(program.result(), parts, runs=max(5, 50 // count)), rate()
+        runs = max(5, min(50 // count, 2**17 // m))  # the results of all are held at once
+        calls, per_us = ceilings.timed(program.result(), parts, runs=runs), rate()
         is_dot = lambda name: not ("quantized_matmul" in name or "read_bytes" in name)
         events = [event for call in calls for event in call]
         us = statistics.median(us for name, us in events if "quantized_matmul" in name)
