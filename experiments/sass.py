@@ -77,7 +77,7 @@ WIDE = [  # m, config; and what is offered for 64 rows where registers are fewes
     (64, (64, 1, 4, 1, 1, 8, 64, 2)),
 ]
 # instructions of a warp, 16 along k
-WIDE_LIMITS = {"int4": 25, "nf4": 34, "int8": 22, "fp8": 30, "zeros": 37}
+WIDE_LIMITS = {"int4": 23, "nf4": 32, "int8": 20, "fp8": 28, "zeros": 35}
 ZEROS = Weight(4096, 4096, 64, "uint4", "float16", zero="uint4")
 INT8_LIMIT = 24  # instructions of a warp, 32 along k
 ATTENTION_SPILLS = 76  # bytes of a thread

@@ -44,52 +44,59 @@ def _twin(strips: int, unit: float):
     return decode
 
 
-def _interpreted(config: Config, out: str, capfd: pytest.CaptureFixture[str]) -> tuple:
-    """The result of the kernel in jax's interpreter, of two weights of one x `[83, 384]`; x, and
-    both weights side by side.
+def _interpreted(
+    config: Config, out: str, capfd: pytest.CaptureFixture[str], sizes: tuple = (128, 256)
+) -> tuple:
+    """The result of the kernel in jax's interpreter, of weights of one x `[83, 384]` of so many
+    channels; x, and the weights side by side.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     from pallas_kernels.quantized_matmul import hopper_fragments, hopper_wgmma
 
-    weight = Weight(384, 384, 128, "int4", "bfloat16")
+    weight = Weight(384, sum(sizes), 128, "int4", "bfloat16")
     twin = _twin(config.strips, hopper_fragments.unit(weight))
     rng = np.random.default_rng(0)
     codes = rng.integers(-8, 8, (weight.k, weight.n))
     scale = rng.uniform(0.5, 2, (3, weight.n)).astype(jnp.bfloat16)
-    parts = [slice(0, 128), slice(128, 384)]
+    parts = [slice(end - n, end) for end, n in zip(itertools.accumulate(sizes), sizes, strict=True)]
     arrays = [
         _pack({"codes": codes[:, p].astype("int4"), "scale": scale[:, p]}, weight._replace(n=n))
-        for p, n in zip(parts, (128, 256), strict=True)
+        for p, n in zip(parts, sizes, strict=True)
     ]
     x = jnp.asarray(rng.normal(size=(83, weight.k)), jnp.bfloat16)
     problem = Problem(83, weight, "hopper4", "bfloat16", out)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        got = jax.jit(hopper_wgmma.kernel(problem, config, (128, 256), twin))(x, arrays)
+        got = jax.jit(hopper_wgmma.kernel(problem, config, sizes, twin))(x, arrays)
     assert "RACE" not in capfd.readouterr().out
     w = (codes * np.repeat(scale.astype(np.float32), 128, 0)).astype(jnp.bfloat16)
     return np.asarray(got, np.float64), np.asarray(x, np.float64), w.astype(np.float64)
 
 
 def _bound(out: str, truth: np.ndarray) -> float:
-    """Float32 sums of 384 products of bfloat16, then half a unit of bfloat16: 2^-9."""
-    return float((2**-9 * (out == "bfloat16") + 384 * 2**-24) * np.abs(truth).max())
+    """Float32 sums of 384 products of bfloat16, then half a unit of bfloat16: 2^-8."""
+    return float((2**-8 * (out == "bfloat16") + 384 * 2**-24) * np.abs(truth).max())
 
 
 @needs_mosaic
 @pytest.mark.parametrize(
-    ("config", "out"),
+    ("config", "out", "sizes"),
     [
-        (Config(32, 2, 2), "bfloat16"),
-        (Config(64, 1, 3, width=1, channels=64), "bfloat16"),
-        (Config(128, 1, 2), "float32"),  # written in two strips
+        (Config(32, 2, 2), "bfloat16", (128, 256)),
+        (Config(64, 1, 3, width=1, channels=64), "bfloat16", (128, 256)),
+        (Config(128, 1, 2), "float32", (128, 256)),  # written in two strips
+        (Config(64, 1, 2, channels=256), "bfloat16", (256, 512)),
     ],
 )
 def test_the_interpreted_kernel_multiplies(
-    config: Config, out: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    config: Config,
+    out: str,
+    sizes: tuple,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setitem(mosaic_wgmma.AT_ONCE, 1, 2)  # blocks take tiles in turns
-    got, x, w = _interpreted(config, out, capfd)
+    got, x, w = _interpreted(config, out, capfd, sizes)
     truth = x @ w
     assert np.abs(got - truth).max() <= _bound(out, truth)
 
@@ -192,6 +199,25 @@ def test_each_tile_is_taken_once() -> None:
             assert sorted(whole + rest) == list(range(tiles)), (m, n, c)
             kinds.add((c.split, cut.whole > 0, 0 < cut.rest < cut.clusters))
     assert {(2, True, True), (4, True, True), (2, False, False), (1, True, False)} <= kinds
+
+
+def test_weights_side_by_side_fill_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tile has channels of one weight."""
+    weight = Weight(4096, 28672, 128, "int4", "bfloat16")
+    problem = Problem(64, weight, "hopper4", "bfloat16", "bfloat16")
+    wide = Config(64, 2, 4, channels=256)
+    row = {"k": 4096, "n": 28672, "words": mosaic_gpu.tile_words(weight), "m": 64}
+    held = [row | {"format": "int4", "config": list(wide)}]
+    monkeypatch.setitem(mosaic_wgmma.TUNED, "some_card", held)
+    chosen = lambda *sizes: mosaic_wgmma.choose_config(problem, "some card", sizes)
+    assert chosen() == chosen(28672) == chosen(28672 - 256, 256) == wide
+    monkeypatch.setattr(mosaic_wgmma, "configs", lambda _: [(1.0, wide), (2.0, Config(64, 2, 4))])
+    assert chosen(28672 - 128, 128) == Config(64, 2, 4)
+    if MOSAIC:
+        from pallas_kernels.quantized_matmul import hopper_wgmma
+
+        with pytest.raises(ValueError, match=r"28544, 128\) channels: they fill no tiles"):
+            hopper_wgmma.kernel(problem, wide, (28672 - 128, 128))
 
 
 def test_a_split_that_no_cluster_has_is_refused() -> None:

@@ -152,6 +152,8 @@ def kernel(
                 s, at = lax.rem(first + i, i32(c.steps)), begin * per_turn + i
                 plgpu.barrier_wait(empty.at[s])
                 fetch = functools.partial(plgpu.copy_gmem_to_smem, barrier=full.at[s])
+                block = x_g.at[pl.ds(mi * c.rows, c.rows), pl.ds(at * wide, wide)]
+                fetch(block, x_s.at[s], collective_axes="cluster" if c.shared > 1 else None)
                 deep, half = (at, 0) if c.strips == 2 else (at // 2, lax.rem(at, i32(2)))
 
                 def take(held, begin):
@@ -160,15 +162,14 @@ def kernel(
                         along = [] if array.shape[-1] == size else [pl.ds(half * size, size)]
                         fetch(array.at[(row, deep, *along)], stage.at[s])
 
+                if len(sizes) == 1:
+                    take(weights[0], 0)
+                    return
                 for j, held in enumerate(weights):  # what is beyond the last reads as zeros
                     here = ni >= begins[j]
                     if j + 1 < len(weights):
                         here = here & (ni < begins[j + 1])
-                    one = functools.partial(take, held, begins[j])
-                    one() if len(sizes) == 1 else pl.when(here)(one)
-                # behind the weight, which comes from further away
-                block = x_g.at[pl.ds(mi * c.rows, c.rows), pl.ds(at * wide, wide)]
-                fetch(block, x_s.at[s], collective_axes="cluster" if c.shared > 1 else None)
+                    pl.when(here)(functools.partial(take, held, begins[j]))
 
         def load():
             each_tile(load_tile)
