@@ -1,7 +1,9 @@
-"""What this GPU can do at best: the time to read bytes, to copy them, a bf16 dot, an empty launch.
+"""What this GPU can do at best: the time to read bytes, to copy them, dots, an empty launch.
 
 Writes experiments/results/ceilings_<card>.json. All times are medians of a kernel's own duration
-(CUPTI), over buffers that together exceed the L2 cache, on random data.
+(CUPTI), over buffers that together exceed the L2 cache, on random data. Dots are XLA's `jnp.dot` of
+bfloat16 and cuBLASLt's of int8 (to int32) and FP8 (to bfloat16) codes, nothing scaled; the kernels
+that ran stand beside the latter.
 
     python experiments/ceilings.py
 
@@ -25,6 +27,7 @@ from jaxlib.mlir.dialects import arith, llvm
 
 MIB = 2**20
 READ_SIZES = [2 * MIB * 2**i for i in range(10)]  # 2 MiB to 1 GiB
+CODES = {"int8": jnp.int32, "float8_e4m3fn": jnp.bfloat16}  # and the result of a dot of them
 DOTS = [(m, k, n) for m in (1, 16) for k, n in ((4096, 4096), (8192, 8192), (4096, 28672))]
 L2 = 160_000_000  # bytes that a rotation of buffers must exceed: three times the cache
 RUNS = 10  # of a rotation
@@ -38,9 +41,9 @@ def durations(
     return timed(compiled(fn, *args), *args, runs=runs)
 
 
-def compiled(fn: Callable[..., Any], *args: Any) -> Any:
+def compiled(fn: Callable[..., Any], *args: Any, options: dict[str, Any] | None = None) -> Any:
     """`fn`, compiled for these arguments."""
-    return jax.jit(fn).lower(*args).compile()
+    return jax.jit(fn).lower(*args).compile(options)
 
 
 def timed(program: Any, *args: Any, runs: int = RUNS) -> list[list[tuple[str, float]]]:
@@ -191,6 +194,24 @@ def dot(m: int, k: int, n: int) -> float:
     return statistics.median(sum(us for _, us in call) for call in calls) / count
 
 
+def codes_dot(m: int, k: int, n: int, dtype: str) -> tuple[float, list[str]]:
+    """Microseconds of cuBLASLt's product of codes `[m, k]` and `[n, k]`, and the kernels it ran."""
+    count = rotation(k * n)
+    words = [random_words(i, (n, k // 4)) for i in range(count)]
+    weights = [w.view(jnp.int8).astype(dtype) for w in words]  # of 256 integers, whatever the dtype
+    x = random_words(count, (m, k // 4)).view(jnp.int8).astype(dtype)
+    one = functools.partial(
+        lax.dot_general,
+        dimension_numbers=(((1,), (1,)), ((), ())),
+        preferred_element_type=CODES[dtype],
+    )
+    turns = lambda x, w: [one(x, v) for v in w]
+    program = compiled(turns, x, weights, options={"xla_gpu_enable_triton_gemm": False})
+    calls = timed(program, x, weights)
+    us = statistics.median(sum(us for _, us in call) for call in calls) / count
+    return us, sorted({name for name, _ in calls[0]})
+
+
 def main() -> None:
     """Measures and writes all of it."""
     card = jax.devices()[0].device_kind
@@ -209,10 +230,16 @@ def main() -> None:
     dots = {f"{m}x{k}x{n}": dot(m, k, n) for m, k, n in DOTS}
     for name, time in dots.items():
         print(f"bf16 dot {name}: {time:.2f} us")
+    codes: dict[str, dict[str, Any]] = {dtype: {} for dtype in CODES}
+    for dtype, (m, k, n) in itertools.product(CODES, DOTS):
+        us, kernels = codes_dot(m, k, n, dtype)
+        codes[dtype][f"{m}x{k}x{n}"] = {"us": us, "kernels": kernels}
+        print(f"{dtype} dot {m}x{k}x{n}: {us:.2f} us by {', '.join(kernels)}")
     path = pathlib.Path(__file__).parent / "results" / f"ceilings_{card.replace(' ', '_')}.json"
     path.parent.mkdir(exist_ok=True)
     results = {"card": card, "jax": jax.__version__, "command": "python experiments/ceilings.py"}
     results |= {"read_us": reads, "copy_256_mib_us": copy, "launch_us": empty, "bf16_dot_us": dots}
+    results |= {"codes_dot": codes}
     path.write_text(json.dumps(results, indent=1) + "\n")
 
 
