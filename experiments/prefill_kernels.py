@@ -2,8 +2,9 @@
 
 Checked and timed as in tune_kernels.py. T* is the larger of the time to read the bytes (weight, x
 and result) and the time of the operations at the rate of XLA's bfloat16 dot of 8192 cubed, measured
-at the beginning; from 512 rows on, where a card may not hold that rate, behind each row. The
-kernel, that dot of the same shape and the reader take turns in one program.
+at the beginning; from 512 rows on, where a card may not hold that rate, behind each row too. The
+kernel, that dot of the same shape and the reader take turns in one program; ratios are medians of
+those of turns.
 
     python experiments/prefill_kernels.py check
     python experiments/prefill_kernels.py tune            # writes tables_wgmma/<card>.json
@@ -96,8 +97,12 @@ def problem_of(m: int, weight: Weight, *ends: Any) -> Problem:
 
 
 def check(name: str, pool: concurrent.futures.Executor) -> bool:
-    """Whether each config is at most twice as far from the truth as XLA; prints both."""
+    """Whether each config is at most twice as far from the truth as XLA, and without a bias decodes
+    to the bit (a codebook's values times other scales than bfloat16: to a unit); prints both.
+    """
     weight, activation = CHECKS[name]
+    singles = [] if activation else decode.singles(max(CHECKED), weight)
+    units = int(weight.values is not None and weight.scale != "bfloat16")
     whole, arrays, w = decode.operands(max(CHECKED), weight)
     sums, good = np.asarray(whole, np.float64) @ w, True
     if activation is not None:
@@ -121,16 +126,18 @@ def check(name: str, pool: concurrent.futures.Executor) -> bool:
                 xla = decode.worst(decode.plain(x, arrays, problem), truth)
             try:
                 ceilings.poison()
-                error = decode.worst(job.result()(x, arrays), truth)
+                error, run = decode.worst(job.result()(x, arrays), truth), job.result()
+                off = sum(decode.off(run(one[:m], a), y[:m], units) for one, a, y in singles)
             except Exception as why:  # noqa: BLE001
                 print(f"FAILED {name}, m {m}, {tuple(config)}: {str(why)[:300]}", flush=True)
                 good = False
                 continue
-            right = error <= 2 * xla
+            right = error <= 2 * xla and not off
             good = good and right
             verdict = "ok   " if right else "WRONG"
             print(
-                f"{verdict} {name}, m {m}, {tuple(config)}: error {error:.5f}, XLA {xla:.5f}",
+                f"{verdict} {name}, m {m}, {tuple(config)}: error {error:.5f}, XLA {xla:.5f}, "
+                f"{off} weights differ",
                 flush=True,
             )
     return good
@@ -215,9 +222,10 @@ def tune(problem: Problem, buffers: list[Any], pool: Any) -> Callable[[], list[A
 
 def measure(
     problem: Problem, buffers: list[Any], config: Config, read: Any, pool: Any
-) -> Callable[[Callable[[], float]], dict[str, Any]]:
-    """A function that makes a row, given what measures operations per microsecond: the kernel in
-    turns with XLA's dot of a bfloat16 weight and the reader. Compiling is begun.
+) -> Callable[[float, Callable[[], float] | None], dict[str, Any]]:
+    """A function that makes a row, given operations per microsecond as they were first, and what
+    measures them again or None: the kernel in turns with XLA's dot of a bfloat16 weight and the
+    reader. Compiling is begun.
     """
     m, k, n = problem.m, problem.weight.k, problem.weight.n
     count = min(len(buffers), max(2, ceilings.rotation(2 * k * n)))
@@ -235,16 +243,22 @@ def measure(
     parts = list(zip(make(1, m, k), buffers, make(2, k, n), data, strict=False))
     program = pool.submit(ceilings.compiled, turns, parts)
 
-    def finish(rate: Callable[[], float]) -> dict[str, Any]:
+    def finish(first: float, again: Callable[[], float] | None) -> dict[str, Any]:
         runs = max(5, min(50 // count, 2**17 // m))  # the results of all are held at once
-        calls, per_us = ceilings.timed(program.result(), parts, runs=runs), rate()
-        is_dot = lambda name: not ("quantized_matmul" in name or "read_bytes" in name)
-        events = [event for call in calls for event in call]
-        us = statistics.median(us for name, us in events if "quantized_matmul" in name)
-        reads = [us for name, us in events if "read_bytes" in name]
-        read_us = statistics.median(reads) if reads else 0.0
-        dots = statistics.median(sum(us for name, us in c if is_dot(name)) for c in calls) / count
-        best = max(read_us, 2 * m * k * n / per_us)
+        calls = ceilings.timed(program.result(), parts, runs=runs)
+        per_us = first if again is None else again()
+        of = lambda call, kernel: [us for name, us in call if kernel in name]
+        mine = [us for call in calls for us in of(call, "quantized_matmul")]
+        reads = [us for call in calls for us in of(call, "read_bytes")] or [0.0] * len(mine)
+        ours = [sum(of(call, "quantized_matmul")) for call in calls]
+        dots = [sum(of(c, "")) - sum(of(c, "read_bytes")) for c in calls]
+        dots = [both - own for both, own in zip(dots, ours, strict=True)]
+        us, read_us, least = statistics.median(mine), statistics.median(reads), 2 * m * k * n
+
+        def ratio(per_us: float) -> float:
+            each = (a / max(b, least / per_us) for a, b in zip(mine, reads, strict=True))
+            return round(statistics.median(each), 3)
+
         return {
             "m": m,
             "k": k,
@@ -253,10 +267,11 @@ def measure(
             "config": list(config),
             "us": round(us, 2),
             "read_us": round(read_us, 2),
-            "best_us": round(best, 2),
-            "ratio": round(us / best, 3),
-            "bf16_dot_us": round(dots, 2),
-            "of_bf16": round(dots / us, 3),
+            "best_us": round(max(read_us, least / per_us), 2),
+            "ratio": ratio(per_us),
+            **({} if again is None else {"ratio_first": ratio(first)}),
+            "bf16_dot_us": round(statistics.median(dots) / count, 2),
+            "of_bf16": round(statistics.median(a / b for a, b in zip(dots, ours, strict=True)), 3),
             "bf16_tflops": round(per_us / 1e6),
         }
 
@@ -323,10 +338,11 @@ def main() -> None:
             if time.time() - began > SECONDS:
                 print("out of time")
                 break
-            row = job((lambda: first) if problem.m < 512 else rate)
+            row = job(first, rate if problem.m >= 512 else None)
             print(
                 f"{name} {row['m']} {row['k']} {row['n']} | {row['us']} {row['read_us']} "
-                f"{row['best_us']} {row['ratio']} | {row['of_bf16']} | {tuple(row['config'])}",
+                f"{row['best_us']} {row['ratio']} {row.get('ratio_first', '')} | "
+                f"{row['of_bf16']} | {tuple(row['config'])}",
                 flush=True,
             )
             rows.append({"format": name, **row})

@@ -38,6 +38,7 @@ import ceilings
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from pallas_kernels.dispatch import choose
 from pallas_kernels.quantized_matmul import (
@@ -74,7 +75,7 @@ CHECKS = {  # ragged k and n, every kind of code and scale; bias and activation 
     "int4 float32 scales": (Weight(2048, 264, 64, "int4"), None),
     "zeros": (Weight(1000, 328, 32, "uint4", "bfloat16", zero="uint4"), None),
     "zeros long": (Weight(11008, 1024, 128, "uint4", "float16", zero="uint4"), None),
-    "offsets": (Weight(2048, 520, 64, "uint4", "float16", offset="float16"), None),
+    "offsets": (Weight(1024, 520, 64, "uint4", "float16", offset="float16"), None),
     "nf4": (Weight(2048, 264, 64, "uint4", values=problems.NF4), None),
     "nf4 ragged": (Weight(1032, 40, 128, "uint4", "float16", values=problems.NF4), "gelu_tanh"),
     "int8": (Weight(4096, 1024, 4096, "int8"), None),
@@ -91,17 +92,25 @@ def layout_of(weight: Weight) -> str:
     return next(n for n in mosaic_gpu.LAYOUTS if LAYOUTS[n].supports(weight) is None)
 
 
+NEAR = (-12, 4)  # powers of two of scales
+FAR = {"bfloat16": (-80, 32), "float32": (-66, 30), "float16": (-13, 14)}  # all that are exact
+
+
 def operands(
-    m: int, weight: Weight, seed: int = 0, rounded: bool = False
+    m: int,
+    weight: Weight,
+    seed: int = 0,
+    rounded: bool = False,
+    powers: tuple[int, int] = NEAR,
 ) -> tuple[jax.Array, dict[str, jax.Array], Any]:
-    """x, arrays in kernel order, and the float64 weight that they stand for; the values of a
-    codebook `rounded` to bfloat16, as the kernel holds them.
+    """x, whose second row is zero, arrays in kernel order, and the float64 weight that they stand
+    for; the values of a codebook `rounded` to bfloat16, as the kernel holds them.
     """
     keys = jax.random.split(jax.random.key(seed), 5)
     order, per_group = LAYOUTS[layout_of(weight)], (weight.groups, weight.n)
     bits = jax.random.bits(keys[0], (weight.k, weight.n), jnp.uint8)
     if weight.code.startswith("float8"):
-        codes = jax.lax.bitcast_convert_type(bits, weight.code)
+        codes = lax.bitcast_convert_type(bits, weight.code)
         codes = jnp.where(jnp.isfinite(codes.astype(jnp.float32)), codes, 0)
         values = np.asarray(codes.astype(jnp.float32), np.float64)
     else:
@@ -112,7 +121,7 @@ def operands(
         if weight.values is not None:
             book = np.asarray(weight.values, jnp.bfloat16 if rounded else np.float64)
             values = book.astype(np.float64)[np.asarray(codes)]
-    spread = jnp.exp2(jax.random.randint(keys[1], per_group, -12, 4).astype(jnp.float32))
+    spread = jnp.exp2(jax.random.randint(keys[1], per_group, *powers).astype(jnp.float32))
     scale = spread * jax.random.uniform(keys[4], per_group, jnp.float32, 0.5, 1.0)
     scale = scale.at[:, : weight.n > 1].set(0)  # a channel of zeros
     held = {"scale": scale.astype(weight.scale)}
@@ -122,7 +131,7 @@ def operands(
         held["offset"] = jax.random.normal(keys[2], per_group).astype(weight.offset)
     arrays = {"codes": order.pack_codes(codes.astype(weight.code), weight)}
     arrays |= {name: order.pack_scale(v, weight) for name, v in held.items()}
-    x = jax.random.normal(keys[3], (m, weight.k), jnp.bfloat16)
+    x = jax.random.normal(keys[3], (m, weight.k), jnp.bfloat16).at[1:2].set(0)
     along_k = lambda v: np.repeat(np.asarray(v, np.float64), weight.group, 0)[: weight.k]
     w = values - along_k(held["zero"]) if "zero" in held else values
     w = w * along_k(held["scale"])
@@ -131,8 +140,11 @@ def operands(
 
 
 def worst(y: Any, truth: np.ndarray) -> float:
-    """The largest difference, in units of its row's largest value; NaN counts as infinite."""
-    difference = np.abs(np.asarray(y, np.float64) - truth) / np.abs(truth).max(1, keepdims=True)
+    """The largest difference, in units of its row's largest value; NaN counts as infinite, and so
+    does nearly what is not zero in a row of zeros.
+    """
+    largest = np.maximum(np.abs(truth).max(1, keepdims=True), np.finfo(np.float32).tiny)
+    difference = np.abs(np.asarray(y, np.float64) - truth) / largest
     return float(np.nan_to_num(difference, nan=np.inf).max())
 
 
@@ -193,14 +205,32 @@ def check(name: str, m: int, weight: Weight, activation: str | None, which: int)
     return good
 
 
-def different(run: Any, m: int, weight: Weight) -> int:
-    """How many weights of m rows of k are not decoded to the bit: each row of x is one of them."""
-    _, arrays, w = operands(m, weight, rounded=True)
+def singles(m: int, weight: Weight) -> list[tuple[jax.Array, dict[str, jax.Array], np.ndarray]]:
+    """Rows of x with a single one, arrays, and the product, which is m rows of the weight in
+    bfloat16: with scales near 1, and as far from it as they are exact.
+    """
     at = (np.arange(m) * (weight.k // m) + 37 * np.arange(m)) % weight.k
     x = jnp.zeros((m, weight.k), jnp.bfloat16).at[np.arange(m), at].set(1)
-    ceilings.poison()
-    wanted = w[at].astype(np.float32).astype(jnp.bfloat16)
-    return int(np.sum(np.asarray(run(x, arrays)) != wanted))
+    out = []
+    for powers in (NEAR, FAR[weight.scale]):
+        _, arrays, w = operands(m, weight, rounded=True, powers=powers)
+        out.append((x, arrays, w[at].astype(np.float32).astype(jnp.bfloat16)))
+    return out
+
+
+def off(y: Any, wanted: np.ndarray, units: int = 0) -> int:
+    """How many numbers are further from what they should be than so many units of bfloat16."""
+    y, wanted = (np.asarray(v, np.float64) for v in (y, wanted))
+    return int(np.sum(~(np.abs(y - wanted) <= units * 2.0**-7 * np.abs(wanted))))
+
+
+def different(run: Any, m: int, weight: Weight) -> int:
+    """How many weights of m rows of k are not decoded to the bit."""
+    count = 0
+    for x, arrays, wanted in singles(m, weight):
+        ceilings.poison()
+        count += off(run(x, arrays), wanted)
+    return count
 
 
 def check_joined(m: int) -> bool:
@@ -255,14 +285,31 @@ def check_all(names: Sequence[str]) -> bool:
     return all(good) and all(check_joined(m) for m in (1, 16))
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # compiled once for all weights of a shape
+def random_codes(shape: tuple[int, ...], code: str, uniform: bool, seed: int) -> jax.Array:
+    """Words of the codes that normal numbers have, in no order; of a codebook all are as many."""
+    key, held = jax.random.key(seed), 8 if code in ("int4", "uint4") else 4
+    if uniform:
+        return jax.random.bits(key, shape).view(jnp.int32)
+    normal = jax.random.normal(key, (*shape, held))
+    if code.startswith("float8"):
+        bits = lax.bitcast_convert_type((100 * normal).astype(code), jnp.uint8)
+    else:  # the largest of a group of 128 is near 2.7, of a channel near 4
+        top, scale = (8, 7 / 2.7) if held == 8 else (128, 127 / 4)
+        bits = jnp.clip(jnp.round(normal * scale), -top, top - 1) + top
+    shifts = jnp.arange(held, dtype=jnp.uint32) * (32 // held)
+    return (bits.astype(jnp.uint32) << shifts).sum(-1, dtype=jnp.uint32).view(jnp.int32)
+
+
 def random_arrays(weight: Weight, count: int) -> list[dict[str, jax.Array]]:
-    """Weights of random codes and scales near 1, made on the device."""
+    """Weights of normal numbers and scales near 1, made on the device."""
     shapes = LAYOUTS[layout_of(weight)].shapes(weight)
     wide = weight.scale == "float32"
     mask, one = (0x000FFFFF, 0x3F800000) if wide else (0x001F001F, 0x3F803F80)
     out = []
     for i in range(count):
-        arrays = {"codes": ceilings.random_words(i, shapes["codes"].shape)}
+        codes = shapes["codes"].shape, weight.code, weight.values is not None
+        arrays = {"codes": random_codes(*codes, i)}
         near_one = ceilings.random_words(100 + i, shapes["scale"].shape) & mask | one
         out.append(arrays | {"scale": near_one})
     return out
@@ -364,7 +411,7 @@ def main() -> None:
     if only == "check":
         return
     rows: list[dict[str, Any]] = []
-    dots = {(r["m"], r["k"], r["n"]): r["bf16_dot_us"] for r in table(card)}
+    dots: dict[tuple[int, int, int], float] = {}
     points = [
         (name, m, make(k, n))
         for name, (make, shapes, ms) in FORMATS.items()

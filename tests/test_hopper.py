@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import lanes
 import numpy as np
 import pytest
+from helpers import needs_mosaic
 from hopper_operands import PLACES, weight_of
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -25,6 +26,7 @@ from pallas_kernels.quantized_matmul import (
     hopper_pairs,
     hopper_shape,
     mosaic_gpu,
+    mosaic_wgmma,
 )
 from pallas_kernels.quantized_matmul.layout import Layout
 from pallas_kernels.quantized_matmul.layouts import LAYOUTS
@@ -317,6 +319,46 @@ def test_dispatch_takes_it_on_hopper_and_says_why_not() -> None:
             choose("quantized_matmul", problem, H100, "mosaic_gpu")
     with pytest.raises(ValueError, match="compiled for H100 and H200, not for cpu"):
         choose("quantized_matmul", problem, Device("cpu", "cpu"), "mosaic_gpu")
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+    ("m", "name", "config", "reason"),
+    [
+        (1, "mosaic_gpu", mosaic_gpu.Config(4, 2, 1, 2, 2, 8), None),
+        (1, "mosaic_gpu", mosaic_gpu.Config(4, 2, 1, 3, 2, 8), "do not divide into turns of 3"),
+        (1, "mosaic_gpu", mosaic_wgmma.Config(), "is no mosaic_gpu.Config"),
+        (64, "mosaic_wgmma", mosaic_wgmma.Config(64, 1, 4), None),
+        (64, "mosaic_wgmma", mosaic_wgmma.Config(96, 1, 4), "no whole turns of strips"),
+        (64, "mosaic_wgmma", mosaic_gpu.Config(), "is no mosaic_wgmma.Config"),
+    ],
+)
+def test_a_config_is_taken_or_refused(
+    m: int, name: str, config: tuple, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = Weight(4096, 256, 128, "int4", "bfloat16")
+    arrays = {n: jnp.zeros(v.shape, v.dtype) for n, v in LAYOUTS["hopper4"].shapes(weight).items()}
+    module, taken = {"mosaic_gpu": mosaic_gpu, "mosaic_wgmma": mosaic_wgmma}[name], []
+
+    def launch(whole, cut, *_):
+        taken.append(cut)
+        y = jnp.zeros((m, weight.n), jnp.bfloat16)
+        return [y] if name == "mosaic_gpu" else y
+
+    monkeypatch.setattr(module, "launch", launch)
+    call = lambda: quantized_matmul(
+        jnp.zeros((m, weight.k), jnp.bfloat16),
+        *(arrays, weight, "hopper4"),
+        implementation=name,
+        config=config,
+        device=H100,
+    )
+    if reason is None:
+        call()
+        assert taken == [config]
+        return
+    with pytest.raises(ValueError, match=reason):
+        call()
 
 
 @pytest.mark.parametrize(

@@ -306,6 +306,38 @@ def test_no_operand_is_gathered(case, name, layout):
     assert error(compiled(*operands), np.asarray(x, np.float64) @ dense) < 2e-6
 
 
+HOPPER = {  # tiles of 16 channels by 128 along k
+    "int4": (Weight(512, 128, 128, "int4", "bfloat16"), "hopper4"),
+    "zeros": (Weight(512, 128, 64, "uint4", "float16", zero="uint4"), "hopper4"),
+    "nf4": (Weight(512, 128, 64, "uint4", values=problems.NF4), "hopper4"),
+    "int8": (Weight(512, 128, 512, "int8"), "hopper8"),
+}
+
+
+@pytest.mark.parametrize("case", CUTS)
+@pytest.mark.parametrize("name", HOPPER)
+def test_no_operand_in_the_order_of_a_hopper_kernel_is_gathered(case, name):
+    (weight, layout), (x_spec, w_spec, wanted) = HOPPER[name], CUTS[case]
+    codes, fields, dense = logical(weight)
+    mesh = jax.make_mesh((2, 4), ("d", "t"), axis_types=(AxisType.Auto,) * 2)
+    x = jax.random.normal(jax.random.key(0), (4, weight.k))
+
+    def placed(values):  # scales of channels have no tiles along k
+        spec = P(*(None if size == 1 else axis for axis, size in zip(w_spec, values.shape)))
+        return cut(values, spec, mesh)
+
+    operands = cut(x, x_spec, mesh), jax.tree.map(placed, pack(weight, layout, codes, fields))
+    call = lambda x, a: quantized_matmul(x, a, weight, layout)
+    compiled = jax.jit(call).lower(*operands).compile()
+    assert collectives(compiled) == wanted
+    truth = np.asarray(x, np.float64) @ dense
+    assert error(compiled(*operands), truth) < 2e-6
+    grad = jax.jit(jax.grad(lambda x, a: (call(x, a) * truth.astype(np.float32)).sum()))
+    back = grad.lower(*operands).compile()
+    assert "all-gather" not in collectives(back)
+    assert error(back(*operands), truth @ dense.T) < 4e-6
+
+
 def test_channels_are_cut_along_k_without_groups():
     weight, arrays, dense = make("int8_channel", "bytes")
     mesh = jax.make_mesh((8,), ("t",), axis_types=(AxisType.Auto,))
@@ -343,6 +375,16 @@ def test_a_cut_inside_a_group_is_refused():
 
 
 # --- choosing and refusing
+
+
+def test_a_config_is_of_a_named_implementation():
+    weight, arrays, _ = make("int4_g128")
+    call = functools.partial(quantized_matmul, jnp.ones((1, 512)), arrays, weight, "nibbles")
+    with pytest.raises(ValueError, match=r"\(4, 2\) needs the name of its implementation"):
+        call(config=(4, 2))
+    for name in ("xla_cpu", "reference"):
+        with pytest.raises(ValueError, match="it takes no config"):
+            call(config=(4, 2), implementation=name)
 
 
 def test_the_best_is_chosen_and_a_name_is_never_replaced():

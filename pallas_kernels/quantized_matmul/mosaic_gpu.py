@@ -233,6 +233,11 @@ def supports(problem: Problem, device: Device) -> str | None:
         return f"x has {problem.m} rows, it takes at most {MAX_ROWS}"
     if problem.weight.k % 8:
         return f"k = {problem.weight.k} is no multiple of 8, so rows of x are not aligned"
+    if problem.config is not None:
+        if not isinstance(problem.config, Config):
+            return f"config {problem.config} is no mosaic_gpu.Config"
+        sizes = plan(problem.m, problem.weight, problem.config, problem.bias)
+        return f"{problem.config}: {sizes}" if isinstance(sizes, str) else None
     if next(configs(problem.m, problem.weight, problem.bias), None) is None:
         return f"no way to cut k = {problem.weight.k}, n = {problem.weight.n} fits the chip"
     return None
@@ -277,7 +282,9 @@ def run_joined(
 ) -> list[jax.Array]:
     """`[x @ w for w in weights]`, one launch."""
     whole = whole_problem(problems)
-    config = choose_config(whole.m, whole.weight, Device.default().kind, whole.bias)
+    config = whole.config or choose_config(
+        whole.m, whole.weight, Device.default().kind, whole.bias
+    )
     assert config is not None, "supports() found one"
     channels = tuple(p.weight.n for p in problems)
     return launch(whole, config, channels, x, list(arrays))

@@ -233,6 +233,11 @@ def supports(problem: Problem, device: Device) -> str | None:
             f"k = {problem.weight.k} and n = {problem.weight.n} are not both multiples of 8, so "
             "rows are not aligned"
         )
+    if problem.config is not None:
+        if not isinstance(problem.config, Config):
+            return f"config {problem.config} is no mosaic_wgmma.Config"
+        reason = fits(problem, problem.config)
+        return reason and f"{problem.config}: {reason}"
     if next(configs(problem), None) is None:
         return "no way to cut it fits the chip"
     return None
@@ -255,7 +260,7 @@ def run_joined(
     """`[x @ w for w in weights]`, one launch."""
     whole = mosaic_gpu.whole_problem(problems)
     channels = tuple(p.weight.n for p in problems)
-    config = choose_config(whole, Device.default().kind, channels)
+    config = whole.config or choose_config(whole, Device.default().kind, channels)
     assert config is not None, "supports() found one"
     return mosaic_gpu.columns_of(launch(whole, config, channels, x, list(arrays)), channels)
 

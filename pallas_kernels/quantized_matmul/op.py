@@ -18,6 +18,7 @@ from pallas_kernels.quantized_matmul.problem import Problem, Weight
 
 Arrays: TypeAlias = dict[str, jax.Array]
 Options: TypeAlias = tuple[Device | None, str | None]  # device, implementation
+Config: TypeAlias = tuple[Any, ...]  # how an implementation cuts the work
 Problems: TypeAlias = tuple[Problem, ...]  # of one x
 
 
@@ -31,6 +32,7 @@ def quantized_matmul(
     activation: str | None = None,
     out: Any = None,
     implementation: str | None = None,
+    config: Config | None = None,
     device: Device | None = None,
 ) -> jax.Array:
     """`y = activation(x @ w + bias)` with a quantized w.
@@ -52,26 +54,32 @@ def quantized_matmul(
       out: dtype of the result; that of x if None (float32 for int8).
       implementation: a name in `IMPLEMENTATIONS["quantized_matmul"]`, taken or refused; None for
         the best that supports the problem.
+      config: the `Config` of the named implementation's module by which each device is to cut its
+        part of the work; None for what was measured, or its guess.
       device: where it will run; None for the default device.
 
     Returns:
       `[m, n]`.
 
     Raises:
-      ValueError: if shapes, dtypes or names do not fit, or the implementation cannot run this.
+      ValueError: if shapes, dtypes or names do not fit, the implementation cannot run this, or a
+        config stands without the implementation's name.
     """
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(
             f"quantized_matmul: activation {activation!r} is none of {', '.join(ACTIVATIONS)}"
         )
+    if config is not None and implementation is None:
+        raise ValueError(f"quantized_matmul: {config} needs the name of its implementation")
     if bias is not None:
         if bias.shape != (weight.n,) or not jnp.issubdtype(bias.dtype, jnp.floating):
             raise ValueError(
                 f"quantized_matmul: bias must be floats [{weight.n}] for {weight}, is "
-                f"{bias.dtype}{list(bias.shape)}"
+                f"{bias.dtype}{list(bias.shape)}; give one float per output channel"
             )
         arrays = {**arrays, "bias": bias.astype(jnp.float32)}
-    (y,) = _joined(x, [arrays], [weight], layout, activation, out, (device, implementation))
+    options = device, implementation
+    (y,) = _joined(x, [arrays], [weight], layout, activation, out, options, config)
     return y
 
 
@@ -117,6 +125,7 @@ def _joined(
     activation: str | None,
     out: Any,
     options: Options,
+    config: Config | None = None,
 ) -> tuple[jax.Array, ...]:
     if out is None:
         out = jnp.float32 if x.dtype == jnp.int8 else x.dtype
@@ -124,6 +133,7 @@ def _joined(
     for held, weight in zip(arrays, weights, strict=True):
         check(x, held, weight, layout)
         problem = Problem(x.shape[0], weight, layout, x.dtype.name, out, "bias" in held, activation)
+        problem = problem._replace(config=config)
         choose("quantized_matmul", problem, *options)
         problems.append(problem)
     if x.shape[0] == 0:  # nothing to cut into blocks

@@ -1,6 +1,6 @@
 """What is multiplied, without the numbers: hashable descriptions of weights and products."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Weight(NamedTuple):
@@ -47,6 +47,7 @@ class Problem(NamedTuple):
         and what follows belong to `norm_matmul` and are None in `quantized_matmul`.
       gate: a name in `gated.reference.ACTIVATIONS`, where the weight is two, tiles of channels in
         turn, and the result `[m, n / 2]` is activation(x @ first) * (x @ second).
+      config: how the implementation is to cut the work, its module's `Config`; None for its choice.
     """
 
     m: int
@@ -58,6 +59,7 @@ class Problem(NamedTuple):
     activation: str | None = None
     norm: float | None = None
     gate: str | None = None
+    config: tuple[Any, ...] | None = None
 
     @property
     def plain(self) -> "Problem":

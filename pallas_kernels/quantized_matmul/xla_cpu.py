@@ -32,7 +32,7 @@ def supports(problem: Problem, device: Device) -> str | None:
         return f"it reads the layouts nibbles and bytes, not {problem.layout}"
     if problem.x not in ("float32", "bfloat16", "float16", "int8"):
         return f"it takes x in float32, bfloat16, float16 or int8, not {problem.x}"
-    return None
+    return None if problem.config is None else "it takes no config"
 
 
 def run(x: jax.Array, arrays: dict[str, jax.Array], problem: Problem) -> jax.Array:
