@@ -2,14 +2,17 @@
 
 Device time of a product (CUPTI, all kernels of it, medians over weights that exceed the L2): int4
 in groups of 128 by PyTorch's tinygemm, by XLA's own fusions and by our kernels; int8 and fp8 by our
-kernels and as products of two such operands (`_int_mm`, `_scaled_mm`: activations in codes, made
-beforehand and not counted); XLA's dot on a dequantized (bfloat16) weight.
+kernels, XLA's fusions, and as products of two such operands (`_int_mm`, `_scaled_mm`: activations
+in codes, made beforehand and not counted); XLA's dot on a dequantized (bfloat16) weight. In JAX a
+reader stands behind each product: our kernels start before the one in front is done, and their
+waiting would count.
 
     python experiments/peers_kernels.py                      # prints a table, needs torch
     SHAPES=8192x8192 ROWS=1,16 python experiments/peers_kernels.py
 
 """
 
+import datetime
 import json
 import os
 import pathlib
@@ -32,6 +35,7 @@ from pallas_kernels.quantized_matmul.problem import Problem, Weight
 GROUP = 128
 SHAPES = [(8192, 8192), (4096, 28672)]  # k, n
 ROWS = (1, 16, 32, 64)
+READ = 2**20  # words
 KERNELS = {"mosaic_gpu": mosaic_gpu.run, "mosaic_wgmma": mosaic_wgmma.run}
 
 
@@ -54,11 +58,17 @@ def of_torch(call: Callable[[Any], Any], weights: list[Any]) -> float:
 
 def of_jax(call: Callable[..., Any], x: jax.Array, weights: list[Any]) -> float:
     """Microseconds of `call(x, weight)`."""
-    # an x for each, since XLA joins dots of one
-    xs = [x + jnp.bfloat16(i) for i in range(len(weights))]
-    run = lambda xs, ws: [call(v, w) for v, w in zip(xs, ws, strict=True)]
-    calls = ceilings.durations(run, xs, weights, runs=5)
-    return statistics.median(sum(us for _, us in call) for call in calls) / len(weights)
+    data = ceilings.random_words(0, (READ,))
+    read = ceilings.reader(READ, *ceilings.READERS[0])
+
+    def turns(x: jax.Array, weights: Any, data: jax.Array) -> jax.Array:
+        for weight in weights:
+            x = read(data, x, call(x, weight))
+        return x
+
+    calls = ceilings.durations(turns, x, weights, data, runs=5)
+    mine = [sum(us for name, us in call if "read_bytes" not in name) for call in calls]
+    return statistics.median(mine) / len(weights)
 
 
 def torch_weights(k: int, n: int, count: int) -> dict[str, list[Any]]:
@@ -94,8 +104,8 @@ def peers_of_torch(m: int, k: int, weights: dict[str, list[Any]]) -> dict[str, f
     return found
 
 
-def peers_of_jax(m: int, k: int, n: int, count: int, packed: bool) -> dict[str, float | None]:
-    """Microseconds of our kernels, and of XLA on a bfloat16 weight and on int4 codes."""
+def peers_of_jax(m: int, k: int, n: int, count: int) -> dict[str, float | None]:
+    """Microseconds of our kernels, and of XLA on a bfloat16 weight and on codes."""
     x = jax.random.normal(jax.random.key(0), (m, k), jnp.bfloat16)
     found: dict[str, float | None] = {}
     for name, weight in {
@@ -110,18 +120,19 @@ def peers_of_jax(m: int, k: int, n: int, count: int, packed: bool) -> dict[str, 
     keys = jax.random.split(jax.random.key(1), count)
     weights = [jax.random.normal(key, (k, n), jnp.bfloat16) for key in keys]
     found["XLA bf16"] = of_jax(jnp.dot, x, weights)
-    if packed:
+
+    def opened(x: jax.Array, weight: Any) -> jax.Array:
+        codes, scale = weight
+        cut = codes.reshape(len(scale), -1, n).astype(jnp.bfloat16) * scale[:, None]
+        return jnp.dot(x, cut.reshape(k, n))
+
+    for dtype, group in (("int4", GROUP), ("int8", k), ("float8_e4m3fn", k)):
+        low = 8 if dtype == "int4" else 128
         made = [
-            (jax.random.randint(key, (k, n), -8, 8, jnp.int8).astype(jnp.int4), w[: k // GROUP])
+            (jax.random.randint(key, (k, n), -low, low, jnp.int8).astype(dtype), w[: k // group])
             for key, w in zip(keys, weights, strict=True)
         ]
-
-        def opened(x: jax.Array, weight: Any) -> jax.Array:
-            codes, scale = weight
-            cut = codes.reshape(-1, GROUP, n).astype(jnp.bfloat16) * scale[:, None]
-            return jnp.dot(x, cut.reshape(k, n))
-
-        found["XLA int4"] = of_jax(opened, x, made)
+        found[f"XLA {dtype}"] = of_jax(opened, x, made)
     return found
 
 
@@ -138,13 +149,16 @@ def main() -> None:
         weights = torch_weights(k, n, count)
         for m in ms:
             found = peers_of_torch(m, k, weights)
-            found |= peers_of_jax(m, k, n, min(4, count), (k, n) == shapes[0] and m in (1, 16, 64))
+            found |= peers_of_jax(m, k, n, min(4, count))
             rounded = {name: us and round(us, 1) for name, us in found.items()}
             print(k, n, m, rounded, flush=True)
             rows.append({"k": k, "n": n, "m": m, **rounded})
             out = pathlib.Path(os.environ.get("OUT", pathlib.Path(__file__).parent / "results"))
-            text = json.dumps({"card": card, "torch": torch.__version__, "rows": rows}, indent=1)
-            (out / f"peers_kernels_{card.replace(' ', '_')}.json").write_text(text + "\n")
+            head = {"card": card, "jax": jax.__version__, "torch": torch.__version__}
+            head |= {"date": str(datetime.date.today())}
+            head |= {"command": "python experiments/peers_kernels.py", "rows": rows}
+            path = out / f"peers_kernels_{card.replace(' ', '_')}.json"
+            path.write_text(json.dumps(head, indent=1) + "\n")
 
 
 if __name__ == "__main__":
