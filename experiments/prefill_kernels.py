@@ -46,6 +46,7 @@ FORMATS = {
 }
 CANDIDATES = int(os.environ.get("CANDIDATES", "5"))
 SECONDS = float(os.environ.get("SECONDS", "330"))  # no row is measured after so many
+HOT = 512  # rows from which on the card may not hold its rate, and a row has no reader above
 CHECKED = (17, 65, 264)  # m; of these, those that $ROWS lists
 CHECKS = {  # more than those of decoding
     **decode.CHECKS,
@@ -309,7 +310,7 @@ def main() -> None:
             buffers = decode.random_arrays(weight, ceilings.rotation(size))
             read = fastest_reader(size)
             points += [
-                (name, problem_of(m, weight), buffers, read if m <= 512 else None)
+                (name, problem_of(m, weight), buffers, read if m <= HOT else None)
                 for m in decode.chosen("ROWS", ms, int)
             ]
     points.sort(key=lambda point: point[1].m)  # what warms the card most comes last
@@ -338,7 +339,7 @@ def main() -> None:
             if time.time() - began > SECONDS:
                 print("out of time")
                 break
-            row = job(first, rate if problem.m >= 512 else None)
+            row = job(first, rate if problem.m >= HOT else None)
             print(
                 f"{name} {row['m']} {row['k']} {row['n']} | {row['us']} {row['read_us']} "
                 f"{row['best_us']} {row['ratio']} {row.get('ratio_first', '')} | "

@@ -177,7 +177,7 @@ def wide(name: str, weight: Weight, m: int, cut: tuple[int, ...]) -> list[str]:
 
 
 def scanned(name: str, weight: Weight, m: int) -> list[str]:
-    """Prints what a scan over six stacked layers holds beside them; whether it is a layer's copy."""
+    """Prints what a scan over six stacked layers holds beside them; if a copy of one, its name."""
     layout = next(n for n in mosaic_gpu.LAYOUTS if LAYOUTS[n].supports(weight) is None)
     problem = Problem(m, weight, layout, "bfloat16", "bfloat16")
     run = (mosaic_gpu if m <= mosaic_gpu.MAX_ROWS else mosaic_wgmma).launch

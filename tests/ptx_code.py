@@ -61,6 +61,9 @@ def _statement(
         machine.barriers.wait(get(1), get(2), live)
         names[operands[0]] = np.ones_like(live)
     elif name == "bar.sync":
+        assert (operands[0] == "0") == (len(operands) == 1), "barrier 0 is that of the whole block"
+        if len(operands) > 1:
+            assert (np.bincount(machine.block[live]) == int(operands[1])).all()
         machine.meet(live)
     elif name.startswith("barrier.cluster"):
         machine.meet_cluster(live, "arrive" in name)

@@ -12,6 +12,7 @@ import pytest
 from helpers import MOSAIC, needs_mosaic
 from hopper_operands import by_lane, weight_of
 from jax import lax
+from jax.experimental import pallas as pl
 from test_hopper import (
     H100,
     WEIGHTS,
@@ -21,56 +22,113 @@ from test_hopper import (
 )
 
 from pallas_kernels.dispatch import choose
+from pallas_kernels.frame import Device
 from pallas_kernels.quantized_matmul import mosaic_gpu, mosaic_wgmma, problems
 from pallas_kernels.quantized_matmul.layouts import LAYOUTS
 from pallas_kernels.quantized_matmul.mosaic_wgmma import Config
 from pallas_kernels.quantized_matmul.problem import Problem, Weight
 
 
-def _twin(strips: int, unit: float):
-    """What `fragments` returns for int4 in groups of 128 with bfloat16 scales, in plain jax."""
+def _numbers(codes: jax.Array, count: int, order: tuple[int, ...], strips: int) -> jax.Array:
+    """Codes of a stage as `[64, 64 strips]`: `count` of a word, whose number is that of bits of
+    `order`, the highest first: the places of b, e and h among axes tile, half, r, c, p, ...
+    """
+    words = by_lane(codes.reshape(4, -1, 128))  # tile, half or b, r, c, p
+    bits = 32 // count
+    shifts = bits * lax.broadcasted_iota(jnp.int32, (1,) * 5 + (count,), 5)
+    cut = (words[..., None] >> shifts) & (2**bits - 1)
+    cut = cut.reshape(4, -1, 8, 4, 4, *(2,) * (3 if count == 8 else 2))
+    return cut.transpose(order).reshape(64, 64 * strips)
 
-    def decode(refs):
+
+def _twin(weight: Weight, strips: int, unit: float):
+    """What `fragments` returns, in plain jax: for int4 in groups of 128 with bfloat16 scales, nf4
+    in groups of 64 with float32 scales, and int8.
+    """
+
+    def int4(refs):
         codes, scale = refs[0][...], refs[1][...]
-        words = by_lane(codes.reshape(4, strips, 128))  # tile, half, r, c, p
-        shifts = 4 * lax.broadcasted_iota(jnp.int32, (1,) * 5 + (8,), 5)
-        nibbles = (words[..., None] >> shifts) & 15  # 2 b + h + 4 e
-        cut = nibbles.reshape(4, strips, 8, 4, 4, 2, 2, 2)  # ..., e, b, h
-        cut = cut.transpose(0, 7, 2, 1, 6, 3, 4, 5).reshape(64, 64 * strips)
+        numbers = _numbers(codes, 8, (0, 7, 2, 1, 6, 3, 4, 5), strips) - 8  # e, b, h
         wide = jnp.stack([scale << 16, scale & jnp.int32(-65536)], 1)  # tile, half, r
         wide = lax.bitcast_convert_type(wide, jnp.float32).reshape(64, 1)
-        return ((cut - 8).astype(jnp.float32) * wide / unit).astype(jnp.bfloat16)
+        return (numbers.astype(jnp.float32) * wide / unit).astype(jnp.bfloat16)
 
-    return decode
+    def nf4(refs):
+        numbers = _numbers(refs[0][...], 8, (0, 6, 2, 1, 5, 3, 4, 7), strips)  # b, h, e
+        book = [jnp.float32(jnp.bfloat16(v)) for v in weight.values]
+        value = sum(jnp.where(numbers == i, v, 0) for i, v in enumerate(book))
+        scale = lax.bitcast_convert_type(refs[1][...], jnp.float32).reshape(4, strips, 16)
+        wide = jnp.repeat(scale.transpose(0, 2, 1).reshape(64, strips), 64, 1)
+        return (value * wide / unit).astype(jnp.bfloat16)
+
+    def int8(refs):
+        numbers = _numbers(refs[0][...], 4, (0, 6, 2, 1, 3, 4, 5), strips) - 128  # e, h
+        return (numbers.astype(jnp.float32) / unit).astype(jnp.bfloat16)
+
+    return int8 if weight.code == "int8" else nf4 if weight.values else int4
+
+
+def _finish(problem: Problem, rows: int):
+    """What `finish` returns, in plain jax."""
+    from pallas_kernels.quantized_matmul import hopper_fragments
+
+    unit, out = hopper_fragments.unit(problem.weight), problem.out
+
+    def last(sums, refs, first):
+        of = [ref[pl.ds(first[0], 64)] for ref in refs]
+        y = sums * unit
+        y = y * lax.broadcast_in_dim(of[0], y.shape, (0,)) if len(of) > 1 else y
+        return (y + lax.broadcast_in_dim(of[-1], y.shape, (0,)) if of else y).astype(out)
+
+    return last
+
+
+INT4 = Weight(384, 0, 128, "int4", "bfloat16")
+NF4 = Weight(384, 0, 64, "uint4", values=problems.NF4)
+INT8 = Weight(384, 0, 384, "int8")
 
 
 def _interpreted(
-    config: Config, out: str, capfd: pytest.CaptureFixture[str], sizes: tuple = (128, 256)
+    config: Config,
+    out: str,
+    capfd: pytest.CaptureFixture[str],
+    sizes: tuple = (128, 256),
+    weight: Weight = INT4,
 ) -> tuple:
     """The result of the kernel in jax's interpreter, of weights of one x `[83, 384]` of so many
-    channels; x, and the weights side by side.
+    channels, of int8 with a bias; x, the weights side by side, and the bias.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     from pallas_kernels.quantized_matmul import hopper_fragments, hopper_wgmma
 
-    weight = Weight(384, sum(sizes), 128, "int4", "bfloat16")
-    twin = _twin(config.strips, hopper_fragments.unit(weight))
+    weight, biased = weight._replace(n=sum(sizes)), weight.code == "int8"
+    twin = _twin(weight, config.strips, hopper_fragments.unit(weight))
     rng = np.random.default_rng(0)
-    codes = rng.integers(-8, 8, (weight.k, weight.n))
-    scale = rng.uniform(0.5, 2, (3, weight.n)).astype(jnp.bfloat16)
+    low, high = {"int4": (-8, 8), "uint4": (0, 16), "int8": (-128, 128)}[weight.code]
+    codes = rng.integers(low, high, (weight.k, weight.n))
+    scale = rng.uniform(0.5, 2, (weight.groups, weight.n)).astype(weight.scale)
+    bias = 100 * rng.normal(size=weight.n) * biased
     parts = [slice(end - n, end) for end, n in zip(itertools.accumulate(sizes), sizes, strict=True)]
     arrays = [
-        _pack({"codes": codes[:, p].astype("int4"), "scale": scale[:, p]}, weight._replace(n=n))
+        _pack(
+            {"codes": codes[:, p].astype(weight.code), "scale": scale[:, p]}, weight._replace(n=n)
+        )
+        | ({"bias": jnp.asarray(bias[p], jnp.float32)} if biased else {})
         for p, n in zip(parts, sizes, strict=True)
     ]
     x = jnp.asarray(rng.normal(size=(83, weight.k)), jnp.bfloat16)
-    problem = Problem(83, weight, "hopper4", "bfloat16", out)
+    layout = "hopper8" if biased else "hopper4"
+    problem = Problem(83, weight, layout, "bfloat16", out, biased)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         got = jax.jit(hopper_wgmma.kernel(problem, config, sizes, twin))(x, arrays)
     assert "RACE" not in capfd.readouterr().out
-    w = (codes * np.repeat(scale.astype(np.float32), 128, 0)).astype(jnp.bfloat16)
-    return np.asarray(got, np.float64), np.asarray(x, np.float64), w.astype(np.float64)
+    values = codes.astype(np.float32)
+    if weight.values is not None:
+        values = np.asarray(weight.values, jnp.bfloat16).astype(np.float32)[codes]
+    w = values * np.repeat(scale.astype(np.float32), weight.group, 0)
+    w = w if biased else w.astype(jnp.bfloat16)
+    return np.asarray(got, np.float64), np.asarray(x, np.float64), w.astype(np.float64), bias
 
 
 def _bound(out: str, truth: np.ndarray) -> float:
@@ -80,51 +138,70 @@ def _bound(out: str, truth: np.ndarray) -> float:
 
 @needs_mosaic
 @pytest.mark.parametrize(
-    ("config", "out", "sizes"),
+    ("config", "out", "sizes", "weight"),
     [
-        (Config(32, 2, 2), "bfloat16", (128, 256)),
-        (Config(64, 1, 3, width=1, channels=64), "bfloat16", (128, 256)),
-        (Config(128, 1, 2), "float32", (128, 256)),  # written in two strips
-        (Config(64, 1, 2, channels=256), "bfloat16", (256, 512)),
+        (Config(32, 2, 2), "bfloat16", (128, 256), INT4),
+        (Config(64, 1, 3, width=1, channels=64), "bfloat16", (128, 256), INT4),
+        (Config(128, 1, 2), "float32", (128, 256), INT4),  # written in two strips
+        (Config(64, 1, 2, channels=256), "bfloat16", (256, 512), INT4),
+        (Config(64, 1, 3), "float32", (128, 256), NF4),
+        (Config(64, 1, 2, channels=256), "float32", (256, 256), INT8),
+        (Config(32, 1, 3), "float32", (328,), INT8),  # the last tile is beyond the channels
     ],
 )
 def test_the_interpreted_kernel_multiplies(
     config: Config,
     out: str,
     sizes: tuple,
+    weight: Weight,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
+    from pallas_kernels.quantized_matmul import hopper_wgmma
+
     monkeypatch.setitem(mosaic_wgmma.AT_ONCE, 1, 2)  # blocks take tiles in turns
-    got, x, w = _interpreted(config, out, capfd, sizes)
-    truth = x @ w
+    monkeypatch.setattr(hopper_wgmma, "finish", _finish)
+    got, x, w, bias = _interpreted(config, out, capfd, sizes, weight)
+    truth = x @ w + bias
     assert np.abs(got - truth).max() <= _bound(out, truth)
+
+
+MARKS = {"Teams": 100, "Blocks": 1000}
 
 
 @pytest.fixture
 def silent(monkeypatch: pytest.MonkeyPatch) -> list:
-    """Calls of `Parts` and `Exchange`, which do nothing here: the interpreter knows no messages
-    between blocks or warpgroups. A block keeps its own sums of the rows that it adds up.
+    """Calls of `Teams`, `Blocks` and `Exchange`, which send nothing here: the interpreter knows no
+    messages between blocks or warpgroups. Who adds gets its own sums of its rows and a mark; of
+    what is sent the calls say whether teams have added it up.
     """
-    from pallas_kernels.quantized_matmul import hopper_wgmma
+    from pallas_kernels.quantized_matmul import hopper_fragments, hopper_wgmma
 
     calls: list = []
+    added: list = []
 
     class Silent:
         def __init__(self, *how: int) -> None:
             self.how = how
 
         def __getattr__(self, name: str):
-            return lambda *of: calls.append((self.how, name))
+            return lambda *of: calls.append((type(self).__name__, *self.how, name))
+
+        def send(self, sums: jax.Array, *of: object) -> None:
+            calls.append(("Blocks", *self.how, "send", any(sums is v for v in added)))
 
         def add(self, sums: jax.Array, slots: object) -> jax.Array:
-            calls.append((self.how, "add"))
-            rows, split = self.how[0] // self.how[1], self.how[1]
+            kind = type(self).__name__
+            calls.append((kind, *self.how, "add"))
+            split = self.how[1] if kind == "Blocks" else 1
+            rows = self.how[0] // split
             first = lax.axis_index("cluster") * rows if split > 1 else 0
-            return lax.dynamic_slice_in_dim(sums, first, rows, 1)
+            mine = lax.dynamic_slice_in_dim(sums, first, rows, 1)
+            added.append(mine + MARKS[kind] / hopper_fragments.unit(INT4))
+            return added[-1]
 
-    monkeypatch.setattr(hopper_wgmma, "Parts", Silent)
-    monkeypatch.setattr(hopper_wgmma, "Exchange", Silent)
+    for name in ("Teams", "Blocks", "Exchange"):
+        monkeypatch.setattr(hopper_wgmma, name, type(name, (Silent,), {}))
     return calls
 
 
@@ -147,35 +224,48 @@ def test_blocks_split_k_in_the_last_round(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setitem(mosaic_wgmma.AT_ONCE, 2, at_once)
-    got, x, w = _interpreted(config, "float32", capfd)
+    got, x, w, _ = _interpreted(config, "float32", capfd)
     truth, half = x @ w, config.rows // 2
     last = range(64, 83, half) if config.rows == 32 and first else range(0, 83, half)
     for row in last:  # one block has turn 0 of 128 along k, the other the other two
         k = slice(0, 128) if row % config.rows == 0 else slice(128, 384)
-        truth[row : row + half, first:] = x[row : row + half, k] @ w[k, first:]
+        part = x[row : row + half, k] @ w[k, first:]
+        truth[row : row + half, first:] = part + MARKS["Blocks"]
     assert np.abs(got - truth).max() <= _bound("float32", truth)
-    joint, shared = (config.rows, 2, 1, 2), (4 * mosaic_wgmma.block_words(config),)
+    joint, shared = (
+        ("Blocks", config.rows, 2, 2),
+        ("Exchange", 4 * mosaic_wgmma.block_words(config)),
+    )
     assert silent == [  # of the warpgroup that loads, then of those that multiply
-        (shared, "open"),
-        (shared, "meet"),
-        (shared, "meet"),
-        (joint, "send"),
-        (shared, "wait"),
-        (joint, "add"),
+        (*shared, "open"),
+        (*shared, "meet"),
+        (*shared, "meet"),
+        (*joint, "send", False),
+        (*shared, "wait"),
+        (*joint, "add"),
     ]
 
 
 @needs_mosaic
+@pytest.mark.parametrize("split", [1, 2])
 def test_the_second_team_leaves_its_sums(
-    silent: list, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    split: int, silent: list, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(mosaic_wgmma.AT_ONCE, 1, 2)
-    got, x, w = _interpreted(Config(32, 1, 4, channels=64, teams=2), "float32", capfd)
-    own = np.arange(384) // 64 % 2 == 0  # stages of the first team
-    truth = x[:, own] @ w[own]
+    monkeypatch.setitem(mosaic_wgmma.AT_ONCE, 2, 64)
+    config = Config(32, 1, 4, split, channels=64, teams=2)
+    got, x, w, _ = _interpreted(config, "float32", capfd)
+    stage = np.arange(384) // 64
+    truth = np.full(got.shape, float(MARKS["Teams"]))
+    for rank in range(split):  # blocks have the first 256 of k, and the rest, of rows in turn
+        own = (stage % 2 == 0) & ((stage // 4 == rank) | (split == 1))
+        rows = np.arange(83) // (32 // split) % split == rank
+        truth[rows] += x[rows][:, own] @ w[own] + MARKS["Blocks"] * (split > 1)
     assert np.abs(got - truth).max() <= _bound("float32", truth)
-    names = ["meet", "leave", "meet", "add"]  # they wait for the sums before, and for these
-    assert silent == [((32, 1, 2, 1), name) for name in names]
+    of_teams = [call[-1] for call in silent if call[0] == "Teams"]
+    assert of_teams == ["meet", "leave", "meet", "add"]  # wait for the sums before, and for these
+    sent = [call for call in silent if call[-2] == "send"]
+    assert sent == [("Blocks", 32, 2, 1, "send", True)] * (split > 1)
 
 
 def test_each_tile_is_taken_once() -> None:
@@ -213,11 +303,69 @@ def test_weights_side_by_side_fill_tiles(monkeypatch: pytest.MonkeyPatch) -> Non
     assert chosen() == chosen(28672) == chosen(28672 - 256, 256) == wide
     monkeypatch.setattr(mosaic_wgmma, "configs", lambda _: [(1.0, wide), (2.0, Config(64, 2, 4))])
     assert chosen(28672 - 128, 128) == Config(64, 2, 4)
+    cuts: list = []
+    monkeypatch.setattr(mosaic_wgmma, "launch", lambda _, c, *rest: cuts.append(c) or jnp.zeros(()))
+    monkeypatch.setattr(mosaic_gpu, "columns_of", lambda y, sizes: sizes)
+    monkeypatch.setattr(mosaic_wgmma.Device, "default", lambda: Device("gpu", "some card"))
+    each = [problem._replace(weight=weight._replace(n=n)) for n in (28672 - 128, 128)]
+    assert mosaic_wgmma.run_joined(jnp.zeros(()), [{}, {}], each) == (28672 - 128, 128)
+    assert cuts == [Config(64, 2, 4)]
     if MOSAIC:
         from pallas_kernels.quantized_matmul import hopper_wgmma
 
-        with pytest.raises(ValueError, match=r"28544, 128\) channels: they fill no tiles"):
+        with pytest.raises(ValueError, match=r"\(28544, 128\) channels .* multiple of 256"):
             hopper_wgmma.kernel(problem, wide, (28672 - 128, 128))
+
+
+@needs_mosaic
+@pytest.mark.parametrize("n", [40, 768, 6400])
+def test_numbers_of_channels_reach_to_the_end_of_tiles(
+    n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lanes read those of all channels of a tile, and of all that share x."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from pallas_kernels.quantized_matmul import hopper_wgmma
+
+    weight = Weight(256, n, 256, "int8")
+    problem = Problem(64, weight, "hopper8", "bfloat16", "bfloat16", True)
+    given: list = []
+
+    def kernel(body, out_type, **how):
+        return lambda *operands: given.append(operands) or jnp.zeros(out_type.shape)
+
+    monkeypatch.setattr(plgpu, "kernel", kernel)
+    shapes = LAYOUTS["hopper8"].shapes(weight) | {"bias": jax.ShapeDtypeStruct((n,), jnp.float32)}
+    arrays = {name: jnp.zeros(v.shape, v.dtype) for name, v in shapes.items()}
+    taken = 0
+    for (channels, teams), shared in itertools.product(mosaic_wgmma.BLOCKS, (1, 2)):
+        config = Config(32, 1, 4, 1, shared, 8, channels, teams)
+        hopper_wgmma.kernel(problem, config)(jnp.zeros((64, 256), jnp.bfloat16), [arrays])
+        *_, scale, bias = given[-1]
+        assert len(scale) == len(bias) >= -(-n // (channels * shared)) * channels * shared
+        taken += 1
+    assert taken == len(given) == 8
+
+
+def test_tiles_of_256_channels_are_offered_where_warps_have_room() -> None:
+    def offered(n: int, m: int, weight: Weight = INT4) -> dict:
+        problem = Problem(m, weight._replace(k=8192, n=n), "hopper4", "bfloat16", "bfloat16")
+        return {c: us for us, c in mosaic_wgmma.configs(problem)}
+
+    wide = lambda found: {c for c in found if c.channels == 256}
+    assert wide(offered(28672, 32))
+    assert {c.strips for c in wide(offered(28672, 32))} == {2}
+    zeros = Weight(0, 0, 64, "uint4", "float16", zero="uint4")
+    assert {c.strips for c in wide(offered(28672, 32, zeros))} == {1}
+    assert {c.rows for c in wide(offered(28672, 256))} == {32, 64}
+    problem = Problem(128, INT4._replace(k=8192, n=8192), "hopper4", "bfloat16", "bfloat16")
+    assert "4 warpgroups have no" in str(
+        mosaic_wgmma.fits(problem, Config(128, 1, 3, channels=256))
+    )
+    for m in (32, 64):  # 32 tiles are no work for 132 multiprocessors, 112 are
+        few, many = offered(8192, m), offered(28672, m)
+        assert min(few, key=few.__getitem__).channels < 256
+        assert min(many, key=many.__getitem__).channels == 256
 
 
 def test_a_split_that_no_cluster_has_is_refused() -> None:

@@ -188,7 +188,7 @@ def test_sums_meet(config, monkeypatch):
     """Those of teams and blocks, each lane's by the lane that owns the rows; no byte is sent that
     nobody waits for.
     """
-    from pallas_kernels.quantized_matmul.hopper_finish import Parts
+    from pallas_kernels.quantized_matmul.hopper_finish import Blocks, Teams
     from pallas_kernels.quantized_matmul.hopper_sums import Exchange
 
     machine, c = on_a_cpu(monkeypatch, 2**23), config
@@ -199,7 +199,7 @@ def test_sums_meet(config, monkeypatch):
     left = Ref(machine, own + places[0], (mosaic_wgmma.team_words(c),), np.float32)
     slots = Ref(machine, own + places[1], (words,), np.float32)
     arrived = Ref(machine, own + places[2], (1, 2), np.int32)
-    teams, blocks = Parts(c.rows, 1, c.teams, members), Parts(c.rows, c.split, 1, members)
+    teams, blocks = Teams(c.rows, c.teams, members), Blocks(c.rows, c.split, members)
     exchange = Exchange(4 * words)
     member, team = machine.thread // GROUP % members, machine.thread // GROUP // members
     registers, live = c.rows // 4, machine.live

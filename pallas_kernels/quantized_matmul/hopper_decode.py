@@ -25,7 +25,7 @@ from pallas_kernels.quantized_matmul.problem import Weight
 
 # a word, of 4-bit codes also which 32 along k -> the registers of channels r and r + 8
 Pairs: TypeAlias = Callable[[ir.Value, int], list[ir.Value]]
-PAIRS = 0x0001_0001  # a 16-bit number in both halves of a register
+BOTH = 0x0001_0001  # a 16-bit number in both halves of a register
 
 
 def _word(code: str, *args: ir.Value) -> ir.Value:
@@ -35,7 +35,7 @@ def _word(code: str, *args: ir.Value) -> ir.Value:
 def pair(value: float) -> ir.Value:
     """A number that is a bfloat16, in both halves of a word."""
     bits = int(np.asarray(value, jnp.bfloat16).view(np.uint16))
-    return ptx.number(bits * PAIRS)
+    return ptx.number(bits * BOTH)
 
 
 def fma(a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
@@ -90,7 +90,7 @@ class Raw(NamedTuple):
 
 def _nibbles(word: ir.Value, block: int) -> list[ir.Value]:
     moved = _right(word, 8 * block)
-    return [arith.andi(moved, ptx.number(mask * PAIRS)) for mask in (0xF, 0xF0)]
+    return [arith.andi(moved, ptx.number(mask * BOTH)) for mask in (0xF, 0xF0)]
 
 
 def _bytes(word: ir.Value, block: int) -> list[ir.Value]:
@@ -100,7 +100,7 @@ def _bytes(word: ir.Value, block: int) -> list[ir.Value]:
 def _float8(mantissa: int) -> Pairs:
     """The bits of four numbers where bfloat16 has them. NaN and Inf become finite."""
     shift = 7 - mantissa
-    kept = (0x8000 | 0x7F << shift) * PAIRS
+    kept = (0x8000 | 0x7F << shift) * BOTH
 
     def bits(word: ir.Value, block: int) -> list[ir.Value]:
         # bytes, and eight times their signs: even, odd ...

@@ -49,6 +49,11 @@ def _quads(array: fa.FragmentedArray) -> list[list[ir.Value]]:
     return [[*a, *b] for a, b in zip(pairs[::2], pairs[1::2], strict=True)]
 
 
+def _quad() -> ir.Value:
+    """The warpgroup."""
+    return arith.shrui(ptx.thread(), ptx.number(7))
+
+
 def finish(problem: Problem, rows: int) -> Any:
     """`f(sums [64, rows], [scales of channels, bias], first channel) -> the result's dtype`; the
     sums are of operands over `hopper_fragments.unit`.
@@ -100,29 +105,17 @@ def finish(problem: Problem, rows: int) -> Any:
 
 
 class Parts:
-    """The sums of warpgroups that share k: of the `teams` of a block, or of the first teams of
-    `split` blocks.
-
-    A first team adds up its block's share of `rows`, whose own sums it keeps in registers. The
-    others, in shared memory, lie as `[member, part, 8 rows, thread, 4]`: parts of the other teams,
-    or of the next blocks of the cluster. What a thread holds is added by the thread of its number
-    in the first team, in that order.
+    """Sums of warpgroups that share k: their own in registers and `count` others in shared memory,
+    as `[member, part, 8 rows, thread, 4]`. What a thread holds is added by the thread of its number
+    in the first team of the block that owns the rows, a `split`-th of them, in that order.
     """
 
-    def __init__(self, rows: int, split: int, teams: int, members: int) -> None:
-        assert 1 in (split, teams)
+    def __init__(self, rows: int, split: int, count: int, members: int) -> None:
         eights = rows // 8 // split
-        count = split * teams - 1  # of parts in shared memory
-
-        def quad() -> ir.Value:
-            return arith.shrui(ptx.thread(), ptx.number(7))
-
-        def team() -> ir.Value:
-            return arith.divui(quad(), ptx.number(members))
 
         def place(part: ir.Value, eight: int) -> ir.Value:
             """The word of a thread's four sums."""
-            member = arith.remui(quad(), ptx.number(members))
+            member = arith.remui(_quad(), ptx.number(members))
             line = arith.addi(arith.muli(member, ptx.number(count)), part)
             line = ptx.add(arith.muli(line, ptx.number(eights)), eight)
             line = arith.muli(line, ptx.number(THREADS))
@@ -140,6 +133,28 @@ class Parts:
             return mine
 
         result = plgpu.ShapeDtypeStruct((64, rows // split), jnp.float32, layout=plgpu.Layout.WGMMA)
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()), return_type=result)
+        def add(ctx, sums, slots):
+            """The own sums and what others have for the same rows."""
+            done = []
+            for eight, total in enumerate(own(sums)):
+                for number in range(count):
+                    at = place(ptx.number(number), eight)
+                    more = ptx.load(slots, at, 4, ir.F32Type.get())
+                    total = [arith.addf(t, v) for t, v in zip(total, more, strict=True)]
+                done += [total[:2], total[2:]]
+            return _array(done, rows // split)
+
+        self.place, self.eights, self.add = place, eights, add
+
+
+class Blocks(Parts):
+    """The sums of the first teams of `split` blocks: parts are of the next blocks of the cluster."""
+
+    def __init__(self, rows: int, split: int, members: int) -> None:
+        super().__init__(rows, split, split - 1, members)
+        place, eights = self.place, self.eights
 
         @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(), plgpu.RefType()))
         def send(ctx, sums, slots, arrived):
@@ -162,31 +177,30 @@ class Parts:
                         )
                     scf.yield_([])
 
+        self.send = send
+
+
+class Teams(Parts):
+    """The sums of the `teams` of a block: parts are of those behind the first."""
+
+    def __init__(self, rows: int, teams: int, members: int) -> None:
+        super().__init__(rows, 1, teams - 1, members)
+        place = self.place
+
         @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()))
         def leave(ctx, sums, slots):
-            """In this block, for the first team."""
-            f32, before = ir.F32Type.get(), ptx.add(team(), -1)
+            """For the first team."""
+            f32 = ir.F32Type.get()
+            before = ptx.add(arith.divui(_quad(), ptx.number(members)), -1)
             for eight, quad in enumerate(_quads(sums)):
                 vector: Any = llvm.mlir_undef(ir.VectorType.get((4,), f32))
                 for i, value in enumerate(quad):
                     vector = llvm.insertelement(vector, value, ptx.number(i))
                 llvm.store(vector, ptx.at(slots, place(before, eight), f32), alignment=16)
 
-        @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()), return_type=result)
-        def add(ctx, sums, slots):
-            """The sums of the first team and what others have for its rows."""
-            done = []
-            for eight, total in enumerate(own(sums)):
-                for number in range(count):
-                    at = place(ptx.number(number), eight)
-                    more = ptx.load(slots, at, 4, ir.F32Type.get())
-                    total = [arith.addf(t, v) for t, v in zip(total, more, strict=True)]
-                done += [total[:2], total[2:]]
-            return _array(done, rows // split)
-
         @plgpu.inline_mgpu(arg_types=())
         def meet(ctx):
             """All teams."""
             ptx.run(f"bar.sync 9, {THREADS * members * teams};", "~{memory}")
 
-        self.send, self.leave, self.meet, self.add = send, leave, meet, add
+        self.leave, self.meet = leave, meet

@@ -27,13 +27,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.quantized_matmul import hopper_layout as layout
-from pallas_kernels.quantized_matmul.hopper_finish import Parts, finish
+from pallas_kernels.quantized_matmul.hopper_finish import Blocks, Teams, finish
 from pallas_kernels.quantized_matmul.hopper_fragments import fragments
 from pallas_kernels.quantized_matmul.hopper_pairs import write_pairs
 from pallas_kernels.quantized_matmul.hopper_sums import Exchange
 from pallas_kernels.quantized_matmul.mosaic_gpu import PAIR_TABLE
 from pallas_kernels.quantized_matmul.mosaic_wgmma import (
-    CHANNELS,
     STRIP,
     Config,
     block_words,
@@ -62,7 +61,7 @@ def kernel(
     Args:
       problem: that of all weights side by side.
       config: how the work is cut.
-      channels: of each weight, multiples of 128; None for one weight.
+      channels: of each weight, multiples of those of a tile; None for one weight.
       twin: to interpret the kernel, which knows neither inline code nor `wgmma` on registers: a
         function in place of `fragments`; what it returns goes through shared memory.
 
@@ -87,12 +86,15 @@ def kernel(
     per_turn, turns = 2 * c.teams, turns_of(weight.k, c)
     tiles = (-(-m // c.rows), -(-weight.n // (c.channels * c.shared)))
     cut, outs, strip = rounds(m, weight.n, c), *strips_out(c)
-    teams, blocks = Parts(c.rows, 1, c.teams, members), Parts(c.rows, c.split, 1, members)
+    teams, blocks = Teams(c.rows, c.teams, members), Blocks(c.rows, c.split, members)
     last, last_joint = (finish(problem, c.rows // split) for split in (1, c.split))
     exchange = Exchange(4 * block_words(c))
     sizes = channels or [weight.n]
     if unfilled(sizes, c):
-        raise ValueError(f"{config} cannot run weights of {sizes} channels: they fill no tiles")
+        raise ValueError(
+            f"{config} cannot run weights of {sizes} channels side by side: each must be a multiple "
+            f"of {c.channels}, or the config have fewer channels"
+        )
     begins = [0, *itertools.accumulate(-(-n // c.channels) for n in sizes)]
     ends = ["scale"] * layout.per_channel(weight) + ["bias"] * problem.bias
 
@@ -287,7 +289,9 @@ def kernel(
     def call(x, arrays):
         held = [one[n] for one in arrays for n in ("codes", *names)]
         whole = jnp.pad(x, ((0, _up(m, 8) - m), (0, _wide(weight.k, wide) - weight.k)))
-        y = run(whole, *held, *(_of_channels([one[n] for one in arrays], sizes) for n in ends))
+        unit = c.channels * c.shared
+        of_each = [_of_channels([one[n] for one in arrays], sizes, unit) for n in ends]
+        y = run(whole, *held, *of_each)
         return y[:m, : weight.n]
 
     return call
@@ -312,8 +316,10 @@ def registers(warpgroups: int) -> int:
     return min(232, (held - LOADER) // warpgroups // 8 * 8)
 
 
-def _of_channels(held: Sequence[jax.Array], sizes: Sequence[int]) -> jax.Array:
-    """A number for each channel of all weights, float32, of whole tiles."""
+def _of_channels(held: Sequence[jax.Array], sizes: Sequence[int], unit: int) -> jax.Array:
+    """A number for each channel of all weights, float32, to whole tiles of `unit` channels: lanes
+    read those of all channels of a tile.
+    """
 
     def of_one(values, n):
         if values.dtype == jnp.int32:  # scales, as they lie
@@ -321,4 +327,4 @@ def _of_channels(held: Sequence[jax.Array], sizes: Sequence[int]) -> jax.Array:
         return values[:n]
 
     values = jnp.concatenate([of_one(*pair) for pair in zip(held, sizes, strict=True)])
-    return jnp.pad(values, (0, _up(sum(sizes), 2 * CHANNELS) - sum(sizes)))
+    return jnp.pad(values, (0, _up(sum(sizes), unit) - sum(sizes)))

@@ -16,7 +16,7 @@ from pallas_kernels.frame import Device
 from pallas_kernels.quantized_matmul import hopper_layout, mosaic_gpu
 from pallas_kernels.quantized_matmul.problem import Problem, Weight
 
-CHANNELS = 128  # that weights of one launch fill
+CHANNELS = 128  # of which weights side by side have a multiple; tiles may need more
 STRIP = 64  # of k, what the tensor cores take at once
 CLUSTERS = ((1, 1), (2, 1), (4, 1), (1, 2))  # blocks that split k, that share x: checked ones
 AT_ONCE = {split: mosaic_gpu.AT_ONCE[split] for split, _ in CLUSTERS}  # blocks, by their split
@@ -148,7 +148,7 @@ def fits(problem: Problem, config: Config) -> str | None:
     if c.steps % c.teams:
         return f"{c.teams} teams cannot take {c.steps} stages in turns"
     if c.channels * c.teams > 128 and c.rows > 64:
-        return f"{c.rows} rows need more registers than warpgroups of {c.channels} channels have"
+        return f"{c.channels // STRIP * c.teams} warpgroups have no registers for {c.rows} rows"
     if shared_bytes(problem, c) > mosaic_gpu.SHARED_MEMORY:
         return f"needs {shared_bytes(problem, c)} bytes of shared memory"
     return None
@@ -183,7 +183,9 @@ def _two_strips(weight: Weight, cut: tuple[int, int]) -> bool:
 
 
 def _guess(problem: Problem, c: Config) -> float:
-    """Microseconds: rounds of tiles of so many strips along k, as they were measured on an H100."""
+    """Microseconds: rounds of tiles of so many strips along k, as they were measured on an H100;
+    tiles of 256 channels on an H200.
+    """
     cut = rounds(problem.m, problem.weight.n, c)
     alone = -(-cut.whole * c.shared // AT_ONCE[c.split])
     joint = -(-cut.rest * c.split // AT_ONCE[c.split])
