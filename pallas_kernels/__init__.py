@@ -9,7 +9,7 @@ How an op is arranged, `quantized_matmul` for example::
       layouts.py     LAYOUTS, literal: name -> Layout
       reference.py   the definition, and what every choice ends at
       xla_cpu.py, mosaic_gpu.py   implementations; later ones (mosaic_tpu.py) stand beside them
-      problems.py    PROBLEMS, literal: what tests, benchmarks and the tuner iterate
+      problems.py    literal dicts: what tests, benchmarks and the tuner iterate
     cast_fp8/, block_scaled_matmul/, row_scaled_matmul/   the same, without layouts and partitioning
     frame.py         Device, Implementation
     hopper.py        what kernels for Hopper need of a device
