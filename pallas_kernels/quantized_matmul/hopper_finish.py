@@ -150,7 +150,7 @@ class Parts:
 
 
 class Blocks(Parts):
-    """The sums of the first teams of `split` blocks: parts are of the next blocks of the cluster."""
+    """The sums of the first teams of `split` blocks: parts are of the next ones of the cluster."""
 
     def __init__(self, rows: int, split: int, members: int) -> None:
         super().__init__(rows, split, split - 1, members)

@@ -92,8 +92,8 @@ def kernel(
     sizes = channels or [weight.n]
     if unfilled(sizes, c):
         raise ValueError(
-            f"{config} cannot run weights of {sizes} channels side by side: each must be a multiple "
-            f"of {c.channels}, or the config have fewer channels"
+            f"{config} cannot run weights of {sizes} channels side by side: each must be a "
+            f"multiple of {c.channels}, or the config have fewer channels"
         )
     begins = [0, *itertools.accumulate(-(-n // c.channels) for n in sizes)]
     ends = ["scale"] * layout.per_channel(weight) + ["bias"] * problem.bias

@@ -282,9 +282,7 @@ def run_joined(
 ) -> list[jax.Array]:
     """`[x @ w for w in weights]`, one launch."""
     whole = whole_problem(problems)
-    config = whole.config or choose_config(
-        whole.m, whole.weight, Device.default().kind, whole.bias
-    )
+    config = whole.config or choose_config(whole.m, whole.weight, Device.default().kind, whole.bias)
     assert config is not None, "supports() found one"
     channels = tuple(p.weight.n for p in problems)
     return launch(whole, config, channels, x, list(arrays))
