@@ -11,10 +11,14 @@ as qwix at m = 1.
 
     # optional: what is missing is named, not timed
     pip install qwix==0.1.8 torch bitsandbytes transcribe-cpp-native==0.4.1 xllamacpp
-    python experiments/bench_cpu.py
+    python experiments/bench_cpu.py [--pause 0.02]
 
+Threads of OpenMP (torch, bitsandbytes, xllamacpp) spin for some 8 ms after their work, beside what
+comes next: the float32 dot at m = 1, for one. A pause lets them fall asleep first, but then every
+call pays for waking its own.
 """
 
+import argparse
 import functools
 import importlib.util
 import os
@@ -40,8 +44,10 @@ BARS = {  # (spec, m): ratio to float32 at the first shape
 }
 
 
-def medians(calls: dict[str, Callable[[], Any]], runs: int = RUNS) -> dict[str, float]:
-    """Seconds of each call, interleaved."""
+def medians(
+    calls: dict[str, Callable[[], Any]], runs: int = RUNS, pause: float = 0.0
+) -> dict[str, float]:
+    """Seconds of each call, interleaved, with a pause before each."""
     import jax
 
     seconds: dict[str, list[float]] = {name: [] for name in calls}
@@ -49,6 +55,7 @@ def medians(calls: dict[str, Callable[[], Any]], runs: int = RUNS) -> dict[str, 
         jax.block_until_ready(call())
     for _ in range(runs):
         for name, call in calls.items():
+            time.sleep(pause)
             start = time.perf_counter()
             jax.block_until_ready(call())
             seconds[name].append(time.perf_counter() - start)
@@ -116,7 +123,7 @@ PEERS = {
 }
 
 
-def matmuls(k: int, n: int, m: int) -> None:
+def matmuls(k: int, n: int, m: int, pause: float = 0.0) -> None:
     """Prints a table of one shape."""
     import ggml_peer
     import jax
@@ -136,7 +143,7 @@ def matmuls(k: int, n: int, m: int) -> None:
             print(f"  {name}: {module} is not installed")
         else:
             calls[name] = make(x, w)
-    found = best_threads(medians(calls | ggml_peer.calls(x, w)))
+    found = best_threads(medians(calls | ggml_peer.calls(x, w), pause=pause))
     print(f"m = {m}, [{k}, {n}], load {os.getloadavg()[0]:.1f}")
     for name, seconds in found.items():
         ratio = seconds / found["float32"]
@@ -168,12 +175,15 @@ def main() -> None:
     import ggml_peer
     import jax
 
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds before each call")
+    pause = parser.parse_args().pause
     device = jax.devices()[0].device_kind
-    print(f"jax {jax.__version__} on {device}, {os.cpu_count()} cores")
+    print(f"jax {jax.__version__} on {device}, {os.cpu_count()} cores, pauses of {pause} s")
     print("\n".join(ggml_peer.about()))
     for k, n in SHAPES:
         for m in ROWS:
-            matmuls(k, n, m)
+            matmuls(k, n, m, pause)
 
 
 if __name__ == "__main__":
