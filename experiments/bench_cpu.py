@@ -3,16 +3,22 @@
 Everything takes turns in one process; the medians count, and ratios of them are printed. Absolute
 times say little on a shared machine: the load is printed too. `qwix` is XLA's own handling of a
 quantized operand, as `qwix.dot_general` reaches it; torch's int8 is its dynamic quantization
-(`quantize_dynamic`); bitsandbytes runs its kernels for CPUs.
+(`quantize_dynamic`); bitsandbytes runs its kernels for CPUs. llama.cpp's are ggml's mul_mat, from
+the wheels of `ggml_peer.py`, on one thread or all cores (behind the comma), whichever is faster.
 Bars: int4_g128 <= 0.8 at m = 1, about 1 at 16, 1.6 at 256; nf4 <= 1.1 at
 m = 1; int8/int8_token <= 0.8 at m = 1, 0.6 at 16; int8 <= 1.3 at 256; int4_g128 at least 3x as fast
 as qwix at m = 1.
 
-    pip install qwix==0.1.8 torch bitsandbytes  # optional: what is missing is named, not timed
-    python experiments/bench_cpu.py
+    # optional: what is missing is named, not timed
+    pip install qwix==0.1.8 torch bitsandbytes transcribe-cpp-native==0.4.1 xllamacpp
+    python experiments/bench_cpu.py [--pause 0.02]
 
+Threads of OpenMP (torch, bitsandbytes, xllamacpp) spin for some 8 ms after their work, beside what
+comes next: the float32 dot at m = 1, for one. A pause lets them fall asleep first, but then every
+call pays for waking its own.
 """
 
+import argparse
 import functools
 import importlib.util
 import os
@@ -38,8 +44,10 @@ BARS = {  # (spec, m): ratio to float32 at the first shape
 }
 
 
-def medians(calls: dict[str, Callable[[], Any]], runs: int = RUNS) -> dict[str, float]:
-    """Seconds of each call, interleaved."""
+def medians(
+    calls: dict[str, Callable[[], Any]], runs: int = RUNS, pause: float = 0.0
+) -> dict[str, float]:
+    """Seconds of each call, interleaved, with a pause before each."""
     import jax
 
     seconds: dict[str, list[float]] = {name: [] for name in calls}
@@ -47,6 +55,7 @@ def medians(calls: dict[str, Callable[[], Any]], runs: int = RUNS) -> dict[str, 
         jax.block_until_ready(call())
     for _ in range(runs):
         for name, call in calls.items():
+            time.sleep(pause)
             start = time.perf_counter()
             jax.block_until_ready(call())
             seconds[name].append(time.perf_counter() - start)
@@ -114,8 +123,9 @@ PEERS = {
 }
 
 
-def matmuls(k: int, n: int, m: int) -> None:
+def matmuls(k: int, n: int, m: int, pause: float = 0.0) -> None:
     """Prints a table of one shape."""
+    import ggml_peer
     import jax
 
     import qjax
@@ -133,17 +143,26 @@ def matmuls(k: int, n: int, m: int) -> None:
             print(f"  {name}: {module} is not installed")
         else:
             calls[name] = make(x, w)
-    found = medians(calls)
+    found = best_threads(medians(calls | ggml_peer.calls(x, w), pause=pause))
     print(f"m = {m}, [{k}, {n}], load {os.getloadavg()[0]:.1f}")
     for name, seconds in found.items():
         ratio = seconds / found["float32"]
         bar = BARS.get((name, m)) if (k, n) == SHAPES[0] else None
         held = "" if bar is None else f"  bar {bar}: {'met' if ratio <= bar else 'missed'}"
-        print(f"  {name:20} {1e3 * seconds:8.3f} ms  {ratio:6.2f} x float32{held}")
+        print(f"  {name:22} {1e3 * seconds:8.3f} ms  {ratio:6.2f} x float32{held}")
     peer = "qwix int4_g128"
     if m == 1 and peer in found and "int4_g128" in found:
         times = found[peer] / found["int4_g128"]
         print(f"  int4_g128 is {times:.1f}x as fast as qwix (bar 3: {verdict(times >= 3)})")
+
+
+def best_threads(found: dict[str, float]) -> dict[str, float]:
+    """Of what ran on several numbers of threads (the number behind a comma), the fastest."""
+    best: dict[str, str] = {}
+    for name in found:
+        row = name.partition(",")[0]
+        best[row] = min(best.get(row, name), name, key=found.__getitem__)
+    return {name: found[name] for name in best.values()}
 
 
 def verdict(held: bool) -> str:
@@ -153,13 +172,18 @@ def verdict(held: bool) -> str:
 
 def main() -> None:
     """Prints the tables."""
+    import ggml_peer
     import jax
 
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds before each call")
+    pause = parser.parse_args().pause
     device = jax.devices()[0].device_kind
-    print(f"jax {jax.__version__} on {device}, {os.cpu_count()} cores")
+    print(f"jax {jax.__version__} on {device}, {os.cpu_count()} cores, pauses of {pause} s")
+    print("\n".join(ggml_peer.about()))
     for k, n in SHAPES:
         for m in ROWS:
-            matmuls(k, n, m)
+            matmuls(k, n, m, pause)
 
 
 if __name__ == "__main__":
