@@ -323,7 +323,7 @@ def test_no_operand_in_the_order_of_a_hopper_kernel_is_gathered(case, name):
     x = jax.random.normal(jax.random.key(0), (4, weight.k))
 
     def placed(values):  # scales of channels have no tiles along k
-        spec = (*w_spec, None, None)[: values.ndim]
+        spec = (*w_spec, None, None, None)[: values.ndim]
         spec = [None if n == 1 else axis for n, axis in zip(values.shape, spec, strict=True)]
         return cut(values, P(*spec), mesh)
 
