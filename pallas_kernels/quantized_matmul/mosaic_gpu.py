@@ -56,6 +56,15 @@ class Config(NamedTuple):
     early: int = 1
 
 
+# sizes that a config may have: checked ones
+SIZES = {
+    "depth": range(1, 9),
+    "warpgroups": (1, 2, 3, 4),
+    "cluster": (1, 2, 4, 8),
+    "rows": (1, 2, 4),
+}
+
+
 class Plan(NamedTuple):
     """Sizes that follow from a config."""
 
@@ -139,7 +148,7 @@ def configs(
     how many bytes are on their way at a time, and how much x is read beside the weight.
     """
     n, k = -(-weight.n // hopper_layout.ROWS), -(-weight.k // hopper_layout.DEPTH)
-    sizes = itertools.product(range(1, 9), (1, 2, 3, 4), (1, 2, 4, 8), (1, 2, 4), (1, 2))
+    sizes = itertools.product(*SIZES.values(), (1, 2))
     for depth, warpgroups, cluster, rows, resident in sizes:
         if not 2 <= warpgroups * resident <= 4 or n % rows:
             continue
@@ -234,12 +243,26 @@ def supports(problem: Problem, device: Device) -> str | None:
     if problem.weight.k % 8:
         return f"k = {problem.weight.k} is no multiple of 8, so rows of x are not aligned"
     if problem.config is not None:
-        if not isinstance(problem.config, Config):
-            return f"config {problem.config} is no mosaic_gpu.Config"
-        sizes = plan(problem.m, problem.weight, problem.config, problem.bias)
-        return f"{problem.config}: {sizes}" if isinstance(sizes, str) else None
+        return refused(problem)
     if next(configs(problem.m, problem.weight, problem.bias), None) is None:
         return f"no way to cut k = {problem.weight.k}, n = {problem.weight.n} fits the chip"
+    return None
+
+
+def refused(problem: Problem) -> str | None:
+    """None, or why a config that was asked for cannot run."""
+    config = problem.config
+    if not isinstance(config, Config):
+        return f"config {config} is no mosaic_gpu.Config"
+    for name, taken in SIZES.items():
+        if getattr(config, name) not in taken:
+            return f"{config}: {name} is none of {tuple(taken)}"
+    sizes = plan(problem.m, problem.weight, config, problem.bias)
+    if isinstance(sizes, str):
+        return f"{config}: {sizes}"
+    most = sizes.turns * config.rows  # what comes in beyond them nobody would wait for
+    if not 1 <= config.steps <= most or min(config.blocks, config.early) < 0:
+        return f"{config}: rings of {most} tiles have 1 to {most} steps, blocks and early are >= 0"
     return None
 
 

@@ -20,6 +20,7 @@ CHANNELS = 128  # of which weights side by side have a multiple; tiles may need 
 STRIP = 64  # of k, what the tensor cores take at once
 CLUSTERS = ((1, 1), (2, 1), (4, 1), (1, 2))  # blocks that split k, that share x: checked ones
 AT_ONCE = {split: mosaic_gpu.AT_ONCE[split] for split, _ in CLUSTERS}  # blocks, by their split
+ROWS = (32, 64, 128, 256)  # of a tile: checked ones
 BLOCKS = ((128, 1), (64, 2), (128, 2), (256, 1))  # channels, teams: checked ones
 LEAST_ROWS = mosaic_gpu.MAX_ROWS + 1
 TABLES = pathlib.Path(__file__).parent / "tables_wgmma"
@@ -145,8 +146,10 @@ def fits(problem: Problem, config: Config) -> str | None:
         return f"the last round has {cut.rest} tiles, for {cut.clusters} clusters that split k"
     if (c.rows // c.split) % math.prod(strips_out(c)):
         return f"{c.rows // c.split} rows are no whole turns of strips of a result"
-    if c.steps % c.teams:
-        return f"{c.teams} teams cannot take {c.steps} stages in turns"
+    if (
+        c.steps % c.teams or c.steps < 2 * c.teams
+    ):  # a team decodes its next while it multiplies one
+        return f"{c.teams} teams cannot take {c.steps} stages in turns, two each"
     if c.channels * c.teams > 128 and c.rows > 64:
         return f"{c.channels // STRIP * c.teams} warpgroups have no registers for {c.rows} rows"
     if shared_bytes(problem, c) > mosaic_gpu.SHARED_MEMORY:
@@ -157,7 +160,7 @@ def fits(problem: Problem, config: Config) -> str | None:
 def configs(problem: Problem) -> Iterator[tuple[float, Config]]:
     """Configs that can run, each with a guess at its microseconds."""
     weight, m = problem.weight, problem.m
-    for rows, cut, (split, shared) in itertools.product((32, 64, 128, 256), BLOCKS, CLUSTERS):
+    for rows, cut, (split, shared) in itertools.product(ROWS, BLOCKS, CLUSTERS):
         if (rows > 32 and rows >= 2 * m) or (math.prod(cut) > 128 and rows > 64):
             continue
         if shared > 1 and weight.n <= cut[0]:
@@ -236,13 +239,29 @@ def supports(problem: Problem, device: Device) -> str | None:
             "rows are not aligned"
         )
     if problem.config is not None:
-        if not isinstance(problem.config, Config):
-            return f"config {problem.config} is no mosaic_wgmma.Config"
-        reason = fits(problem, problem.config)
-        return reason and f"{problem.config}: {reason}"
+        return refused(problem)
     if next(configs(problem), None) is None:
         return "no way to cut it fits the chip"
     return None
+
+
+def refused(problem: Problem) -> str | None:
+    """None, or why a config that was asked for cannot run."""
+    c = problem.config
+    if not isinstance(c, Config):
+        return f"config {c} is no mosaic_wgmma.Config"
+    for name, value, taken in (
+        ("rows", c.rows, ROWS),
+        ("strips", c.strips, (1, 2)),
+        ("(channels, teams)", (c.channels, c.teams), BLOCKS),
+        ("(split, shared)", (c.split, c.shared), CLUSTERS),
+    ):
+        if value not in taken:
+            return f"{c}: {name} is none of {taken}"
+    if c.width < 1 or (c.shared > 1 and problem.weight.n <= c.channels):
+        return f"{c}: width is at least 1, and tiles of {problem.weight.n} channels to share x two"
+    reason = fits(problem, c)
+    return reason and f"{c}: {reason}"
 
 
 def joins(problems: Sequence[Problem]) -> str | None:
